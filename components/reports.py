@@ -1,0 +1,46 @@
+"""What report does: a sweep's page from the store."""
+
+import shutil
+from pathlib import Path
+
+from components import tracking
+from components.store import Store
+from dvq import DvqError
+from dvq.config import Sweep
+
+
+def report(sweep_json: str, page: Path | None = None) -> Path:
+    """Write the sweep's report to the store and to MLflow; its path.
+
+    Raises:
+        DvqError: no store, or, after everything is written, trials that failed, each with its reason.
+    """
+    from dvq.analyze import Analysis
+    from dvq.report import write
+
+    store = Store.from_environment()
+    if store is None:
+        raise DvqError("report: DVQ_STORE is not set; a report is made from the results in a store")
+    sweep = Sweep.model_validate_json(sweep_json)
+    results, analyses, failures = [], {}, {}
+    for name, trial in sweep.trials().items():
+        found = store.results(trial.key())
+        if found is None:
+            state = store.state(trial.key())
+            failures[name] = state.reason or f"it did not finish ({state.name}): see the log"
+            continue
+        results.append({**found, "name": name})
+        if (store.trial(trial.key()) / "analysis.npz").exists():
+            analyses[name] = Analysis.load(store.trial(trial.key()) / "analysis.npz")
+    path = write(store.report(sweep.name), sweep.name, sweep.description, results, analyses, failures)
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, page)
+    best = {
+        f"best/{key}": min(one["evaluation"][key] for one in results) for key in ("bits_per_dim",) if results
+    }
+    tracking.report(sweep.name, path.parent, {**best, "trials": len(results)}, bool(failures))
+    if failures:
+        named = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        raise DvqError(f"{len(failures)} of {len(results) + len(failures)} trials failed: {named}")
+    return path

@@ -1,0 +1,177 @@
+"""What train, evaluate and analyze do with a trial's folder, each going on from what is there.
+
+A failure is data: it is recorded in the trial's events, the step that met it succeeds, the following steps
+leave the trial alone, and the report names it.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from components.store import FORMAT, Store, begin, read_json, state, write_json
+from components.tracking import TrialRun
+from dvq import events
+from dvq.config import point, short_name
+from dvq.config import trial as make_trial
+from dvq.data import Data, load
+from dvq.events import Events
+from dvq.trial import Trial, values
+
+SYNC_SECONDS = 5
+INTERRUPTED = (-signal.SIGTERM, -signal.SIGINT)
+
+
+def _folder(trial: Trial) -> Path:
+    """The trial's folder in the store; without a store, one that is forgotten."""
+    store = Store.from_environment()
+    return store.trial(trial.key()) if store else Path(tempfile.mkdtemp(prefix="dvq-trial-"))
+
+
+def train(overrides: str, base: str, data: Path, model: Path, experiment: str) -> None:
+    """Train the trial in a child process, unless the store has its model, and copy the model to ``model``.
+
+    ``model`` gets ``trial.json`` in any case, and the weights if there are any.
+    """
+    at = point(overrides)
+    trial = make_trial({**json.loads(base), **at}, where=f"trial '{overrides}'")
+    folder = _folder(trial)
+    if state(folder).name == "failed" or not (folder / "model").exists():
+        begin(folder, trial, short_name(trial, at))
+        _train_in_child(folder, data, TrialRun(folder, experiment))
+    model.mkdir(parents=True, exist_ok=True)
+    if (folder / "model").exists():
+        shutil.copytree(folder / "model", model, dirs_exist_ok=True)
+    else:
+        write_json(model / "trial.json", values(trial))
+
+
+def _train_in_child(folder: Path, data: Path, run: TrialRun) -> None:
+    """A process of its own, so that any death of it can be told and recorded."""
+    command = [sys.executable, "-m", "dvq.train", str(folder), "--data", str(data)]
+    child = subprocess.Popen(command)
+    while True:
+        try:
+            code = child.wait(SYNC_SECONDS)
+            break
+        except subprocess.TimeoutExpired:
+            run.sync()
+    if code in INTERRUPTED:
+        sys.exit(128 - code)
+    if code != 0 and state(folder).name != "failed":
+        Events(folder).failure(death(code))
+    run.sync()
+
+
+def death(code: int) -> str:
+    """One sentence for how a process ended that could not say it itself."""
+    if code == -signal.SIGKILL:
+        return "training was killed by SIGKILL: most often the machine or container was out of memory"
+    if code < 0:
+        return f"training was killed by {signal.Signals(-code).name}"
+    return f"training ended with exit code {code}; its output is in the log"
+
+
+@contextmanager
+def _step(folder: Path, name: str) -> Iterator[None]:
+    diary = Events(folder)
+    diary.state(name)
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        diary.failure(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def _open(model: Path) -> tuple[Trial, Path, bool]:
+    """The trial of a model's artifact, its folder, and whether it was trained (rather than failed)."""
+    trial = make_trial(read_json(model / "trial.json") or {}, where=str(model))
+    return trial, _folder(trial), (model / "model.safetensors").exists()
+
+
+def evaluate(data: Path, model: Path, evaluation: Path) -> dict[str, Any]:
+    """Evaluate the model on every image of the trial's split; ``evaluation`` and the store get the result."""
+    trial, folder, trained = _open(model)
+    result = read_json(folder / "evaluation.json")
+    if trained and result is None:
+        from dvq import load as load_model
+        from dvq.evaluate import evaluate as judge
+
+        with _step(folder, "evaluating"):
+            images, _ = load(data).evaluation(trial.split)
+            result = {
+                "split": trial.split,
+                **judge(load_model(model), images, bound_samples=trial.bound_samples),
+            }
+            write_json(folder / "evaluation.json", result)
+    evaluation.parent.mkdir(parents=True, exist_ok=True)
+    write_json(evaluation, result or {})
+    return {name: value for name, value in (result or {}).items() if isinstance(value, int | float)}
+
+
+def analyze(data: Path, model: Path, evaluation: Path, analysis: Path, experiment: str) -> None:
+    """Analyze the codebooks and publish the trial's results, last of all; ``analysis`` gets all that is made."""
+    _, folder, trained = _open(model)
+    judged = read_json(evaluation)
+    if trained and judged and not (folder / "results.json").exists():
+        with _step(folder, "analyzing"):
+            _analyze(load(data), model, judged, folder, read_json(folder / "trial.json") or {})
+        if (folder / "results.json").exists():
+            Events(folder).state("finished")
+    analysis.mkdir(parents=True, exist_ok=True)
+    for name in ("results.json", "analysis.npz"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, analysis / name)
+    if (folder / "figures").exists():
+        shutil.copytree(folder / "figures", analysis / "figures", dirs_exist_ok=True)
+    TrialRun(folder, experiment).sync()
+
+
+def _analyze(
+    data: Data, model_path: Path, judged: dict[str, Any], folder: Path, document: dict[str, Any]
+) -> None:
+    import numpy as np
+
+    from dvq import figures
+    from dvq import load as load_model
+    from dvq.analyze import analyze as analyze_codebooks
+
+    model = load_model(model_path)
+    training = read_json(model_path / "training.json") or {}
+    results = {
+        "format": FORMAT,
+        "name": document.get("name", model.trial.describe()),
+        "key": model.trial.key(),
+        "trial": values(model.trial),
+        "data": data.info,
+        "provenance": training.pop("provenance", {}),
+        "training": training,
+        "evaluation": judged,
+        "curves": _curves(folder, model.trial.split),
+    }
+    if "usage" in judged:
+        found = analyze_codebooks(model.latents.codebook.detach().numpy(), np.asarray(judged["usage"]))
+        found.save(folder / "analysis.npz")
+        title = f"{results['name']}, {data.info['label']}"
+        figures.save_png(
+            figures.explained_variance(found, title), folder / "figures" / "explained_variance.png"
+        )
+        figures.save_png(figures.codebooks_3d(found, title), folder / "figures" / "codebooks.png")
+        results["analysis"] = found.summary()
+    write_json(folder / "results.json", results)
+
+
+def _curves(folder: Path, split: str) -> list[dict[str, float]]:
+    """The evaluations along training, from the events."""
+    return [
+        {"step": event["step"]} | {name.partition("/")[2]: value for name, value in event["values"].items()}
+        for event in events.read(folder)
+        if event["kind"] == "metrics" and f"{split}/rate" in event["values"]
+    ]

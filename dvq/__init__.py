@@ -1,0 +1,30 @@
+"""Discrete latent variable models of images: training, evaluation in bits/dim, and what the codes learn.
+
+Importing this package is free of torch, so that a configuration can be read, checked and keyed in
+milliseconds; ``dvq.load`` and the submodules bring torch when they are used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dvq.model import load as load
+
+__version__ = "0.1.0"
+
+NUMERICS = 1
+"""Raised by hand when an edit changes any number that a trial computes; it is part of every trial's key.
+
+The golden loss curves (tests/dvq/test_golden.py) fail when numbers change without a raise."""
+
+
+class DvqError(Exception):
+    """Something that the user can mend: the message is one sentence that says what is wrong, where, and
+    what to do. Everything else that is raised is a bug and keeps its traceback."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from dvq.model import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,154 @@
+"""Sweeps and trials from text: validated before anything starts, with errors of one sentence.
+
+Free of torch, kfp and mlflow, which take seconds to import.
+"""
+
+import difflib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dvq import DvqError
+from dvq.estimators import Estimator
+from dvq.trial import Trial
+
+Point = dict[str, Any]
+
+
+def estimators() -> dict[str, type[Trial]]:
+    """Every estimator's configuration by its name."""
+    union = get_args(Estimator)[0]
+    classes: Sequence[type[Trial]] = get_args(union) or (union,)
+    return {get_args(cls.model_fields["estimator"].annotation)[0]: cls for cls in classes}
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _sentence(error: ValidationError, where: str) -> DvqError:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "value"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return DvqError(f"{where}: {field} = {first['input']!r}: {message}")
+
+
+def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
+    """The validated trial for ``values``; ``where`` begins the message of a DvqError."""
+    known = estimators()
+    name = values.get("estimator")
+    if name is None:
+        raise DvqError(f"{where}: no estimator is named; known: {', '.join(sorted(known))}")
+    if not isinstance(name, str) or name not in known:
+        raise DvqError(f"{where}: unknown estimator '{name}'{_nearest(str(name), list(known))}")
+    cls = known[name]
+    for key in values:
+        if key not in cls.model_fields:
+            raise DvqError(f"{where}: {name} has no '{key}'{_nearest(str(key), list(cls.model_fields))}")
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        raise _sentence(error, where) from None
+
+
+def overrides(point: Mapping[str, Any]) -> str:
+    """A point as it travels: ``estimator=gs-soft num_codes=512 seed=0``."""
+    return " ".join(
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in point.items()
+    )
+
+
+def point(text: str) -> Point:
+    """The inverse of :func:`overrides`."""
+    return {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in text.split())}
+
+
+class Sweep(BaseModel):
+    """A set of trials: ``base`` with every combination of ``grid``'s values, and each point of ``include``,
+    once for each of ``seeds``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    description: str = ""
+    base: Point = {}
+    grid: dict[str, list[Any]] = {}
+    include: list[Point] = []
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+
+    def points(self) -> list[Point]:
+        """What each trial sets over ``base``, in the file's order."""
+        grid = [
+            dict(zip(self.grid, combination, strict=True))
+            for combination in itertools.product(*self.grid.values())
+        ]
+        if not self.grid:
+            grid = []
+        return [{**point, "seed": seed} for point in [*grid, *self.include] for seed in self.seeds]
+
+    def trial(self, point: Point) -> Trial:
+        """The trial at ``point``."""
+        return trial({**self.base, **point}, where=f"sweep '{self.name}', trial '{overrides(point)}'")
+
+    def trials(self) -> dict[str, Trial]:
+        """Every trial by its short name; DvqError if there is none, or two are the same."""
+        named: dict[str, Trial] = {}
+        keys: dict[str, str] = {}
+        for at in self.points():
+            one = self.trial(at)
+            name = short_name(one, at)
+            if one.key() in keys:
+                raise DvqError(
+                    f"sweep '{self.name}': the trial '{overrides(at)}' stands in it twice; remove one"
+                )
+            keys[one.key()] = name
+            named[name] = one
+        if not named:
+            raise DvqError(
+                f"sweep '{self.name}': the grid is empty; give 'grid' or 'include' at least one trial"
+            )
+        return named
+
+
+def short_name(one: Trial, at: Point) -> str:
+    """``gs-soft-c512-k16-s0``, and behind it whatever else this point of the sweep sets."""
+    told = {"estimator", "num_codes", "num_latents", "seed"}
+    rest = "".join(f"-{key.replace('_', '-')}-{value}" for key, value in at.items() if key not in told)
+    return re.sub(r"[^A-Za-z0-9.+-]", "-", one.describe() + rest)
+
+
+def load_sweep(path: Path) -> Sweep:
+    """The sweep in a YAML file, its name the file's; DvqError for what is wrong with it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DvqError(f"sweep file {path}: {error.strerror}") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise DvqError(
+            f"sweep file {path}{line}: not valid YAML: {getattr(error, 'problem', error)}"
+        ) from None
+    if not isinstance(content, dict):
+        raise DvqError(f"sweep file {path}: expected a mapping with 'base' and 'grid'")
+    for key in content:
+        if key not in Sweep.model_fields or key == "name":
+            raise DvqError(
+                f"sweep file {path}: unknown key '{key}'{_nearest(str(key), list(Sweep.model_fields))}"
+            )
+    for key, values in (content.get("grid") or {}).items() if isinstance(content.get("grid"), dict) else ():
+        if not isinstance(values, list) or not values:
+            raise DvqError(f"sweep file {path}: grid: '{key}' needs a list of at least one value")
+    try:
+        return Sweep.model_validate({"name": path.stem, **content})
+    except ValidationError as error:
+        raise _sentence(error, f"sweep file {path}") from None

@@ -1,0 +1,234 @@
+"""Prepared images: uint8 arrays in a folder, with labels, splits, statistics and a fingerprint.
+
+A prepared dataset holds ``train_images.npy`` (N, 32, 32, 3), ``train_labels.npy`` (N,), ``test_images.npy``,
+``test_labels.npy``, all uint8, and ``data.json``: what it is, how many images each split has, and the
+training images' mean and standard deviation per channel, in [0, 1].
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dvq import DvqError, cifar10
+from dvq.cifar10 import Images, Progress
+from dvq.fingerprints import FINGERPRINTS, LABELS
+
+FORMAT = 1
+"""the version of a prepared dataset's folder and of its fingerprint"""
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+SAMPLE = Path(__file__).parent / "sample" / "cifar10-sample.npz"
+HELD_OUT = 10
+"""one training image in so many, the last ones, is held out by the split ``tune``"""
+Split = Literal["test", "tune"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A prepared dataset, its arrays mapped from their files."""
+
+    info: dict[str, Any]
+    """data.json"""
+    arrays: dict[str, Images]
+
+    def training(self, split: Split) -> tuple[Images, Images]:
+        """The images (N, 32, 32, 3) and labels (N,) to train on; for ``tune`` without those held out."""
+        end = self.info["train"] - (self.info["tune"] if split == "tune" else 0)
+        return self.arrays["train_images"][:end], self.arrays["train_labels"][:end]
+
+    def evaluation(self, split: Split) -> tuple[Images, Images]:
+        """The images and labels to evaluate on: the test set, or for ``tune`` those held out of training."""
+        if split == "test":
+            return self.arrays["test_images"], self.arrays["test_labels"]
+        start = self.info["train"] - self.info["tune"]
+        return self.arrays["train_images"][start:], self.arrays["train_labels"][start:]
+
+
+def load(folder: Path) -> Data:
+    """The prepared dataset in ``folder``; DvqError if there is none, or it is not whole."""
+    try:
+        info = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        if info["format"] != FORMAT:
+            raise ValueError(f"format {info['format']} instead of {FORMAT}")
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        for name, array in arrays.items():
+            shape = (info[name.split("_")[0]], *((32, 32, 3) if "images" in name else ()))
+            if array.shape != shape or array.dtype != np.uint8:
+                raise ValueError(f"{name}.npy holds {array.dtype} {array.shape} instead of uint8 {shape}")
+    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+        raise DvqError(f"{folder} holds no whole prepared dataset ({error}); prepare it again") from None
+    return Data(info, arrays)
+
+
+def is_prepared(name: str, folder: Path) -> bool:
+    """Whether ``folder`` holds all of the dataset ``name``, by sizes and data.json; pixels are not read."""
+    try:
+        return bool(load(folder).info.get("fingerprint") == FINGERPRINTS[name])
+    except DvqError:
+        return False
+
+
+def check_source(name: str, source: str) -> None:
+    """DvqError unless ``name`` can be prepared from ``source``, as far as can be told without a download."""
+    if name == "cifar10":
+        cifar10.check(source)
+
+
+def prepare(name: str, source: str, folder: Path, progress: Progress | None = None) -> None:
+    """Make ``folder`` hold the dataset ``name``: at once and whole, or not at all.
+
+    It is written beside ``folder`` and renamed. A second process that prepares the same waits for the first
+    and finds its work; what a killed one left behind is removed by the next.
+
+    Args:
+        name: "cifar10", or "cifar10-sample", which is bundled.
+        source: where CIFAR-10 is, see :func:`dvq.cifar10.read`; the sample needs none.
+        folder: nothing happens if it is whole already.
+        progress: told about a download.
+
+    Raises:
+        DvqError: the source is missing, damaged, unreachable or not CIFAR-10, or ``folder`` is not writable.
+    """
+    if is_prepared(name, folder):
+        return
+    with _writing(folder), _alone(folder) as work:
+        if is_prepared(name, folder):
+            return
+        arrays = read_sample() if name == "cifar10-sample" else cifar10.read(source, work, progress)
+        _write(name, arrays, work)
+        _publish(work, folder)
+
+
+def link(folder: Path, other: Path) -> None:
+    """Make ``other`` hold the prepared dataset in ``folder`` too: hard links, or copies on another disk."""
+    with _writing(other):
+        other.mkdir(parents=True, exist_ok=True)
+        for file in (*(f"{name}.npy" for name in ARRAYS), "data.json"):
+            (other / file).unlink(missing_ok=True)
+            try:
+                os.link(folder / file, other / file)
+            except OSError:
+                shutil.copyfile(folder / file, other / file)
+
+
+def fingerprint(arrays: dict[str, Images]) -> str:
+    """SHA-256 over the four arrays' names, shapes and bytes; a dataset's own name is not in it."""
+    digest = hashlib.sha256(f"dvq data {FORMAT}\n".encode())
+    for name in ARRAYS:
+        digest.update(f"{name} {arrays[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).data)
+    return digest.hexdigest()
+
+
+def statistics(images: Images) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Each channel's mean and standard deviation [1 = the pixel value 255], from counts of the 256 values."""
+    counts = np.zeros((3, 256), np.int64)
+    for some in np.array_split(images, max(1, len(images) // 1000)):  # bincount copies to 8 bytes a pixel
+        counts += [np.bincount(some[..., channel].ravel(), minlength=256) for channel in range(3)]
+    pixels, values = counts.sum(axis=1), np.arange(256) / 255
+    mean = counts @ values / pixels
+    return mean, np.sqrt(counts @ values**2 / pixels - mean**2)
+
+
+def read_sample(path: Path = SAMPLE) -> dict[str, Images]:
+    """The bundled sample's four arrays."""
+    with np.load(path) as file:
+        return {name: file[name] if "labels" in name else unpack(file[name]) for name in ARRAYS}
+
+
+def unpack(packed: Images) -> Images:
+    """Images (N, 32, 32, 3) from their differences mod 256 over channels, rows and columns (3, N, 32, 32)."""
+    for axis in (0, 2, 3):
+        packed = np.cumsum(packed, axis=axis, dtype=np.uint8)
+    return np.ascontiguousarray(np.moveaxis(packed, 0, -1))
+
+
+def print_progress(every: float = 5.0) -> Progress:
+    """A ``progress`` that prints a line, at most one in ``every`` seconds: for output that is no terminal."""
+    last = -every
+
+    def line(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= every:
+            last = time.monotonic()
+            of = f" of {total / 1e6:.0f}" if total else ""
+            print(f"downloading: {done / 1e6:.0f}{of} MB", flush=True)
+
+    return line
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or f"no room: {error}"  # numpy's error for a short write has no strerror
+        raise DvqError(
+            f"the prepared images cannot be written to {folder} ({reason}); "
+            "make room or name another folder with DVQ_STORE (they need up to 400 MB)"
+        ) from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[Path]:
+    """An empty folder beside ``folder`` for one process at a time; its lock's file stays, it is empty."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = folder.parent / f".{folder.name}.partial"
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system gives it back, however this process ends
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(name: str, arrays: dict[str, Images], work: Path) -> None:
+    found = fingerprint(arrays)
+    if found != FINGERPRINTS[name]:
+        raise DvqError(
+            f"{name}: the images have the fingerprint {found} instead of {FINGERPRINTS[name]}; reinstall dvq"
+        )
+    mean, std = statistics(arrays["train_images"])
+    train, test = len(arrays["train_images"]), len(arrays["test_images"])
+    info = {"format": FORMAT, "name": name, "fingerprint": found, "label": LABELS[name], "train": train}
+    info |= {"tune": train // HELD_OUT, "test": test, "mean": mean.tolist(), "std": std.tolist()}
+    for array in ARRAYS:
+        np.save(work / f"{array}.npy", arrays[array])
+    (work / "data.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    for path in (*work.iterdir(), work):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _publish(work: Path, folder: Path) -> None:
+    """Rename ``work`` to ``folder``; replace a damaged dataset that is in the way, its data.json last."""
+    try:
+        work.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        for path in sorted(work.iterdir(), key=lambda path: path.name == "data.json"):
+            path.replace(folder / path.name)
+        _sync(folder)
+    _sync(folder.parent)

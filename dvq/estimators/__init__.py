@@ -1,0 +1,23 @@
+"""The estimators: one file each, holding its frozen configuration and its loss.
+
+To add one, write its file and name it in the union below. The files import torch where they compute, not
+where they are read: a configuration must be checked in milliseconds.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dvq.estimators.gaussian import Gaussian
+from dvq.estimators.gs_hard import GSHard
+from dvq.estimators.gs_soft import GSSoft
+from dvq.estimators.nvil import NVIL
+from dvq.estimators.vimco import VIMCO
+from dvq.estimators.vq_ema import VQEMA
+from dvq.estimators.vq_loss import VQLoss
+
+Estimator = Annotated[
+    GSSoft | GSHard | VIMCO | NVIL | VQEMA | VQLoss | Gaussian,
+    Field(discriminator="estimator"),
+]
+"""Every estimator, told apart by the field ``estimator``."""

@@ -1,0 +1,54 @@
+"""Gumbel-Softmax, soft: the decoder sees a continuous relaxation of the codes."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from dvq.trial import Loss, Positive, Stochastic
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from dvq.latents import Categorical
+    from dvq.model import Model
+
+
+class GSSoft(Stochastic):
+    """GS-Soft: y = softmax((l + g)/τ), g ~ Gumbel(0, 1); the decoder sees y·M.
+
+        surrogate = −log p(x | y·M) + KL(q(z|x) ‖ p(z)),
+
+    with the categorical KL in closed form. The gradient is biased, for the decoder is trained on mixtures of
+    codes; the bias falls with τ, and the variance rises.
+
+    Source: Jang et al. 2017, "Categorical Reparameterization with Gumbel-Softmax", section 2; Maddison et al.
+    2017, "The Concrete Distribution".
+    """
+
+    estimator: Literal["gs-soft"] = "gs-soft"
+    temperature: Positive = 0.5
+    """τ, or where its annealing begins; the paper's 0.5 balances bias and variance"""
+    final_temperature: Positive | None = None
+    """τ falls to this, geometrically, over ``annealing_steps``; None: τ is constant, as in the paper"""
+    annealing_steps: Annotated[int, Field(ge=1)] = 50_000
+
+    def temperature_at(self, step: int) -> float:
+        """τ at a training step."""
+        if self.final_temperature is None:
+            return self.temperature
+        progress = min(1.0, step / self.annealing_steps)
+        return float(self.temperature * (self.final_temperature / self.temperature) ** progress)
+
+    def relax(self, y: "Tensor") -> "Tensor":
+        """What the decoder sees of y (K, N, C): here, all of it."""
+        return y
+
+    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: int) -> Loss:
+        from dvq.latents import gumbel
+
+        latents: Categorical = model.latents
+        logits = latents.logits(model.encoder(images))  # (K, N, C)
+        y = ((logits + gumbel(logits, generator)) / self.temperature_at(step)).softmax(-1)
+        distortion = model.distortion(latents.mix(self.relax(y)), images)[0] / len(images)
+        rate = latents.kl(logits).sum() / len(images)
+        return Loss(distortion + self.kl_weight(step) * rate, distortion.detach(), rate.detach())

@@ -1,0 +1,49 @@
+"""NVIL: the score function with a learned, input-dependent baseline."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from dvq.trial import Loss, Stochastic
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from dvq.latents import Scored
+    from dvq.model import Model
+
+
+class NVIL(Stochastic):
+    """NVIL: unbiased gradients of the ELBO, up to a positive scale of the encoder's, from one sample.
+
+    w = log p(x, z) − log q(z|x);  signal = (w − c − b(x)) / max(1, √var), with running mean c and variance
+    of w − b(x), and b(x) a small network trained by (w − c − b(x))².
+
+        surrogate = −stopgrad(signal)·log q(z|x) − log p(x, z) + (stopgrad(w − c) − b(x))²
+
+    Source: Mnih & Gregor 2014, "Neural Variational Inference and Learning in Belief Networks", section 2.3
+    and algorithm 1.
+    """
+
+    estimator: Literal["nvil"] = "nvil"
+    baseline_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """of the running mean and variance"""
+
+    def latents(self) -> "Scored":
+        from dvq.latents import Scored
+
+        return Scored(self, decay=self.baseline_decay)
+
+    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: int) -> Loss:
+        latents: Scored = model.latents
+        B, beta = len(images), self.kl_weight(step)
+        v = model.encoder(images)
+        logits = latents.logits(v)  # (K, N, C)
+        z = latents.draw(logits, generator)
+        log_q, log_p = latents.log_q(logits, z, B), latents.log_p(z, B)  # (B,)
+        total, nll = model.distortion(latents.vectors(z), images)
+        w = beta * (log_p - log_q).detach() - nll
+        signal, fit = latents.signal(w, v.detach(), update=model.training)
+        surrogate = total - (signal * log_q).sum() - beta * log_p.sum() + fit.sum()
+        rate = latents.kl(logits.detach()).sum() / B
+        return Loss(surrogate / B, nll.mean(), rate.detach())

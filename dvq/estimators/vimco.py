@@ -1,0 +1,66 @@
+"""VIMCO: the score function on S samples, each sample's baseline made from the others."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from dvq.trial import Loss, Stochastic
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from dvq.latents import Categorical
+    from dvq.model import Model
+
+
+class VIMCO(Stochastic):
+    """VIMCO: unbiased gradients of the S-sample bound L_S = E log (1/S) Σ_s exp w_s.
+
+    w_s = log p(x, z_s) − log q(z_s|x);  L̂ = logsumexp(w) − log S;  L̂_{−s} is L̂ with w_s replaced by the
+    mean of the other w. With w̃ = softmax(w),
+
+        surrogate = −Σ_s stopgrad(L̂ − L̂_{−s})·log q(z_s|x) − Σ_s stopgrad(w̃_s)·w_s.
+
+    It trains L_S, which for S > 1 is not the ELBO by which models are compared.
+
+    Source: Mnih & Rezende 2016, "Variational Inference for Monte Carlo Objectives", eqs. 5 to 11.
+    """
+
+    estimator: Literal["vimco"] = "vimco"
+    samples: Annotated[int, Field(ge=2)] = 4
+    """S; each costs a pass through the decoder"""
+
+    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: int) -> Loss:
+        import torch
+
+        latents: Categorical = model.latents
+        S, B, beta = self.samples, len(images), self.kl_weight(step)
+        logits = latents.logits(model.encoder(images))  # (K, N, C)
+        codes = [latents.draw(logits, generator) for _ in range(S)]
+        log_q = torch.stack([latents.log_q(logits, z, B) for z in codes])  # (S, B)
+        log_p = torch.stack([latents.log_p(z, B) for z in codes])
+        log_ratio = beta * (log_p - log_q)
+        vectors = torch.cat([latents.vectors(z) for z in codes], 1)  # (K, S·N, D)
+        found: dict[str, Tensor] = {}  # what weigh leaves for the score
+
+        def weigh(nll: "Tensor") -> "Tensor":
+            w = log_ratio.detach() - nll.view(S, B)
+            found["weights"], found["signal"] = w.softmax(0), leave_one_out(w)
+            return found["weights"].flatten()
+
+        weighted, nll = model.distortion(vectors, images.repeat(S, 1, 1, 1), weigh)
+        score = (found["signal"] * log_q).sum() + (found["weights"] * log_ratio).sum()
+        rate = latents.kl(logits.detach()).sum() / B
+        return Loss((weighted - score) / B, nll.mean(), rate.detach())
+
+
+def leave_one_out(w: "Tensor") -> "Tensor":
+    """L̂ − L̂_{−s}, the learning signal of each sample: (S, B) → (S, B)."""
+    import torch
+
+    S = len(w)
+    others = (w.sum(0) - w) / (S - 1)  # (S, B), the log of the geometric mean of the others
+    replaced = torch.where(
+        torch.eye(S, dtype=torch.bool, device=w.device).unsqueeze(-1), others.unsqueeze(1), w
+    )
+    return w.logsumexp(0) - replaced.logsumexp(1)

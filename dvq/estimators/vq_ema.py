@@ -1,0 +1,60 @@
+"""VQ-VAE with EMA: the nearest code, a straight-through gradient, codebooks that follow the encodings."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from dvq.trial import Discrete, Loss, NonNegative
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from dvq.latents import Nearest
+    from dvq.model import Model
+
+
+class VQEMA(Discrete):
+    """VQ-VAE with codebooks that are exponential moving averages: i = argmin_c ‖v − M[c]‖².
+
+    The decoder sees v + stopgrad(M[i] − v). Because the distortion is a sum over 3072 sub-pixels,
+
+        surrogate = −log p(x|z) + 3072·β·mean‖v − stopgrad(M[i])‖² − log p(z),
+
+    in nats an image, where −log p(z) trains nothing but the prior, by maximum likelihood. The codebook
+    follows N ← γN + (1−γ)n, S ← γS + (1−γ)Σv, M = S/N.
+
+    Source: van den Oord et al. 2017, "Neural Discrete Representation Learning", eq. 3 and appendix A.1.
+    """
+
+    estimator: Literal["vq-ema"] = "vq-ema"
+    commitment: NonNegative = 0.25
+    """β; van den Oord et al. found 0.1 to 2 alike"""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """γ; also of the usage counts that revival looks at"""
+    revive_below: NonNegative = 0.0
+    """codes whose moving count of uses a minibatch is under this move to random encodings of the minibatch;
+    0: never, as in the papers. Used codes never move."""
+
+    def latents(self) -> "Nearest":
+        from dvq.latents import Nearest
+
+        return Nearest(self, self.ema_decay, trained=False)
+
+    def codebook_loss(self, v: "Tensor", latents: "Nearest", codes: "Tensor") -> "Tensor | float":  # noqa: ARG002
+        """A term of the surrogate that trains the codebooks; here an average trains them."""
+        return 0.0
+
+    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: int) -> Loss:  # noqa: ARG002
+        latents: Nearest = model.latents
+        v = model.encoder(images)  # (K, N, D)
+        codes = latents.codes(v.detach())
+        vectors = latents.vectors(codes).detach()
+        distortion = model.distortion(v + (vectors - v).detach(), images)[0] / len(images)
+        rate = latents.rate(codes).sum() / len(images)
+        scale = images[0].numel()  # 3072
+        commitment = self.commitment * scale * (v - vectors).square().mean()
+        codebook = scale * self.codebook_loss(v.detach(), latents, codes)
+        if model.training:
+            latents.follow(v.detach(), codes)
+            latents.revive(v.detach(), codes, self.revive_below, generator)
+        return Loss(distortion + commitment + codebook + rate, distortion.detach(), rate.detach())

@@ -1,0 +1,51 @@
+"""A trial's events: what happened and what was measured, as lines of JSON appended to numbered files.
+
+``events/000000.jsonl``, ``events/000001.jsonl``, …: every process that has something to say opens the next
+file, so that no two ever write to one. A line is ``{"kind": …, "time": seconds since 1970, …}``:
+
+- ``state``: ``state`` is running, evaluating, analyzing, finished, failed; ``pid`` of who says so
+- ``metrics``: ``step`` and ``values`` {name: number}
+- ``failure``: ``reason``, one sentence
+- ``image``: ``step``, ``name`` and ``path`` (relative to the trial's folder) of a picture
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Events:
+    """Appends to the next numbered file of ``folder``/events; each line is flushed as it is written."""
+
+    def __init__(self, folder: Path) -> None:
+        directory = folder / "events"
+        directory.mkdir(parents=True, exist_ok=True)
+        number = max((int(path.stem) for path in directory.glob("*.jsonl")), default=-1) + 1
+        self._file = (directory / f"{number:06d}.jsonl").open("x", encoding="utf-8")
+
+    def _append(self, **event: Any) -> None:
+        self._file.write(json.dumps({"time": time.time(), **event}) + "\n")
+        self._file.flush()
+
+    def state(self, state: str) -> None:
+        self._append(kind="state", state=state, pid=os.getpid())
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self._append(kind="metrics", step=step, values=values)
+
+    def failure(self, reason: str) -> None:
+        self._append(kind="failure", reason=reason)
+
+    def image(self, step: int, name: str, path: str) -> None:
+        self._append(kind="image", step=step, name=name, path=path)
+
+
+def read(folder: Path) -> Iterator[dict[str, Any]]:
+    """The events of the trial in ``folder``, oldest first; a line that is still being written is left out."""
+    for path in sorted((folder / "events").glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)

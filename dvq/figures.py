@@ -1,0 +1,250 @@
+"""The figures of a sweep and of a trial, and mosaics of reconstructions.
+
+Results are the contents of ``results.json`` files, in the sweep's order; analyses are by the trials' names.
+Everything is drawn on ``matplotlib.figure.Figure`` objects, which belong to no window and no global state.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.ticker import MaxNLocator, NullLocator
+from numpy.typing import NDArray
+
+from dvq.analyze import Analysis, Floats
+from dvq.style import Analyses, Group, Result, alike, legend, look, new_figure, shown, style
+
+PAPER = {
+    "VQ-VAE, best C: 4.81": 4.81,
+    "VQ-VAE of Oord et al. 2017: 4.67": 4.67,
+    "continuous, Gregor et al. 2016: 4.54": 4.54,
+    "GS-Soft, C = 512: 4.61": 4.61,
+}
+"""bits/dim on all of CIFAR-10 that the paper reports; the last is a mark at its C, the others are lines"""
+PAPER_CODES = 512
+APART = 0.5  # bits/dim: results further than this above the paper's numbers get axes of their own
+MOST_COLUMNS = 8
+
+
+@look
+def figure_1a(results: Sequence[Result]) -> Figure:
+    """Bits/dim against C: the mean over seeds and their range, a curve an estimator and a panel a K, and the
+    paper's numbers as marks. Where a sweep varies other fields too, each setting is a thin curve."""
+    trials = [result["trial"] for result in results]
+    sizes = sorted({trial["num_latents"] for trial in trials})
+    apart = min(result["evaluation"]["bits_per_dim"] for result in results) > max(PAPER.values()) + APART
+    figure = new_figure(
+        "Bits/dim against the size of the codebooks", results, max(10, 4.8 + 2.6 * len(sizes)), 4.6
+    )
+    rows: dict[str, Any] = {"nrows": 2, "height_ratios": [3, 1]} if apart else {}
+    panels = figure.subplots(ncols=len(sizes), squeeze=False, sharex=True, sharey="row", **rows)
+    for column, latents in zip(panels.T, sizes, strict=True):
+        _sizes(column[0], [result for result in results if result["trial"]["num_latents"] == latents])
+        _paper(column[-1])
+        column[0].set_title(f"K = {latents}")
+        column[-1].set_xlabel("C, codes in a codebook")
+    ticks = sorted({PAPER_CODES, *(trial["num_codes"] for trial in trials if "num_codes" in trial)})
+    panels[0, 0].set_xscale("log", base=2)
+    panels[0, 0].set_xticks(ticks, labels=[str(tick) for tick in ticks])
+    panels[0, 0].xaxis.set_minor_locator(NullLocator())
+    panels[-1, 0].set_ylabel("the paper's")
+    panels[0, 0].set_ylabel(f"{' and '.join(sorted({trial['split'] for trial in trials}))} bits/dim")
+    drawn = [artist for axes in panels.flat for artist in axes.get_legend_handles_labels()[0]]
+    named = {artist.get_label(): artist for artist in drawn}
+    legend(figure, (named[label] for label in named if label not in PAPER), "this sweep")
+    legend(figure, (named[label] for label in PAPER), "the paper, on all of CIFAR-10", "lower")
+    return figure
+
+
+def _sizes(axes: Axes, results: Sequence[Result]) -> None:
+    curves = alike(results, "seed", "num_codes")
+    settings = Counter(curve[0]["trial"]["estimator"] for curve in curves)
+    for curve in curves:
+        many = settings[curve[0]["trial"]["estimator"]]
+        label, colour, marker = style(curve[0]["trial"]["estimator"])
+        label += f" ({many} settings)" if many > 1 else ""
+        width, size = (0.8, 3) if many > 1 else (1.8, 5.5)
+        points: dict[int, list[float]] = {}
+        for result in curve:
+            c = result["trial"].get("num_codes", 0)
+            points.setdefault(c, []).append(result["evaluation"]["bits_per_dim"])
+        if 0 in points:  # a continuous latent variable has no C
+            axes.axhline(float(np.mean(points[0])), color=colour, lw=width, label=label)
+            continue
+        codes, values = zip(*sorted(points.items()), strict=True)
+        means = [np.mean(v) for v in values]
+        axes.plot(codes, means, color=colour, marker=marker, ms=size, lw=width, label=label)
+        axes.vlines(codes, [min(v) for v in values], [max(v) for v in values], color=colour, lw=3, alpha=0.4)
+
+
+def _paper(axes: Axes) -> None:
+    *lines, (mark, bits) = PAPER.items()
+    for (label, value), dashes in zip(lines, ("--", ":", "-."), strict=True):
+        axes.axhline(value, color="0.4", ls=dashes, lw=1.2, label=label, zorder=1)
+    axes.plot(PAPER_CODES, bits, "*", ms=13, mfc="none", mec=style("gs-soft")[1], label=mark, zorder=3)
+
+
+@look
+def figure_1b(results: Sequence[Result], analyses: Analyses) -> Figure:
+    """Fraction of the codebooks' variance against the number of principal components: the mean and the range
+    over codebooks (and seeds), of all codes and weighted by usage."""
+    figure = new_figure("Variance of the codes that principal components explain", results, 10, 4.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    for group, found in _analyzed(results, analyses):
+        drawn = {"color": group.colour, "ls": group.dashes, "marker": group.marker, "label": group.label}
+        _explained(panels[0], np.concatenate([analysis.explained for analysis in found]), **drawn)
+        _explained(panels[1], np.concatenate([analysis.explained_weighted for analysis in found]), **drawn)
+    _explained_axes(panels)
+    legend(figure, panels[0].get_legend_handles_labels()[0])
+    return figure
+
+
+@look
+def explained_variance(analysis: Analysis, title: str) -> Figure:
+    """Figure 1(b) of one trial."""
+    figure = new_figure(title, [], 8, 3.8)
+    panels = figure.subplots(1, 2, sharey=True)
+    _explained(panels[0], analysis.explained, color="#0072b2", marker="o")
+    _explained(panels[1], analysis.explained_weighted, color="#0072b2", marker="o")
+    _explained_axes(panels)
+    return figure
+
+
+def _analyzed(results: Sequence[Result], analyses: Analyses) -> list[tuple[Group, list[Analysis]]]:
+    """The groups that are shown, with the analyses that there are; continuous latents have none."""
+    named = [(group, [result["name"] for result in group.results]) for group in shown(results)]
+    found = [(group, [analyses[name] for name in names if name in analyses]) for group, names in named]
+    return [(group, some) for group, some in found if some]
+
+
+def _explained(axes: Axes, explained: Floats, **drawn: Any) -> None:
+    n = np.arange(explained.shape[1])
+    axes.plot(n, explained.mean(axis=0), ms=3, lw=1.5, **drawn)
+    axes.fill_between(n, explained.min(axis=0), explained.max(axis=0), color=drawn["color"], alpha=0.15, lw=0)
+
+
+def _explained_axes(panels: Sequence[Axes]) -> None:
+    for axes, title in zip(panels, ("all codes", "codes weighted by usage"), strict=True):
+        axes.axhline(0.95, color="0.5", lw=1, ls=":")
+        axes.annotate("95%", (1, 0.94), xycoords=("axes fraction", "data"), ha="right", va="top", size=8)
+        axes.set(title=title, xlabel="principal components", ylim=(0, 1.03))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0].set_ylabel("fraction of variance explained")
+
+
+@look
+def figure_1c(results: Sequence[Result]) -> Figure:
+    """Distortion against rate along training: a curve a trial with an arrow to its second evaluation and a
+    large mark at its last; on a grey diagonal bits/dim, their sum, is the same."""
+    figure = new_figure("Rate and distortion along training", results, 10, 5)
+    axes = figure.subplots()
+    axes.grid(False)
+    for group in shown(results):
+        for number, result in enumerate(group.results):
+            points = np.array([(point["rate"], point["distortion"]) for point in result["curves"]])
+            drawn: dict[str, Any] = {"color": group.colour, "marker": group.marker}
+            label = "_" if number else group.label  # "_" stays out of the legend
+            axes.plot(*points.T, ls=group.dashes, lw=1.2, ms=2.5, label=label, **drawn)
+            axes.plot(*points[-1], ms=9, mec="white", label="_", **drawn)
+            arrow = {"arrowstyle": "-|>", "color": group.colour, "mutation_scale": 14, "lw": 0}
+            axes.annotate("", points[:2][-1], points[0], arrowprops=arrow)
+    _diagonals(axes)
+    axes.set(xlabel="rate [bits/dim]", ylabel="distortion [bits/dim]")
+    hint = "large mark: end of training\ngrey: equal bits/dim"
+    legend(figure, axes.get_legend_handles_labels()[0], hint)
+    return figure
+
+
+def _diagonals(axes: Axes) -> None:
+    """Lines of constant rate + distortion, each with its number where it leaves the frame."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    small: dict[str, Any] = {"color": "0.5", "size": 8}
+    for bits in MaxNLocator(8).tick_values(left + bottom, right + top):
+        axes.plot([left, right], [bits - left, bits - right], color="0.8", lw=0.8, zorder=1, label="_")
+        if bottom <= bits - right <= top:
+            axes.text(right, bits - right, f" {bits:g}", va="center", **small)
+        elif left < bits - bottom < right:
+            axes.text(bits - bottom, bottom, f"{bits:g} ", ha="right", va="bottom", **small)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+
+
+@look
+def figure_2(results: Sequence[Result], analyses: Analyses) -> Figure:
+    """The codes of each latent variable (columns) of a trial a row, on the first three principal components,
+    coloured by their norm; rings are codes that were never used. Of several seeds the first is drawn."""
+    rows = _analyzed(results, analyses)
+    columns = min(MOST_COLUMNS, max((len(found[0].norms) for _, found in rows), default=1))
+    size = min(2.25, 11 / columns)  # inches a panel
+    width, height = max(10, 1 + size * columns), 0.6 + (size + 0.1) * len(rows)
+    figure = new_figure("The codes on their first three principal components", results, width, height)
+    panels = figure.subplots(max(1, len(rows)), columns, squeeze=False, subplot_kw={"projection": "3d"})
+    for row, (group, found) in zip(panels, rows, strict=False):
+        _codebooks(figure, row, found[0])
+        row[0].set_title(group.label, loc="left", pad=9)
+    return figure
+
+
+@look
+def codebooks_3d(analysis: Analysis, title: str) -> Figure:
+    """Figure 2 of one trial: up to 16 latent variables."""
+    columns = min(4, len(analysis.norms))
+    rows = min(4, -(-len(analysis.norms) // columns))
+    figure = new_figure(title, [], max(8, 1 + 2 * columns), 0.4 + 2 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False, subplot_kw={"projection": "3d"})
+    _codebooks(figure, panels.ravel(), analysis)
+    return figure
+
+
+def _codebooks(figure: Figure, panels: Any, analysis: Analysis) -> None:
+    norm = Normalize(analysis.norms.min(), analysis.norms.max())
+    for k, axes in enumerate(panels):
+        if k >= len(analysis.norms):
+            axes.set_visible(False)
+            continue
+        x, used = analysis.projections[k], analysis.usage[k] > 0
+        colours = ScalarMappable(norm, "viridis").to_rgba(analysis.norms[k])
+        axes.scatter(*x[used].T, c=colours[used], s=6, depthshade=False, lw=0)
+        axes.scatter(*x[~used].T, facecolors="none", edgecolors=colours[~used], s=6, depthshade=False, lw=0.5)
+        reach = max(float(np.abs(x).max()), 1e-6)  # the same on the three axes, so that shapes are true
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
+        axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
+        axes.set_box_aspect((1, 1, 1), zoom=1.3)
+        for n, name in enumerate((axes.set_xlabel, axes.set_ylabel, axes.set_zlabel), start=1):
+            name(f"PC {n}", labelpad=-15, size=7, color="0.4")
+        axes.text2D(1.05, 0.95, f"k = {k + 1}", transform=axes.transAxes, size=8, ha="right")
+    figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels, shrink=0.7).ax.set_title("norm", size=8)
+
+
+def reconstructions(
+    images: NDArray[np.uint8], reconstructed: NDArray[np.uint8], scale: int = 3
+) -> NDArray[np.uint8]:
+    """A mosaic of uint8 images (N, H, W, 3), 16 to a row: each row of originals above its reconstructions,
+    every pixel ``scale`` pixels wide and high."""
+    if images.shape != reconstructed.shape:
+        raise ValueError(f"reconstructions: {images.shape} images and {reconstructed.shape} reconstructions")
+    n, height, width, channels = images.shape
+    columns = min(n, 16)
+    rows = -(-n // columns)
+    tiles = np.full((rows * columns, 2, height + 1, width + 1, channels), 255, np.uint8)
+    tiles[:n, 0, :height, :width] = images
+    tiles[:n, 1, :height, :width] = reconstructed
+    tiles = tiles.reshape(rows, columns, 2, height + 1, width + 1, channels).transpose(0, 2, 3, 1, 4, 5)
+    mosaic = tiles.reshape(rows * 2 * (height + 1), columns * (width + 1), channels)[:-1, :-1]
+    return mosaic.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+@look
+def save_png(picture: Figure | NDArray[np.uint8], path: Path) -> None:
+    """Writes a figure, or an image (H, W, 3) pixel by pixel, as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(picture, Figure):
+        picture.savefig(path, format="png")
+    else:
+        imsave(path, picture, format="png")

@@ -1,0 +1,260 @@
+"""The latent variables' parameters: codebooks, posterior and prior.
+
+Shapes: B images, P = 64 positions, N = B·P, K latent variables a position, C categories, D dimensions of a
+code. The codebooks come first, (K, N, ·), as their batched products want it.
+"""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+if TYPE_CHECKING:
+    from dvq.trial import Discrete, Stochastic
+
+
+class Sample(NamedTuple):
+    """One hard sample z ~ q(z|x), as evaluation takes it."""
+
+    vectors: Tensor
+    """(K, N, D), what the decoder sees"""
+    rate: Tensor
+    """(K, N) [nats]: KL(q(z|x) ‖ p(z)) of each latent variable, in closed form"""
+    log_ratio: Tensor
+    """(K, N) [nats]: log q(z|x) − log p(z) of this sample, whose mean over samples is the rate"""
+    codes: Tensor | None = None
+    """(K, N) integers, where the latent variables are discrete"""
+
+
+def gumbel(like: Tensor, generator: Generator) -> Tensor:
+    """Gumbel(0, 1) noise −log(−log u) of ``like``'s shape."""
+    u = torch.empty_like(like)
+    if u.is_cuda:  # an exponential is −log u; which of the two is cheaper depends on the device
+        return u.exponential_(generator=generator).log_().neg_()
+    return u.uniform_(generator=generator).log_().neg_().log_().neg_()
+
+
+def per_image(terms: Tensor, images: int) -> Tensor:
+    """Sums over an image's latent variables: (K, B·P) → (B,)."""
+    return terms.unflatten(1, (images, -1)).sum((0, 2))
+
+
+class Codebooks(nn.Module):
+    """M (K, C, D), shared over positions, and the factorial prior p(z_k) = Cat(softmax θ[k])."""
+
+    encodings = 1
+    """the encoder's output channels for each of the K·D dimensions"""
+    codebook: Tensor
+    prior_logits: Tensor
+
+    def __init__(self, trial: "Discrete", trained: bool) -> None:
+        super().__init__()
+        shape = (trial.num_latents, trial.num_codes)
+        codebook = torch.randn(*shape, trial.code_dim) * trial.codebook_sigma()
+        prior = torch.zeros(shape)
+        if trained:
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+        if trial.prior == "trained":
+            self.prior_logits = nn.Parameter(prior)
+        else:
+            self.register_buffer("prior_logits", prior)
+
+    def closeness(self, v: Tensor) -> Tensor:
+        """2 v·m − ‖m‖² = ‖v‖² − ‖v − m‖² of each code: (K, N, D) → (K, N, C)."""
+        norms = self.codebook.square().sum(-1).unsqueeze(1)  # (K, 1, C)
+        return torch.baddbmm(norms, v, self.codebook.mT, beta=-1, alpha=2)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """M[k, codes]: (K, N) → (K, N, D)."""
+        index = codes.unsqueeze(-1).expand(-1, -1, self.codebook.shape[-1])
+        return self.codebook.gather(1, index)
+
+    def log_prior(self) -> Tensor:
+        """log p(z_k = c), (K, C)."""
+        return self.prior_logits.log_softmax(-1)
+
+    @torch.no_grad()
+    def place(self, centers: Tensor) -> None:
+        """Begin with codebooks (K, C, D) that were found elsewhere."""
+        self.codebook.copy_(centers)
+
+
+class Categorical(Codebooks):
+    """The stochastic posterior q(z|x) = Cat(softmax l), l = −s‖v − M[k, c]‖²."""
+
+    def __init__(self, trial: "Stochastic") -> None:
+        super().__init__(trial, trained=True)
+        self.scale = trial.distance_scale
+
+    def logits(self, v: Tensor) -> Tensor:
+        """l, less ‖v‖², which the softmax does not see: (K, N, D) → (K, N, C)."""
+        return self.scale * self.closeness(v)
+
+    def mix(self, y: Tensor) -> Tensor:
+        """Σ_c y_c M[k, c]: (K, N, C) → (K, N, D)."""
+        return torch.bmm(y, self.codebook)
+
+    def kl(self, logits: Tensor) -> Tensor:
+        """KL(q ‖ p) = Σ_c q_c (log q_c − log p_c) [nats]: (K, N, C) → (K, N)."""
+        log_q = logits.log_softmax(-1)
+        return (log_q.exp() * (log_q - self.log_prior().unsqueeze(1))).sum(-1)
+
+    @torch.no_grad()
+    def draw(self, logits: Tensor, generator: Generator) -> Tensor:
+        """z ~ q(z|x), exactly, as the Gumbel maximum: (K, N, C) → (K, N)."""
+        return gumbel(logits, generator).add_(logits).argmax(-1)
+
+    def log_q(self, logits: Tensor, codes: Tensor, images: int) -> Tensor:
+        """log q(z|x) [nats an image]: (K, N, C), (K, N) → (B,)."""
+        chosen = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+        return per_image(chosen - logits.logsumexp(-1), images)
+
+    def log_p(self, codes: Tensor, images: int) -> Tensor:
+        """log p(z) [nats an image]: (K, N) → (B,)."""
+        return per_image(self.log_prior().gather(1, codes), images)
+
+    def sample(self, v: Tensor, generator: Generator) -> Sample:
+        logits = self.logits(v)
+        codes = self.draw(logits, generator)
+        log_q = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+        log_ratio = log_q - self.log_prior().gather(1, codes)
+        return Sample(self.vectors(codes), self.kl(logits), log_ratio, codes)
+
+
+class Scored(Categorical):
+    """A categorical posterior with NVIL's baseline: a network b(x) and running statistics of w − b(x)."""
+
+    mean: Tensor
+    variance: Tensor
+    begun: Tensor
+
+    def __init__(self, trial: "Stochastic", decay: float) -> None:
+        super().__init__(trial)
+        self.decay = decay
+        width = trial.num_latents * trial.code_dim
+        self.baseline = nn.Sequential(nn.Linear(width, 100), nn.Tanh(), nn.Linear(100, 1))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("variance", torch.ones(()))
+        self.register_buffer("begun", torch.zeros(()))
+
+    def signal(self, w: Tensor, v: Tensor, update: bool) -> tuple[Tensor, Tensor]:
+        """The learning signal, a constant, and what trains the baseline: (B,), (K, N, D) → (B,), (B,).
+
+        The statistics are those from before this minibatch, so that they do not depend on its samples; in
+        the first one, where there are none, the signal is 0.
+        """
+        x = v.unflatten(1, (len(w), -1)).mean(2).transpose(0, 1).flatten(1)  # (B, K·D)
+        baseline = self.baseline(x).squeeze(-1)
+        rest = w - baseline.detach()
+        centered = rest - self.mean
+        signal = centered / self.variance.sqrt().clamp(min=1) * (self.begun if update else 1)
+        if update:
+            weight = torch.where(self.begun > 0, 1 - self.decay, 1.0)
+            self.mean.lerp_(rest.mean(), weight)
+            self.variance.lerp_(rest.var(correction=0), weight)
+            self.begun.fill_(1)
+        return signal, (w - self.mean.clone() - baseline).square()
+
+
+class Nearest(Codebooks):
+    """The deterministic posterior of VQ-VAE, z = argmin_c ‖v − M[k, c]‖².
+
+    q puts all its mass on z, so that KL(q ‖ p) = −log p(z).
+    """
+
+    EPSILON = 1e-5
+
+    counts: Tensor
+    sums: Tensor
+
+    def __init__(self, trial: "Discrete", decay: float, trained: bool) -> None:
+        super().__init__(trial, trained)
+        self.decay, self.trained = decay, trained
+        self.register_buffer("counts", torch.ones(trial.num_latents, trial.num_codes))  # N
+        self.register_buffer("sums", self.codebook.detach().clone())  # S
+
+    def codes(self, v: Tensor) -> Tensor:
+        """The nearest code of each vector: (K, N, D) → (K, N)."""
+        return self.closeness(v).argmax(-1)
+
+    def rate(self, codes: Tensor) -> Tensor:
+        """−log p(z) [nats]: (K, N) → (K, N)."""
+        return -self.log_prior().gather(1, codes)
+
+    def sample(self, v: Tensor, generator: Generator) -> Sample:  # noqa: ARG002
+        codes = self.codes(v)
+        rate = self.rate(codes)
+        return Sample(self.vectors(codes), rate, rate, codes)
+
+    @torch.no_grad()
+    def place(self, centers: Tensor) -> None:
+        self.codebook.copy_(centers)
+        self.sums.copy_(centers * self.counts.unsqueeze(-1))
+
+    @torch.no_grad()
+    def follow(self, v: Tensor, codes: Tensor) -> None:
+        """One step of the k-means rule: N ← γN + (1−γ)n, S ← γS + (1−γ)Σv, M = S/N.
+
+        N is smoothed (Laplace) where it divides, not where it is kept. Codebooks that learn by gradient
+        have only their counts kept.
+        """
+        n = torch.zeros_like(self.counts).scatter_add_(1, codes, torch.ones_like(codes, dtype=v.dtype))
+        s = torch.zeros_like(self.sums).scatter_add_(1, codes.unsqueeze(-1).expand_as(v), v)
+        self.counts.lerp_(n, 1 - self.decay)
+        self.sums.lerp_(s, 1 - self.decay)
+        if not self.trained:
+            total = self.counts.sum(1, keepdim=True)
+            smoothed = (self.counts + self.EPSILON) / (total + self.counts.shape[1] * self.EPSILON) * total
+            self.codebook.copy_(self.sums / smoothed.unsqueeze(-1))
+
+    @torch.no_grad()
+    def revive(self, v: Tensor, codes: Tensor, below: float, generator: Generator) -> None:
+        """Move codes that are used less than ``below`` times a minibatch to random encodings of this one.
+
+        A code that this minibatch uses never moves.
+        """
+        if not below:
+            return
+        used = torch.zeros_like(self.counts, dtype=torch.bool).scatter_(1, codes, True)
+        dead = (self.counts < below) & ~used  # (K, C)
+        pick = torch.randint(v.shape[1], dead.shape, generator=generator, device=v.device)
+        fresh = v.gather(1, pick.unsqueeze(-1).expand(-1, -1, v.shape[-1]))  # (K, C, D)
+        self.codebook.copy_(torch.where(dead.unsqueeze(-1), fresh, self.codebook))
+        self.counts.masked_fill_(dead, below)
+        self.sums.copy_(torch.where(dead.unsqueeze(-1), fresh * below, self.sums))
+
+
+class Normal(nn.Module):
+    """The continuous posterior N(μ, σ²), σ = exp(ρ), from encodings (K, N, 2D) = [μ, ρ]; prior N(0, 1)."""
+
+    encodings = 2
+
+    def sample(self, v: Tensor, generator: Generator) -> Sample:
+        """μ + σε; KL = ½ Σ_D (μ² + σ² − 1 − 2ρ) [nats]."""
+        mean, rho = v.chunk(2, -1)
+        noise = torch.empty_like(mean).normal_(generator=generator)
+        z = mean + rho.exp() * noise
+        rate = 0.5 * (mean.square() + (2 * rho).exp() - 1 - 2 * rho).sum(-1)
+        log_ratio = 0.5 * (z.square() - noise.square() - 2 * rho).sum(-1)
+        return Sample(z, rate, log_ratio)
+
+
+@torch.no_grad()
+def kmeans(v: Tensor, codes: int, generator: Generator, iterations: int = 10) -> Tensor:
+    """Lloyd's k-means of each codebook's encodings, from centers drawn among them: (K, N, D) → (K, C, D).
+
+    Centers beyond the number of encodings are copies of some, told apart by the training's own noise.
+    """
+    k, n, d = v.shape
+    order = torch.stack([torch.randperm(n, generator=generator, device=v.device) for _ in range(k)])
+    order = order.repeat(1, math.ceil(codes / n))[:, :codes]
+    centers = v.gather(1, order.unsqueeze(-1).expand(-1, -1, d))
+    for _ in range(iterations):
+        nearest = torch.cdist(v, centers).argmin(-1)  # (K, N)
+        sums = torch.zeros_like(centers).scatter_add_(1, nearest.unsqueeze(-1).expand_as(v), v)
+        counts = torch.zeros_like(centers[..., 0]).scatter_add_(1, nearest, torch.ones_like(v[..., 0]))
+        centers = torch.where(counts.unsqueeze(-1) > 0, sums / counts.clamp(min=1).unsqueeze(-1), centers)
+    return centers

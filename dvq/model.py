@@ -1,0 +1,219 @@
+"""The network: encoder, latent variables, decoder; and what one does with a trained one.
+
+Source: "Continuous Relaxation Training of Discrete Latent Variable Image Models" (NeurIPS 2017 workshop on
+Bayesian Deep Learning), section 3; the residual blocks are those of van den Oord et al. 2017, section 4.1.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dvq import DvqError
+from dvq.config import trial as make_trial
+from dvq.likelihood import VALUES, plain_nll, tiled_nll
+from dvq.trial import values
+
+if TYPE_CHECKING:
+    from dvq.trial import Trial
+
+Weigh = Callable[[Tensor], Tensor]
+SIDE = 32
+GRID = 8  # positions a side after two convolutions of stride 2
+POSITIONS = GRID * GRID
+SUBPIXELS = 3 * SIDE * SIDE
+
+
+def _norm(trial: "Trial") -> nn.Module:
+    return nn.BatchNorm2d(trial.features) if trial.normalization == "batch" else nn.Identity()
+
+
+class Residual(nn.Module):
+    """h + 1×1(ReLU(3×3(ReLU(h))))."""
+
+    def __init__(self, trial: "Trial") -> None:
+        super().__init__()
+        f, bias = trial.features, trial.normalization == "none"
+        self.body = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(f, f, 3, padding=1, bias=bias),
+            _norm(trial),
+            nn.ReLU(),
+            nn.Conv2d(f, f, 1, bias=bias),
+            _norm(trial),
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = h + self.body(h)
+        return out
+
+
+class Encoder(nn.Module):
+    """Images (B, 32, 32, 3) uint8 → v (K, N, D): two 4×4 convolutions of stride 2, then residual blocks."""
+
+    def __init__(self, trial: "Trial", encodings: int) -> None:
+        super().__init__()
+        f, bias = trial.features, trial.normalization == "none"
+        self.num_latents = trial.num_latents
+        self.body = nn.Sequential(
+            nn.Conv2d(3, f, 4, stride=2, padding=1, bias=bias),
+            _norm(trial),
+            nn.ReLU(),
+            nn.Conv2d(f, f, 4, stride=2, padding=1, bias=bias),
+            _norm(trial),
+            *(Residual(trial) for _ in range(trial.residual_blocks)),
+            nn.ReLU(),
+            nn.Conv2d(f, trial.num_latents * trial.code_dim * encodings, 1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (
+            images.to(next(self.parameters()).dtype).div_(127.5).sub_(1).permute(0, 3, 1, 2)
+        )  # (B, 3, 32, 32), stored NHWC
+        v: Tensor = self.body(x).permute(0, 2, 3, 1)  # (B, 8, 8, K·D)
+        return v.reshape(len(images) * POSITIONS, self.num_latents, -1).transpose(0, 1)  # (K, N, D)
+
+
+class Decoder(nn.Module):
+    """Code vectors (K, N, D) → 256 logits for each sub-pixel, by the encoder mirrored."""
+
+    def __init__(self, trial: "Trial") -> None:
+        super().__init__()
+        f, bias = trial.features, trial.normalization == "none"
+        self.body = nn.Sequential(
+            nn.Conv2d(trial.num_latents * trial.code_dim, f, 1, bias=bias),
+            _norm(trial),
+            *(Residual(trial) for _ in range(trial.residual_blocks)),
+            nn.ReLU(),
+            nn.ConvTranspose2d(f, f, 4, stride=2, padding=1, bias=bias),
+            _norm(trial),
+            nn.ReLU(),
+        )
+        self.last: nn.Module
+        self.head: nn.Linear | None
+        if trial.output_head == "1x1":
+            up = nn.ConvTranspose2d(f, f, 4, stride=2, padding=1, bias=bias)
+            self.last = nn.Sequential(up, _norm(trial), nn.ReLU())
+            self.head = nn.Linear(f, 3 * VALUES)
+        else:
+            self.last = nn.ConvTranspose2d(f, 3 * VALUES, 4, stride=2, padding=1)
+            self.head = None
+
+    def hidden(self, vectors: Tensor) -> Tensor:
+        """What the head sees, (B, 32·32, F); the logits themselves, (B, 32·32, 768), where there is no head."""
+        k, n, d = vectors.shape
+        h = vectors.transpose(0, 1).reshape(n // POSITIONS, GRID, GRID, k * d).permute(0, 3, 1, 2)
+        h = self.last(self.body(h)).permute(0, 2, 3, 1)  # (B, 32, 32, F)
+        return h.flatten(1, 2)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(K, N, D) → (B, 32·32, 768) logits."""
+        hidden = self.hidden(vectors)
+        return hidden if self.head is None else self.head(hidden)
+
+    def nll(self, vectors: Tensor, images: Tensor, weigh: Weigh | None) -> tuple[Tensor, Tensor]:
+        """Σ_b w_b·(−log p(x_b|z_b)) [nats] to differentiate, and −log p(x|z) of each image's channels, (B, 3).
+
+        ``weigh`` makes the constants w (B,) from −log p(x|z) (B,); without it they are 1.
+        """
+        hidden, pixels = self.hidden(vectors), images.flatten(1, 2)
+        if self.head is None:
+            nll = plain_nll(hidden, pixels)
+            weights = weigh(nll.detach().sum(1)) if weigh else torch.ones_like(nll[:, 0])
+            return (nll.sum(1) * weights).sum(), nll.detach()
+        head = self.head.weight, self.head.bias
+        if weigh is None:
+            return tiled_nll(hidden, *head, pixels)
+        with torch.no_grad():
+            weights = weigh(tiled_nll(hidden, *head, pixels)[1].sum(1))
+        return tiled_nll(hidden, *head, pixels, weights)
+
+
+class Model(nn.Module):
+    """A trial's encoder, latent variables and decoder.
+
+    Images are uint8 (B, 32, 32, 3), values 0 to 255; codes are integers (B, 8, 8, K), values 0 to C − 1.
+    """
+
+    def __init__(self, trial: "Trial") -> None:
+        super().__init__()
+        self.trial = trial
+        latents: Any = trial.latents()
+        self.latents = latents
+        self.encoder = Encoder(trial, latents.encodings)
+        self.decoder = Decoder(trial)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def distortion(
+        self, vectors: Tensor, images: Tensor, weigh: Weigh | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Σ_b w_b·(−log p(x_b|z_b)) [nats], to differentiate, and −log p(x|z) of each image, detached.
+
+        Args:
+            vectors: (K, N, D), what the decoder sees.
+            images: (B, 32, 32, 3) uint8.
+            weigh: makes the constants w (B,) from −log p(x|z) (B,); None: w = 1.
+
+        Returns:
+            a scalar, and (B,).
+        """
+        total, nll = self.decoder.nll(vectors, images, weigh)
+        return total, nll.sum(1)
+
+    @torch.no_grad()
+    def distortions(self, vectors: Tensor, images: Tensor) -> Tensor:
+        """−log p(x|z) of each image and colour channel [nats]: (K, N, D), (B, 32, 32, 3) → (B, 3)."""
+        return self.decoder.nll(vectors, images, None)[1]
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One sample z ~ q(z|x) (for VQ-VAE the nearest codes): (B, 32, 32, 3) → (B, 8, 8, K)."""
+        generator = generator or torch.Generator(images.device).manual_seed(0)
+        codes = self.latents.sample(self.encoder(images), generator).codes
+        return codes.T.reshape(len(images), GRID, GRID, -1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """The mean of p(x|z), rounded: (B, 8, 8, K) → (B, 32, 32, 3) uint8."""
+        return self._mean_image(self.latents.vectors(codes.flatten(0, 2).T))
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """``decode(encode(images))``: uint8 (B, 32, 32, 3) → the same."""
+        generator = generator or torch.Generator(images.device).manual_seed(0)
+        return self._mean_image(self.latents.sample(self.encoder(images), generator).vectors)
+
+    def _mean_image(self, vectors: Tensor) -> Tensor:
+        p = self.decoder(vectors).unflatten(-1, (3, VALUES)).softmax(-1)  # (B, 1024, 3, 256)
+        mean = p @ torch.arange(VALUES, dtype=p.dtype, device=p.device)
+        return mean.round().to(torch.uint8).unflatten(1, (SIDE, SIDE))
+
+
+def save(model: Model, folder: Path) -> None:
+    """Write the weights (model.safetensors) and the trial (trial.json) to ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trial.json").write_text(json.dumps(values(model.trial), indent=1) + "\n", encoding="utf-8")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        folder / "model.safetensors",
+    )
+
+
+def load(path: str | Path) -> Model:
+    """The trained model in a folder that :func:`save` wrote, in evaluation mode; DvqError if there is none."""
+    folder = Path(path)
+    try:
+        fields = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise DvqError(f"{folder}: no model here: {Path(error.filename).name} is missing") from None
+    except (ValueError, SafetensorError) as error:
+        raise DvqError(f"{folder}: the model's files are damaged: {error}") from None
+    model = Model(make_trial(fields, where=str(folder / "trial.json")))
+    model.load_state_dict(weights)
+    return model.eval()

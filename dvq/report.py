@@ -1,0 +1,229 @@
+"""A sweep's report: its table, its figures, and one page that holds everything."""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from dvq import figures
+from dvq.style import Analyses, Result, notice
+
+Row = dict[str, Any]
+
+# column: (its heading, how its numbers are printed; "" for text)
+COLUMNS = {
+    "name": ("trial", ""),
+    "estimator": ("estimator", ""),
+    "num_codes": ("C", "d"),
+    "num_latents": ("K", "d"),
+    "seed": ("seed", "d"),
+    "bits_per_dim": ("bits/dim", ".3f"),
+    "rate": ("rate", ".3f"),
+    "distortion": ("distortion", ".3f"),
+    "perplexity": ("perplexity", ".1f"),
+    "dead_codes": ("dead", "d"),
+    "components_95": ("PCs", ".1f"),
+    "components_95_weighted": ("PCs, used", ".1f"),
+    "images_per_second": ("images/s", ".0f"),
+    "steps": ("steps", "d"),
+    "split": ("split", ""),
+    "data": ("data", ""),
+}
+
+CHOICE = (
+    "Of a sweep of more than six settings one an estimator is drawn: C = 64 and K = 16 as in the paper if it "
+    "has that, else its largest C and K; the first in its order of those that differ in other fields."
+)
+FIGURES = {
+    "figure_1a": (
+        "Figure 1(a): bits/dim against C",
+        "Single-sample ELBO of each trained model over every image of the split: the mean over seeds, and "
+        "their range as a bar. Grey lines and the star are the paper's numbers, for all of CIFAR-10.",
+    ),
+    "figure_1b": (
+        "Figure 1(b): how many dimensions the codes use",
+        "Cumulative fraction of a codebook's variance in its first principal components: the mean over the "
+        "codebooks, and their range. Left, every code counts the same; right, each is weighted by how often "
+        "it was used, so that dead codes, which stay where they were, do not count. " + CHOICE,
+    ),
+    "figure_1c": (
+        "Figure 1(c): rate and distortion along training",
+        "Each point is an evaluation on every image of the split; arrows show the direction, large marks the "
+        "end. Along a grey line bits/dim, the sum of both, is the same. " + CHOICE,
+    ),
+    "figure_2": (
+        "Figure 2: the codes",
+        "Rows are trials, columns their first latent variables; points are codes, projected on the first "
+        "three principal components of all codes of that codebook, with one scale for the three axes. Colour "
+        "is a code's norm; rings are codes that were never used. " + CHOICE,
+    ),
+}
+
+
+def rows(results: Sequence[Result], failures: Mapping[str, str]) -> list[Row]:
+    """The table: a row a finished trial, sorted by bits/dim, then a row (``name``, ``reason``) a failure.
+
+    A number that a trial does not have, or that is not finite, is None.
+    """
+    table = [_row(result) for result in results]
+    table.sort(key=lambda row: math.inf if row["bits_per_dim"] is None else row["bits_per_dim"])
+    return [*table, *({"name": name, "reason": reason} for name, reason in failures.items())]
+
+
+def _row(result: Result) -> Row:
+    trial, evaluation, analysis = result["trial"], result["evaluation"], result.get("analysis", {})
+    row = {
+        **{key: trial.get(key) for key in ("estimator", "num_codes", "num_latents", "seed", "steps")},
+        **{key: evaluation.get(key) for key in ("bits_per_dim", "bits_per_dim_se", "rate", "distortion")},
+        **{key: evaluation.get(key) for key in ("perplexity", "dead_codes", "split")},
+        "name": result["name"],
+        "components_95": analysis.get("components_95_mean"),
+        "components_95_weighted": analysis.get("components_95_weighted_mean"),
+        "images_per_second": result["training"].get("images_per_second"),
+        "data": result["data"]["name"],
+    }
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+
+
+def certificate(results: Sequence[Result]) -> str:
+    """16 hexadecimal digits of the SHA-256 over the trials' names and exact bits_per_dim, rate and
+    distortion, whatever their order: two reports with the same one hold the same numbers, bit for bit."""
+    numbers = ("bits_per_dim", "rate", "distortion")
+    exact = {result["name"]: [result["evaluation"][number] for number in numbers] for result in results}
+    return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def page(
+    sweep_name: str,
+    description: str,
+    results: Sequence[Result],
+    failures: Mapping[str, str],
+    pictures: Mapping[str, bytes],
+) -> str:
+    """The report as one HTML page that loads nothing; ``pictures`` are PNGs by the names of ``FIGURES``."""
+    warning = notice(results)
+    reasons = "".join(
+        f"<li><code>{escape(name)}</code>: {escape(reason)}</li>" for name, reason in failures.items()
+    )
+    count = f"{len(failures)} of {len(results) + len(failures)} trials failed"
+    finished = [row for row in rows(results, failures) if "reason" not in row]
+    return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
+        name=escape(sweep_name),
+        description=escape(description),
+        summary=_summary(finished, failures),
+        notice=f'<p class="notice">{escape(warning)}</p>' if warning else "",
+        failures=f'<section class="failures"><h2>{count}</h2><ul>{reasons}</ul></section>'
+        if failures
+        else "",
+        head="".join(_heading(key, *column) for key, column in COLUMNS.items()),
+        body="\n".join("<tr>" + "".join(_cell(row, key) for key in COLUMNS) + "</tr>" for row in finished),
+        figures="".join(_figure(name, pictures[name]) for name in FIGURES if name in pictures)
+        or "<p>No trial finished: there is nothing to draw.</p>",
+        provenance="".join(
+            f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _provenance(results).items()
+        ),
+    )
+
+
+def _summary(finished: Sequence[Row], failures: Mapping[str, str]) -> str:
+    parts = [f"{len(finished)} trials finished, {len(failures)} failed"]
+    if finished and finished[0]["bits_per_dim"] is not None:
+        parts.append(f"lowest: {finished[0]['bits_per_dim']:.3f} bits/dim, {escape(finished[0]['name'])}")
+    return " · ".join(parts)
+
+
+def _heading(key: str, heading: str, form: str) -> str:
+    sort = ' aria-sort="ascending"' if key == "bits_per_dim" else ""
+    kind = "" if form else ' class="text"'
+    return f"<th{kind}{sort}><button>{escape(heading)}</button></th>"
+
+
+def _cell(row: Row, key: str) -> str:
+    value, form = row[key], COLUMNS[key][1]
+    shown = "–" if value is None else format(value, form)
+    if key == "bits_per_dim" and value is not None and row["bits_per_dim_se"] is not None:
+        shown += f" ± {row['bits_per_dim_se']:.3f}"
+    kind = "" if form else ' class="text"'
+    return f'<td{kind} data-value="{escape("" if value is None else str(value))}">{escape(shown)}</td>'
+
+
+def _figure(name: str, png: bytes) -> str:
+    title, caption = FIGURES[name]
+    source = base64.b64encode(png).decode()
+    return (
+        f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{source}">'
+        f"<figcaption><b>{escape(title)}.</b> {escape(caption)}</figcaption></figure>"
+    )
+
+
+def _provenance(results: Sequence[Result]) -> dict[str, str]:
+    """What the results were made from and on: each thing with the values that occur."""
+    said: dict[str, dict[str, None]] = {}
+    for result in results:
+        data = result["data"]
+        about = {"data": f"{data['label']}, fingerprint {data['fingerprint'][:12]}", **result["provenance"]}
+        for key, value in about.items():
+            said.setdefault(key, {})[str(value)] = None
+    found = {
+        key: "; ".join(list(values)[:4]) + ("; …" if len(values) > 4 else "") for key, values in said.items()
+    }
+    return {**found, "certificate": f"{certificate(results)} (equal when every number is equal, bit for bit)"}
+
+
+def write(
+    folder: Path,
+    sweep_name: str,
+    description: str,
+    results: Sequence[Result],
+    analyses: Analyses,
+    failures: Mapping[str, str],
+) -> Path:
+    """Write ``figures/*.png``, ``table.json`` and ``report.html`` to ``folder``; the path of the page.
+
+    Args:
+        folder: made if it is not there.
+        sweep_name: names the command that makes the report again.
+        description: the sweep's.
+        results: the contents of ``results.json`` files, in the sweep's order.
+        analyses: by the trials' names; a trial with continuous latent variables has none.
+        failures: the reason by the trial's name.
+    """
+    pictures = _draw(folder / "figures", results, analyses)
+    table = {
+        "format": 1,
+        "sweep": sweep_name,
+        "certificate": certificate(results),
+        "rows": rows(results, failures),
+    }
+    _replace(folder / "table.json", json.dumps(table, indent=1) + "\n")
+    _replace(folder / "report.html", page(sweep_name, description, results, failures, pictures))
+    return folder / "report.html"
+
+
+def _draw(folder: Path, results: Sequence[Result], analyses: Analyses) -> dict[str, bytes]:
+    """The sweep's figures, as far as there is something to draw, as PNG files and their bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    finite = [result for result in results if math.isfinite(result["evaluation"]["bits_per_dim"])]
+    drawn = {}
+    if finite:
+        drawn = {"figure_1a": figures.figure_1a(finite), "figure_1c": figures.figure_1c(finite)}
+    if any(result["name"] in analyses for result in finite):
+        drawn["figure_1b"] = figures.figure_1b(finite, analyses)
+        drawn["figure_2"] = figures.figure_2(finite, analyses)
+    for name, figure in drawn.items():
+        figures.save_png(figure, folder / f"{name}.png")
+    return {name: (folder / f"{name}.png").read_bytes() for name in drawn}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write under another name and rename: a reader sees the whole file or the one before."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,124 @@
+"""What the figures share: an estimator's colour, the look of an axis, and which trials there is room for."""
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+
+from dvq.analyze import Analysis
+
+Result = Mapping[str, Any]
+Analyses = Mapping[str, Analysis]
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart; the markers say it once more.
+ESTIMATORS = {
+    "gs-soft": ("GS-Soft", "#0072b2", "o"),
+    "gs-hard": ("GS-Hard", "#56b4e9", "s"),
+    "vimco": ("VIMCO", "#cc79a7", "^"),
+    "nvil": ("NVIL", "#d55e00", "v"),
+    "vq-ema": ("VQ-VAE, EMA", "#009e73", "D"),
+    "vq-loss": ("VQ-VAE, loss", "#e69f00", "P"),
+    "gaussian": ("Gaussian VAE", "#000000", "X"),
+}
+OTHERS = ("#882255", "#999933", "#332288", "#aa4499", "#661100")
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
+
+MOST_GROUPS = len(DASHES)
+look = rc_context(
+    {
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlesize": 10,
+        "figure.titlesize": 11,
+        "font.size": 10,
+        "grid.color": "0.9",
+        "legend.fontsize": 9,
+        "legend.frameon": False,
+        "lines.markersize": 5.5,
+        "savefig.dpi": 150,
+    }
+)
+"""a decorator: what the function draws has the look of all figures"""
+
+
+def style(estimator: str) -> tuple[str, str, str]:
+    """(label, colour, marker) of an estimator, the same in every figure."""
+    other = OTHERS[zlib.crc32(estimator.encode()) % len(OTHERS)]
+    return ESTIMATORS.get(estimator, (estimator, other, "o"))
+
+
+def notice(results: Sequence[Result]) -> str:
+    """What keeps the numbers from being compared with the paper's; empty if nothing does."""
+    if any(result["data"]["name"] != "cifar10" for result in results):
+        return "bundled sample: not comparable with the paper's numbers"
+    if any(result["trial"]["split"] != "test" for result in results):
+        return "held-out training images: not comparable with the paper's numbers"
+    return ""
+
+
+class Group(NamedTuple):
+    """Trials that differ in nothing but their seed, and how they are drawn."""
+
+    results: list[Result]
+    label: str
+    colour: str
+    marker: str
+    dashes: Any
+
+
+def shown(results: Sequence[Result]) -> list[Group]:
+    """What a figure of single trials has room for: all groups if they are few; if not, one an estimator, at
+    C = 64 and K = 16 as in the paper if that is there, else at the largest C and K; the sweep's first of
+    those that differ in other fields."""
+    groups = alike(results, "seed")
+    if len(groups) > MOST_GROUPS:
+        chosen: dict[str, list[Result]] = {}
+        for group in sorted(groups, key=_rank, reverse=True):  # stable: the sweep's order among equals
+            chosen.setdefault(group[0]["trial"]["estimator"], group)
+        groups = list(chosen.values())
+    seen: Counter[str] = Counter()
+    drawn = []
+    for group in groups:
+        trial = group[0]["trial"]
+        label, colour, marker = style(trial["estimator"])
+        codes = f", C = {trial['num_codes']}" if "num_codes" in trial else ""
+        rest = group[0]["name"].partition(f"-s{trial['seed']}-")[2]
+        label += f"{codes}, K = {trial['num_latents']}" + (f", {rest}" if rest else "")
+        drawn.append(Group(group, label, colour, marker, DASHES[seen[trial["estimator"]] % len(DASHES)]))
+        seen[trial["estimator"]] += 1
+    return drawn
+
+
+def _rank(group: list[Result]) -> tuple[bool, int, int]:
+    size = group[0]["trial"].get("num_codes", 0), group[0]["trial"]["num_latents"]
+    return size == (64, 16), *size
+
+
+def alike(results: Sequence[Result], *but: str) -> list[list[Result]]:
+    """The results in lists that differ only in the named fields."""
+    lists: dict[str, list[Result]] = {}
+    for result in results:
+        fields = {key: value for key, value in result["trial"].items() if key not in but}
+        lists.setdefault(json.dumps(fields, sort_keys=True), []).append(result)
+    return list(lists.values())
+
+
+def new_figure(title: str, results: Sequence[Result], width: float, height: float) -> Figure:
+    """An empty figure [inches] with its title, and under it the notice."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(f"{title}\n{notice(results)}".strip(), x=0.01, ha="left")
+    return figure
+
+
+def legend(figure: Figure, handles: Iterable[Artist], title: str = "", place: str = "upper") -> None:
+    """A legend to the right of the axes, where it covers no data."""
+    clear = "" if place == "lower" else "\n\n"  # of the figure's title and notice
+    where: dict[str, Any] = {"loc": f"outside right {place}", "alignment": "left"}
+    figure.legend(handles=list(handles), title=clear + title, title_fontsize=9, **where)

@@ -1,0 +1,149 @@
+"""A trial: one validated point of a sweep, as one flat frozen configuration."""
+
+import hashlib
+import json
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+import dvq
+from dvq.fingerprints import FINGERPRINTS, DataName
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+    from dvq.latents import Codebooks
+    from dvq.model import Model
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Unkeyed: dict[str, Any] = {"key": False}  # a field that changes no number: it is left out of the trial's key
+
+
+class Loss(NamedTuple):
+    """What an estimator returns for one minibatch of B images."""
+
+    surrogate: "Tensor"
+    """scalar [nats an image]: the thing to differentiate; its value need not mean anything"""
+    distortion: "Tensor"
+    """scalar [nats an image], detached: the batch's mean −log p(x|z)"""
+    rate: "Tensor"
+    """scalar [nats an image], detached: the batch's mean KL(q(z|x) ‖ p(z))"""
+
+
+class Trial(BaseModel):
+    """What every estimator's configuration shares: the data, the network, the optimization.
+
+    Defaults are the paper's settings ("Continuous Relaxation Training of Discrete Latent Variable Image
+    Models", NeurIPS 2017 workshop on Bayesian Deep Learning); where it is silent the README's table says
+    what was chosen and why.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    estimator: str
+    data: DataName = "cifar10"
+    split: Literal["test", "tune"] = "test"
+    """test: train on all training images, evaluate on the test images. tune: train without the images held
+    out of the training set and evaluate on those; every choice is made here, never on test images."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    num_latents: Count = 8
+    """K, latent variables at each of the 8×8 positions"""
+    code_dim: Count = 32
+    """D, dimensions of a code vector"""
+    features: Count = 256
+    """F, feature maps in the encoder's and decoder's layers"""
+    residual_blocks: Annotated[int, Field(ge=0)] = 2
+    normalization: Literal["batch", "none"] = "batch"
+    output_head: Literal["1x1", "transposed"] = "1x1"
+    """how the 32×32×3×256 logits are made: a transposed convolution to F maps and a 1×1 one to 768, or one
+    transposed convolution straight to 768"""
+
+    steps: Count = 100_000
+    batch_size: Count = 64
+    learning_rate: Positive = 5e-4
+
+    bound_samples: Count = 16
+    """S of the importance-weighted bound L_S, which the final evaluation gives beside the ELBO"""
+
+    log_every: Count = Field(default=100, json_schema_extra=Unkeyed)
+    """steps between points of the training curves"""
+    evaluate_every: Count = Field(default=5_000, json_schema_extra=Unkeyed)
+    """steps between evaluations on all evaluation images"""
+
+    def key(self) -> str:
+        """The trial's name in the store: a hash of what decides its numbers.
+
+        That is the fields that differ from their defaults (so that a new field with a neutral default
+        invalidates nothing), the data's fingerprint and ``dvq.NUMERICS``.
+        """
+        fields = type(self).model_fields
+        unkeyed = {name for name, field in fields.items() if field.json_schema_extra == Unkeyed}
+        chosen = self.model_dump(mode="json", exclude_defaults=True, exclude=unkeyed)
+        chosen |= {"estimator": self.estimator, "data": FINGERPRINTS[self.data], "numerics": dvq.NUMERICS}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+    def describe(self) -> str:
+        """The short name without what a sweep varies beside it: ``gs-soft-c512-k16-s0``."""
+        codes = f"-c{self.num_codes}" if isinstance(self, Discrete) else ""
+        return f"{self.estimator}{codes}-k{self.num_latents}-s{self.seed}"
+
+    @abstractmethod
+    def latents(self) -> "nn.Module":
+        """The latent variables' own parameters: one of the classes of ``dvq.latents``."""
+
+    @abstractmethod
+    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: int) -> Loss:
+        """The surrogate and the ELBO's terms for uint8 ``images`` (B, 32, 32, 3) at training step ``step``."""
+
+
+class Warmed(Trial):
+    """What the estimators with a KL term share: its weight may rise from 0."""
+
+    kl_warmup: Annotated[int, Field(ge=0)] = 0
+    """steps over which the KL's weight in the surrogate rises linearly to 1; 0: it is 1 from the start, as
+    in the paper. Evaluation always weighs it with 1."""
+
+    def kl_weight(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
+
+
+class Discrete(Trial):
+    """What the estimators of discrete latent variables share: the codebooks and their prior."""
+
+    num_codes: Annotated[int, Field(ge=2)] = 512
+    """C, categories of each latent variable"""
+    codebook_std: Positive | None = None
+    """σ of the codebooks' normal initialization; None: √(16 / (D·s)), which keeps 2Dσ²s, the spread of the
+    posterior's logits, at 32. With a smaller one the posterior is so close to uniform that training takes
+    hundreds of steps to leave it."""
+    codebook_init: Literal["normal", "kmeans"] = "normal"
+    """kmeans: the codebooks begin at the clusters of the first minibatches' encodings, so that no code is dead
+    from the start; the encodings' spread then decides that of the logits"""
+    prior: Literal["trained", "uniform"] = "trained"
+    """trained: by maximum likelihood along with the model, and counted in the rate; uniform: 1/C"""
+
+    def codebook_sigma(self) -> float:
+        """σ of the codebooks' initialization [units of v]."""
+        scale = getattr(self, "distance_scale", 1.0)
+        return self.codebook_std or float((16 / (self.code_dim * scale)) ** 0.5)
+
+
+class Stochastic(Warmed, Discrete):
+    """What the estimators of a categorical posterior share."""
+
+    distance_scale: Positive = 1.0
+    """s in the posterior's logits −s‖v − m‖²"""
+
+    def latents(self) -> "Codebooks":
+        from dvq.latents import Categorical
+
+        return Categorical(self)
+
+
+def values(trial: Trial) -> dict[str, Any]:
+    """All fields as plain JSON values."""
+    return trial.model_dump(mode="json")

@@ -1,0 +1,57 @@
+"""The sweep as a Kubeflow pipeline: one definition for every place where it runs.
+
+    plan ────────────┐
+    prepare_data ─ trials: for each trial: train → evaluate → analyze ─ report
+
+Its shape is what runs alike in kfp's local runners and on a cluster; each rule below avoids a fault that kfp
+2.17 does not report (the guard tests in tests/pipeline/test_kfp.py fail when one of them changes):
+
+- Only pipeline parameters, artifacts and the loop's own item enter the loop: the value of another task's
+  output parameter would be replaced by the item.
+- Nothing is collected from the loop. A trial's failure is data in the store, which ``report`` reads.
+- The loop sits in a pipeline of its own, because a loop gets no exit hook on a cluster; ``report`` depends on
+  that alone, because with ``ignore_upstream_failure`` it would run once for each dependency.
+- kfp's cache is off: it does not see the package's code. The store is the cache.
+"""
+
+from typing import Any
+
+from kfp import dsl
+from kfp.dsl import Dataset, Input
+
+from components.analyze.component import analyze
+from components.evaluate.component import evaluate
+from components.plan.component import plan
+from components.prepare_data.component import prepare_data
+from components.report.component import report
+from components.train.component import train
+
+
+def sweep_pipeline(jobs: int) -> Any:
+    """The pipeline that computes a sweep, ``jobs`` trials at a time (kfp wants a constant there).
+
+    Its parameters: ``sweep`` (JSON of dvq.config.Sweep), ``base`` (JSON of what all its trials share),
+    ``data_name`` and ``source`` (as prepare_data takes them), ``experiment`` (the name in MLflow).
+    """
+
+    @dsl.pipeline(name="trials")
+    def trials(items: list[str], data: Input[Dataset], base: str, experiment: str) -> None:
+        with dsl.ParallelFor(items, parallelism=jobs) as trial:
+            trained = _task(train, trial=trial, base=base, data=data, experiment=experiment)
+            model = trained.outputs["model"]
+            evaluated = _task(evaluate, data=data, model=model)
+            evaluation = evaluated.outputs["evaluation"]
+            _task(analyze, data=data, model=model, evaluation=evaluation, experiment=experiment)
+
+    @dsl.pipeline(name="dvq-sweep", description="Train, evaluate and analyse every trial of a sweep.")
+    def dvq_sweep(sweep: str, base: str, data_name: str, source: str, experiment: str) -> None:
+        items = _task(plan, sweep=sweep)
+        data = _task(prepare_data, name=data_name, source=source)
+        all_trials = trials(items=items.output, data=data.output, base=base, experiment=experiment)
+        _task(report, sweep=sweep).after(all_trials).ignore_upstream_failure()
+
+    return dvq_sweep
+
+
+def _task(component: Any, **arguments: Any) -> Any:
+    return component(**arguments).set_caching_options(False)

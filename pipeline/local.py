@@ -1,0 +1,156 @@
+"""The pipeline on this machine: kfp's SubprocessRunner in a process group of its own.
+
+The launcher (:mod:`pipeline.submit`) starts ``python -m pipeline.local``, which runs the pipeline; every task
+is a process below it, in the same group. The launcher holds the write end of this process's standard input and
+never closes it while it lives: when it is closed, by whatever death, the whole group ends.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from dvq import DvqError
+
+GRACE = 10
+"""Seconds between SIGTERM and SIGKILL."""
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+"""The environment that keeps a trial to one thread: several trials share the machine, and the number of threads
+decides the last bits of its results."""
+
+SCHEMA = "import sys; from components import tracking; tracking.ensure(sys.argv[1])"
+"""What makes MLflow's tables, once, before several tasks would try; in a process of its own, for mlflow is large."""
+
+
+def check(folder: Path, arguments: Mapping[str, str]) -> None:
+    """DvqError if kfp cannot run from where this is, or would change ``arguments`` without a word."""
+    if " " in sys.executable:
+        raise DvqError(
+            f"kfp's local runner breaks on the space in Python's path '{sys.executable}'; "
+            "move the project to a folder without spaces in its path"
+        )
+    # kfp replaces "python3" by the interpreter's path in all that it hands to a task.
+    if "python3" in str(folder):
+        raise DvqError(
+            f"kfp's local runner would rewrite 'python3' in the path '{folder}' and lose every output; "
+            "run from a folder without 'python3' in its path"
+        )
+    for name, value in arguments.items():
+        if "python3" in value:
+            raise DvqError(f"kfp's local runner would rewrite 'python3' in {name}; use a text or path without it")
+
+
+@contextlib.contextmanager
+def running(arguments: Mapping[str, str], jobs: int, folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """The running pipeline's process, ``jobs`` trials at a time, its log in ``folder``/kfp.log.
+
+    On leaving, whatever still runs is ended, and the tasks' temporary files are removed: what is worth keeping
+    is in the store.
+    """
+    work = folder / "work"
+    temporary = work / "tmp"
+    temporary.mkdir(parents=True)
+    environment = {**os.environ, **ONE_THREAD, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
+    with (folder / "kfp.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.local"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+        )
+    assert process.stdin
+    try:
+        job = {"arguments": dict(arguments), "jobs": jobs, "root": str(work / "root")}
+        with contextlib.suppress(BrokenPipeError):  # it died at once; its log and exit status tell
+            process.stdin.write(json.dumps(job).encode() + b"\n")
+            process.stdin.flush()
+        yield process
+    finally:
+        end(process)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """End ``process`` and all that it started, with GRACE seconds for the tasks; a second Ctrl-C cuts them short.
+
+    kfp goes first, and hard: on SIGTERM alone it would take each task's death for a failure and start the next.
+    """
+    try:
+        process.kill()
+        process.wait()
+        _signal_group(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE
+        while _signal_group(process.pid, 0) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        _signal_group(process.pid, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Whether there was a process in the group to send the signal to."""
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):  # macOS says the latter when only zombies are left
+        return False
+    return True
+
+
+def main() -> None:
+    """The child's side: one line of JSON says what to run, and the end of standard input that the launcher died."""
+    lifeline = os.fdopen(os.dup(0), "rb")
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)  # the tasks get no standard input
+    job = json.loads(lifeline.readline())
+    threading.Thread(target=_end_with_launcher, args=(lifeline,), daemon=True).start()
+    _run(job["arguments"], job["jobs"], job["root"])
+
+
+def _end_with_launcher(lifeline: IO[bytes]) -> None:
+    lifeline.read()
+    # Becoming a shell ends kfp at once, so that it starts no further task, and keeps the process group.
+    script = f"trap '' TERM; kill -TERM 0; sleep {GRACE}; kill -KILL 0"
+    os.execv("/bin/sh", ["sh", "-c", script])
+
+
+def _run(arguments: dict[str, str], jobs: int, root: str) -> None:
+    schema = subprocess.Popen([sys.executable, "-c", SCHEMA, arguments["experiment"]])
+    from kfp import local
+
+    from pipeline.definition import sweep_pipeline
+
+    lift_cap(jobs)
+    warnings.filterwarnings("ignore", message=".*custom or non-Python base image", category=RuntimeWarning)
+    # kfp deletes the workspace that it is given after the run, and leaves one of its own behind if it is killed.
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=root, workspace_root=root + "-workspace")
+    schema.wait()
+    sweep_pipeline(jobs)(**arguments)
+
+
+def lift_cap(jobs: int) -> None:
+    """Let kfp's local loop run ``jobs`` iterations at a time: it has a fixed cap of 2, set in the constructor."""
+    from kfp.local.orchestrator import enhanced_dag_orchestrator as orchestrator
+
+    class Uncapped(orchestrator.ParallelExecutor):  # type: ignore[misc]
+        def __init__(self, max_workers: int | None = None) -> None:
+            super().__init__(max_workers)
+            self.conservative_max: Any = jobs
+
+    orchestrator.ParallelExecutor = Uncapped
+
+
+if __name__ == "__main__":
+    main()

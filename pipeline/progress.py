@@ -1,0 +1,224 @@
+"""What one sees of a running sweep: a live table in a terminal, plain lines elsewhere.
+
+Both are drawn from the events that the tasks append to the trials' folders in the store.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from dvq.trial import Trial
+
+WAITING, FINISHED, FAILED = "waiting", "finished", "failed"
+STYLES = {WAITING: "dim", FINISHED: "green", FAILED: "red"}
+LOOK = 0.5
+"""Seconds between two looks at the events."""
+
+
+class Tail:
+    """The lines that were appended to a trial's events since the last look, each read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._directory = folder / "events"
+        self._read: dict[Path, int] = {}  # bytes
+
+    def fresh(self) -> Iterator[dict[str, Any]]:
+        read, self._read = self._read, {}  # files that are gone are forgotten: a new attempt begins anew
+        for path in sorted(self._directory.glob("*.jsonl")):
+            text = _text_from(path, read.get(path, 0))
+            whole = text[: text.rfind(b"\n") + 1]  # the rest is still being written
+            self._read[path] = read.get(path, 0) + len(whole)
+            for line in whole.splitlines():
+                with contextlib.suppress(ValueError):  # the end of a line, if the file was replaced meanwhile
+                    yield json.loads(line)
+
+
+def _text_from(path: Path, start: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read()
+    except FileNotFoundError:  # the trial starts again
+        return b""
+
+
+@dataclass
+class Row:
+    """A trial as the table shows it."""
+
+    name: str
+    trial: Trial
+    tail: Tail
+    state: str = WAITING
+    reason: str = ""
+    step: int = 0
+    images_per_second: float | None = None
+    bits_per_dim: float | None = None
+    evaluated: bool = False  # whether bits_per_dim is an evaluation's, not the training curve's
+    began: float = 0.0
+    at: float = 0.0
+    news: list[str] = field(default_factory=list)
+    """what happened since it was last emptied, in plain words"""
+
+    def update(self, since: float) -> None:
+        """Take in what happened after the time ``since`` [seconds since 1970]."""
+        for event in self.tail.fresh():
+            if event["time"] >= since:
+                self._take(event)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "state":
+            self.state = event["state"]
+            self.began = self.began or event["time"]
+            if self.state != FINISHED:
+                self.news.append(self.state)
+            else:
+                self.news.append(f"{FINISHED}: {self.bits_per_dim:.3f} bits/dim" if self.bits_per_dim else FINISHED)
+        elif event["kind"] == "failure":
+            self.state, self.reason = FAILED, event["reason"]
+            self.news.append(f"{FAILED}: {self.reason}")
+        elif event["kind"] == "metrics":
+            self._measure(event["step"], event["values"], event["time"])
+
+    def _measure(self, step: int, values: dict[str, float], at: float) -> None:
+        self.step, self.at = step, at
+        self.images_per_second = values.get("images_per_second", self.images_per_second)
+        evaluated = values.get(f"{self.trial.split}/bits_per_dim")
+        if evaluated is not None:
+            self.bits_per_dim, self.evaluated = evaluated, True
+            speed = f", {self.images_per_second:.0f} images/s" if self.images_per_second else ""
+            left = f", {clock(self.seconds_left())} left" if self.seconds_left() else ""
+            self.news.append(f"step {step}/{self.trial.steps}: {evaluated:.3f} bits/dim{speed}{left}")
+        elif not self.evaluated:
+            self.bits_per_dim = values.get("train/bits_per_dim", self.bits_per_dim)
+
+    def seconds_left(self, now: float | None = None) -> float | None:
+        """Seconds until the last step, evaluations along the way included; None while nothing is known."""
+        if self.state in (FINISHED, FAILED) or not self.step or self.at <= self.began:
+            return None
+        remaining = (self.trial.steps - self.step) * (self.at - self.began) / self.step
+        return max(0.0, remaining - ((now or self.at) - self.at))
+
+
+def display(console: Console, jobs: int) -> "LiveTable | PlainLines":
+    """The live table if ``console`` is a terminal, else plain lines."""
+    return LiveTable(console, jobs) if console.is_terminal else PlainLines(console)
+
+
+class LiveTable:
+    """The table, drawn in place."""
+
+    def __init__(self, console: Console, jobs: int) -> None:
+        self._console, self._jobs, self._began = console, jobs, time.time()
+        self._live = Live(console=console, auto_refresh=False)
+
+    def show(self, rows: list[Row], note: str) -> None:
+        for row in rows:
+            row.news.clear()
+        height = max(3, self._console.height - 6)
+        self._live.update(table(rows, note, self._jobs, time.time() - self._began, height), refresh=True)
+
+    def __enter__(self) -> "LiveTable":
+        self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._live.stop()
+
+
+class PlainLines:
+    """A line for each change of state and each evaluation."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._note = console, ""
+
+    def show(self, rows: list[Row], note: str) -> None:
+        if note and note != self._note:
+            self._print(note)
+            self._note = note
+        for row in rows:
+            for news in row.news:
+                self._print(f"{row.name}  {news}")
+            row.news.clear()
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> "PlainLines":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+def table(rows: list[Row], note: str, jobs: int, elapsed: float, height: int) -> Table:
+    """The rows as a table of at most ``height`` lines: those in motion first, then the failed ones."""
+    made = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", caption_style="")
+    made.add_column("trial", no_wrap=True, overflow="ellipsis", min_width=16)
+    made.add_column("state", no_wrap=True, overflow="ellipsis")
+    for title in ("step", "images/s", "bits/dim", "time left"):
+        made.add_column(title, justify="right", no_wrap=True)
+    shown = rows if len(rows) <= height else sorted(rows, key=_urgency)[: height - 1]
+    now = time.time()
+    for row in shown:
+        made.add_row(*_cells(row, now), style=STYLES.get(row.state, ""))
+    if len(shown) < len(rows):
+        made.add_row(f"… {len(rows) - len(shown)} more", style="dim")
+    made.caption = Text(_caption(rows, note, jobs, elapsed, now))
+    return made
+
+
+def _urgency(row: Row) -> int:
+    return {FAILED: 1, WAITING: 2, FINISHED: 3}.get(row.state, 0)
+
+
+def _cells(row: Row, now: float) -> Iterable[str]:
+    left = row.seconds_left(now)
+    speed, bits = row.images_per_second, row.bits_per_dim
+    return (
+        row.name,
+        f"{row.state}: {row.reason}" if row.reason else row.state,
+        f"{row.step}/{row.trial.steps}" if row.step else "",
+        f"{speed:.0f}" if speed and row.state not in (FINISHED, FAILED) else "",
+        f"{bits:.3f}" if bits else "",
+        clock(left) if left is not None else "",
+    )
+
+
+def _caption(rows: list[Row], note: str, jobs: int, elapsed: float, now: float) -> str:
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row.state] = counts.get(row.state, 0) + 1
+    told = ", ".join(f"{count} {state}" for state, count in counts.items())
+    left = sweep_seconds_left(rows, jobs, now)
+    ends = f" · about {clock(left)} left" if left else ""
+    return f"{told} · {clock(elapsed)} gone{ends}" + (f"\n{note}" if note else "")
+
+
+def sweep_seconds_left(rows: list[Row], jobs: int, now: float) -> float | None:
+    """A guess from the trials in motion: those that wait will take as long a step as the mean of these."""
+    moving = [row for row in rows if row.seconds_left(now) is not None]
+    if not moving:
+        return None
+    per_step = sum((row.at - row.began) / row.step for row in moving) / len(moving)
+    waiting = sum(row.trial.steps * per_step for row in rows if row.state == WAITING)
+    running = [row.seconds_left(now) or 0.0 for row in moving]
+    return max(max(running), (sum(running) + waiting) / jobs)
+
+
+def clock(seconds: float | None) -> str:
+    """``1:05``, ``2:03:04``."""
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,68 @@
+"""What a sweep came to: its table, what failed and why, and where to look further."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from components.store import Store
+from dvq.config import Sweep
+from dvq.fingerprints import LABELS
+from dvq.trial import Trial
+
+COLUMNS = ("name", "bits_per_dim", "rate", "distortion", "perplexity", "dead_codes", "images_per_second")
+"""of dvq.report's rows"""
+DID_NOT_START = "it did not start"
+DID_NOT_FINISH = "it did not finish; the log may say why"
+
+
+def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Console) -> dict[str, str]:
+    """Print the finished trials sorted by bits/dim, and the others with their reasons; these, by name."""
+    from dvq import report
+
+    found = {name: store.results(trial.key()) for name, trial in trials.items()}
+    finished = [{**one, "name": name} for name, one in found.items() if one]
+    failures = {name: _reason(store, trials[name]) for name, one in found.items() if not one}
+    if finished:
+        data = LABELS[next(iter(trials.values())).data]
+        split = finished[0]["evaluation"]["split"]
+        print(console, f"\n{sweep.name} on {data}, split {split}; rate, distortion and their sum in bits/dim")
+        console.print(_table(report.rows(finished, {})))
+        print(console, f"certificate {report.certificate(finished)}: equal when every number is equal, bit for bit")
+    if failures:
+        print(console, f"\n{len(failures)} of {len(trials)} trials failed; the same command tries them again:")
+    for name, reason in failures.items():
+        print(console, f"  {name}: {reason}")
+    return failures
+
+
+def print(console: Console, line: str) -> None:
+    """A line as it is: no markup, no colours, not broken."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    from dvq.report import COLUMNS as FORMS
+
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for key in COLUMNS:
+        heading, form = FORMS[key]
+        made.add_column(heading, justify="right" if form else "left", no_wrap=bool(form), overflow="fold")
+    for row in rows:
+        cells = [(row[key], FORMS[key][1]) for key in COLUMNS]
+        made.add_row(*("–" if value is None else format(value, form) for value, form in cells))
+    return made
+
+
+def _reason(store: Store, trial: Trial) -> str:
+    state = store.state(trial.key())
+    return state.reason or (DID_NOT_START if state.name == "new" else DID_NOT_FINISH)
+
+
+def where(sweep: Sweep, store: Store, console: Console) -> None:
+    """Print where the report is and how to look at the runs."""
+    page = store.report(sweep.name) / "report.html"
+    if page.exists():
+        print(console, f"\nreport: {page}")
+    print(console, "runs:   make ui")

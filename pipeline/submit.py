@@ -1,0 +1,169 @@
+"""Run a sweep: look at everything first, start the pipeline, show how it goes, print the results.
+
+    python -m pipeline.submit SWEEP [--on local] [--jobs 2] [--data SOURCE] [--fresh]
+"""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from components.store import Store
+from dvq.config import Sweep
+from dvq.fingerprints import FINGERPRINTS, LABELS
+from dvq.trial import Trial
+from pipeline import local, preflight, results
+from pipeline.progress import FAILED, FINISHED, LOOK, Row, Tail, display
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+ERROR = re.compile(r"[\w.]*(Error|Exception): ")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sweep that was looked at and can start."""
+
+    sweep: Sweep
+    trials: Mapping[str, Trial]
+    store: Store
+    arguments: Mapping[str, str]
+    jobs: int
+    folder: Path
+    """of this launch's log"""
+
+
+@app.command()
+def submit(
+    sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
+    on: Annotated[str, typer.Option(help="where it runs: local")] = "local",
+    jobs: Annotated[str, typer.Option(help="trials at a time")] = "2",
+    data: Annotated[str, typer.Option(help="where CIFAR-10 is: an archive, a folder or an address")] = "",
+    fresh: Annotated[bool, typer.Option(help="compute its trials anew")] = False,
+) -> None:
+    """Run a sweep; what the store has is not computed again."""
+    with preflight.one_sentence():
+        job = prepare(sweep, on, jobs, data)
+    if fresh:
+        remove(job)
+    raise SystemExit(run(job, Console()))
+
+
+def prepare(name: str, on: str, jobs: str, source: str) -> Job:
+    """Everything that can be told before any work; DvqError for what is wrong."""
+    preflight.check_place(on)
+    number = preflight.whole_number("JOBS", jobs)
+    sweep = preflight.find_sweep(name)
+    trials = sweep.trials()
+    store = preflight.set_environment()
+    data = next(iter(trials.values())).data
+    if Path(source).exists() and source:
+        source = str(Path(source).absolute())
+    arguments = {
+        "sweep": sweep.model_dump_json(),
+        "base": json.dumps(sweep.base),
+        "data_name": data,
+        "source": source,
+        "experiment": sweep.name,
+    }
+    folder = preflight.outputs() / "logs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sweep.name}"
+    local.check(folder, arguments)
+    preflight.check_data(data, source, store)
+    preflight.check_writable(store.root, "set DVQ_STORE to a folder that can")
+    preflight.check_writable(folder, "run from a folder that can")
+    return Job(sweep, trials, store, arguments, number, folder)
+
+
+def remove(job: Job) -> None:
+    """Remove the sweep's trials from the store, and say which."""
+    removed = [name for name, trial in job.trials.items() if job.store.trial(trial.key()).exists()]
+    for name in removed:
+        shutil.rmtree(job.store.trial(job.trials[name].key()))
+    print(f"removed from {job.store.root}: {', '.join(removed) or 'nothing'}")
+
+
+def run(job: Job, console: Console) -> int:
+    """Run the pipeline and say how it goes; the exit status."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    rows = [_row(name, trial, job.store) for name, trial in job.trials.items()]
+    began = time.time()
+    console.print(f"sweep {job.sweep.name}: {len(rows)} trials on {LABELS[job.arguments['data_name']]}", markup=False)
+    try:
+        with local.running(job.arguments, job.jobs, job.folder) as process:
+            _watch(process, rows, began, job, console)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on")
+        return 130
+    return conclude(job, process.returncode, console)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _row(name: str, trial: Trial, store: Store) -> Row:
+    row = Row(name, trial, Tail(store.trial(trial.key())))
+    found = store.results(trial.key())
+    if found:
+        row.state, row.step, row.bits_per_dim = FINISHED, trial.steps, found["evaluation"]["bits_per_dim"]
+        row.news.append(f"{FINISHED} before: {row.bits_per_dim:.3f} bits/dim")
+    return row
+
+
+def _watch(process: "subprocess.Popen[bytes]", rows: list[Row], began: float, job: Job, console: Console) -> None:
+    with display(console, job.jobs) as shown:
+        while True:
+            code = process.poll()
+            for row in rows:
+                row.update(began)
+            shown.show(rows, _note(rows, job) if code is None else "")
+            if code is not None:
+                return
+            time.sleep(LOOK)
+
+
+def _note(rows: list[Row], job: Job) -> str:
+    """What goes on beside the trials."""
+    name = job.arguments["data_name"]
+    if not (job.store.data(FINGERPRINTS[name]) / "data.json").exists():
+        return f"preparing {name}"
+    return "writing the report" if all(row.state in (FINISHED, FAILED) for row in rows) else ""
+
+
+def conclude(job: Job, code: int, console: Console) -> int:
+    """Print what the sweep came to; 0 if every trial finished and the pipeline succeeded, else 1."""
+    failures = results.show(job.sweep, job.trials, job.store, console)
+    lines = _log(job.folder)
+    if code != 0 and not failures:
+        told = ["the pipeline failed after the trials; the end of its log:", *lines[-15:]]
+    elif results.DID_NOT_START in failures.values():
+        told = [next((line for line in lines if ERROR.match(line)), f"the pipeline ended with exit status {code}")]
+    else:
+        told = []
+    for line in told:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    results.where(job.sweep, job.store, console)
+    console.print(f"log:    {job.folder / 'kfp.log'}", markup=False, highlight=False, soft_wrap=True)
+    return 1 if failures or code != 0 else 0
+
+
+def _log(folder: Path) -> list[str]:
+    """The lines of kfp's log, without its colours and blank lines."""
+    text = (folder / "kfp.log").read_text(encoding="utf-8", errors="replace")
+    return [line.strip() for line in COLOUR.sub("", text).splitlines() if line.strip(" -")]
+
+
+if __name__ == "__main__":
+    app()

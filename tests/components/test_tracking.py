@@ -1,0 +1,161 @@
+"""MLflow is brought up to date from a trial's folder, and nothing is doubled or lost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvq.estimators.gumbel_softmax import GSSoft
+
+from components import tracking
+from components.store import begin, state, write_json
+from dvq.config import trial
+from dvq.events import Events
+from dvq.figures import save_png
+from dvq.model import Model, save
+
+TINY = trial({"estimator": "gs-soft", "data": "cifar10-sample", "features": 4, "num_codes": 4, "code_dim": 3})
+
+
+@pytest.fixture(autouse=True)
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def folder_with(tmp_path: Path, steps: int) -> tuple[Path, Events]:
+    folder = tmp_path / "trial"
+    begin(folder, TINY, "gs-soft-c4-k8-s0")
+    diary = Events(folder)
+    diary.state("training")
+    for step in range(1, steps + 1):
+        diary.metrics(step, {"train/rate": step / 10})
+    return folder, diary
+
+
+def finish(folder: Path, diary: Events) -> None:
+    import numpy as np
+
+    save_png(np.zeros((8, 8, 3), dtype=np.uint8), folder / "images" / "a.png")
+    diary.image(1, "reconstructions", "images/a.png")
+    save(Model(TINY), folder / "model")
+    save_png(np.zeros((8, 8, 3), dtype=np.uint8), folder / "figures" / "codebooks.png")
+    for name in ("evaluation.json", "analysis.npz"):
+        write_json(folder / name, {})
+    write_json(folder / "results.json", {"provenance": {"torch": "x"}})
+    diary.state("finished")
+
+
+def runs(experiment: str = "sweep") -> list[Any]:
+    server = tracking.client()
+    found = server.get_experiment_by_name(experiment)
+    assert found is not None
+    return list(server.search_runs([found.experiment_id]))
+
+
+def history(run: Any, name: str) -> list[tuple[int, float]]:
+    points = tracking.client().get_metric_history(run.info.run_id, name)
+    return [(point.step, point.value) for point in points]
+
+
+def test_a_finished_trial_is_a_finished_run_with_all_it_made(tmp_path: Path) -> None:
+    folder, diary = folder_with(tmp_path, 3)
+    live = tracking.TrialRun(folder, "sweep")
+    live.sync()
+    assert runs()[0].info.status == "RUNNING"
+    diary.metrics(4, {"train/rate": 0.4, "test/bits_per_dim": 7.5})
+    finish(folder, diary)
+    live.sync()
+    (run,) = runs()
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "gs-soft-c4-k8-s0"
+    assert run.data.params["temperature"] == "0.5"
+    assert "bundled sample" in run.data.tags["dvq.data"]
+    assert history(run, "train/rate") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert run.data.metrics["test/bits_per_dim"] == 7.5
+    paths = {item.path for item in tracking.client().list_artifacts(run.info.run_id)}
+    assert {"figures", "images", "results.json"} <= paths
+    assert len(run.outputs.model_outputs) == 1
+
+
+def test_another_process_goes_on_without_doubling_a_point(tmp_path: Path) -> None:
+    folder, diary = folder_with(tmp_path, 2)
+    tracking.TrialRun(folder, "sweep").sync()
+    diary.metrics(3, {"train/rate": 0.3})
+    tracking.TrialRun(folder, "sweep").sync()
+    tracking.TrialRun(folder, "sweep").sync()
+    (run,) = runs()
+    assert history(run, "train/rate") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_a_new_attempt_replaces_the_run(tmp_path: Path) -> None:
+    folder, diary = folder_with(tmp_path, 2)
+    diary.failure("the machine was on fire")
+    tracking.TrialRun(folder, "sweep").sync()
+    (failed,) = runs()
+    assert (failed.info.status, failed.data.tags["dvq.failure"]) == ("FAILED", "the machine was on fire")
+    folder, _ = folder_with(tmp_path, 1)
+    tracking.TrialRun(folder, "sweep").sync()
+    (run,) = runs()
+    assert run.info.run_id != failed.info.run_id
+    assert history(run, "train/rate") == [(1, 0.1)]
+
+
+def test_two_sweeps_each_have_the_trial_that_they_share(tmp_path: Path) -> None:
+    folder, diary = folder_with(tmp_path, 1)
+    finish(folder, diary)
+    for sweep in ("first", "second", "first"):
+        tracking.TrialRun(folder, sweep).sync()
+    assert [len(runs(sweep)) for sweep in ("first", "second")] == [1, 1]
+
+
+def test_a_tracking_fault_is_said_and_never_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = folder_with(tmp_path, 1)
+
+    def down() -> None:
+        raise ConnectionError("no server")
+
+    monkeypatch.setattr(tracking, "client", down)
+    tracking.TrialRun(folder, "sweep").sync()
+    assert "could not be brought up to date; the trial goes on" in capsys.readouterr().out
+    assert state(folder).name == "interrupted"
+
+
+def test_the_model_loads_elsewhere_with_pickle_forbidden(tmp_path: Path) -> None:
+    folder, diary = folder_with(tmp_path, 1)
+    finish(folder, diary)
+    tracking.TrialRun(folder, "sweep").sync()
+    (run,) = runs()
+    assert isinstance(TINY, GSSoft)
+    uri = f"models:/{run.outputs.model_outputs[0].model_id}"
+    script = (
+        "import sys; sys.path = [p for p in sys.path if 'dvq' not in p]\n"
+        "import json, numpy as np, mlflow\n"
+        f"model = mlflow.pyfunc.load_model({uri!r})\n"
+        "images = np.zeros((2, 32, 32, 3), dtype=np.uint8)\n"
+        "codes = model.predict(images)\n"
+        "back = model.predict(images, params={'method': 'reconstruct'})\n"
+        "print(json.dumps([list(codes.shape), list(back.shape), str(back.dtype)]))\n"
+    )
+    environment = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [[2, 8, 8, 8], [2, 32, 32, 3], "uint8"]
+
+
+def test_no_uri_means_no_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    folder, _ = folder_with(tmp_path, 1)
+    tracking.TrialRun(folder, "sweep").sync()
+    assert not (tmp_path / "mlflow.db").exists()

@@ -1,0 +1,157 @@
+"""A trial's way through train, evaluate and analyze, with a store, without one, and with failures."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components import trials
+from components.store import State, Store, begin, state
+from dvq import data, events
+from dvq.config import trial
+from dvq.fingerprints import FINGERPRINTS
+
+BASE: dict[str, Any] = {
+    "data": "cifar10-sample",
+    "features": 4,
+    "num_latents": 2,
+    "num_codes": 4,
+    "code_dim": 3,
+    "residual_blocks": 0,
+    "batch_size": 8,
+    "steps": 4,
+    "log_every": 2,
+    "evaluate_every": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "sample"
+    data.prepare("cifar10-sample", "", folder)
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    found = Store.from_environment()
+    assert found is not None
+    return found
+
+
+def run(overrides: str, prepared: Path, out: Path) -> dict[str, Any]:
+    trials.train(overrides, json.dumps(BASE), prepared, out / "model", "")
+    numbers = trials.evaluate(prepared, out / "model", out / "evaluation")
+    trials.analyze(prepared, out / "model", out / "evaluation", out / "analysis", "")
+    return numbers
+
+
+def test_a_trial_becomes_results(store: Store, prepared: Path, tmp_path: Path) -> None:
+    numbers = run("estimator=gs-soft seed=3 evaluate_every=2", prepared, tmp_path)
+    key = trial({**BASE, "estimator": "gs-soft", "seed": 3}).key()
+    results = store.results(key)
+    assert results is not None
+    assert store.state(key) == State("finished")
+    assert results["name"] == "gs-soft-c4-k2-s3-evaluate-every-2"
+    assert results["data"]["fingerprint"] == FINGERPRINTS["cifar10-sample"]
+    assert results["evaluation"]["images"] == 500
+    assert results["evaluation"]["bits_per_dim"] == numbers["bits_per_dim"]
+    assert [point["step"] for point in results["curves"]] == [2, 4]
+    assert results["curves"][-1]["bits_per_dim"] == pytest.approx(numbers["bits_per_dim"], rel=1e-6)
+    assert results["provenance"]["threads"] == 1
+    for made in ("results.json", "analysis.npz", "figures/explained_variance.png", "figures/codebooks.png"):
+        assert (tmp_path / "analysis" / made).stat().st_size > 0
+    states = [event["state"] for event in events.read(store.trial(key)) if event["kind"] == "state"]
+    assert states == ["training", "evaluating", "analyzing", "finished"]
+
+
+def test_a_finished_trial_is_not_computed_again(store: Store, prepared: Path, tmp_path: Path) -> None:
+    first = run("estimator=vq-ema", prepared, tmp_path / "a")
+    folder = store.trial(trial({**BASE, "estimator": "vq-ema"}).key())
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert run("estimator=vq-ema", prepared, tmp_path / "b") == first
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert (tmp_path / "b" / "analysis" / "results.json").exists()
+
+
+def test_an_interrupted_trial_starts_again(store: Store, prepared: Path, tmp_path: Path) -> None:
+    one = trial({**BASE, "estimator": "vq-ema"})
+    begin(store.trial(one.key()), one, "x")
+    events.Events(store.trial(one.key())).metrics(2, {"train/rate": 1.0})
+    assert store.state(one.key()).name == "interrupted"
+    run("estimator=vq-ema", prepared, tmp_path)
+    assert store.state(one.key()).name == "finished"
+    steps = [
+        e["step"]
+        for e in events.read(store.trial(one.key()))
+        if e["kind"] == "metrics" and "train/rate" in e["values"]
+    ]
+    assert steps == [2, 4]
+
+
+def test_without_a_store_the_artifacts_are_complete(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DVQ_STORE", raising=False)
+    numbers = run("estimator=vq-ema", prepared, tmp_path)
+    results = json.loads((tmp_path / "analysis" / "results.json").read_text(encoding="utf-8"))
+    assert results["evaluation"]["bits_per_dim"] == numbers["bits_per_dim"]
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_a_trial_that_raises_is_a_failure_with_its_reason(
+    store: Store, prepared: Path, tmp_path: Path
+) -> None:
+    assert run("estimator=gs-soft learning_rate=1e30", prepared, tmp_path) == {}
+    found = store.state(trial({**BASE, "estimator": "gs-soft", "learning_rate": 1e30}).key())
+    assert found.name == "failed"
+    assert "training diverged: at step " in found.reason
+
+
+def test_out_of_memory_is_a_failure_with_its_reason(store: Store, prepared: Path, tmp_path: Path) -> None:
+    run("estimator=gs-soft num_codes=2000000000", prepared, tmp_path)
+    found = store.state(trial({**BASE, "estimator": "gs-soft", "num_codes": 2_000_000_000}).key())
+    assert found.name == "failed"
+    assert found.reason.startswith("out of memory: ")
+
+
+def test_a_failure_is_tried_again(store: Store, prepared: Path, tmp_path: Path) -> None:
+    one = trial({**BASE, "estimator": "vq-ema"})
+    begin(store.trial(one.key()), one, "x")
+    events.Events(store.trial(one.key())).failure("the disk was full")
+    assert store.state(one.key()) == State("failed", "the disk was full")
+    run("estimator=vq-ema", prepared, tmp_path)
+    assert store.state(one.key()).name == "finished"
+
+
+def test_a_failing_evaluation_is_recorded_and_the_analysis_leaves_the_trial_alone(
+    store: Store, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such thing\nas this")
+
+    monkeypatch.setattr("dvq.evaluate.evaluate", broken)
+    run("estimator=vq-ema", prepared, tmp_path)
+    found = store.state(trial({**BASE, "estimator": "vq-ema"}).key())
+    assert found == State("failed", "evaluating: RuntimeError: no such thing")
+
+
+@pytest.mark.parametrize(
+    ("code", "says"), [(-signal.SIGKILL, "SIGKILL"), (-signal.SIGSEGV, "SIGSEGV"), (3, "exit code 3")]
+)
+def test_any_death_has_a_sentence(code: int, says: str) -> None:
+    assert says in trials.death(code)
+
+
+def test_a_line_that_is_still_being_written_is_no_event(tmp_path: Path) -> None:
+    diary = events.Events(tmp_path)
+    diary.state("training")
+    (tmp_path / "events" / "000001.jsonl").write_text('{"kind": "state", "st', encoding="utf-8")
+    assert [event["kind"] for event in events.read(tmp_path)] == ["state"]
+    assert events.read(tmp_path).__next__()["pid"] == os.getpid()
+    assert state(tmp_path).name == "interrupted"

@@ -1,0 +1,137 @@
+"""The ELBO's two terms, and that evaluation takes hard samples of every image."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dvq.config import trial
+from dvq.evaluate import evaluate
+from dvq.latents import Categorical, Nearest, gumbel
+from dvq.model import Model
+
+TINY: dict[str, Any] = {
+    "data": "cifar10-sample",
+    "features": 4,
+    "num_latents": 2,
+    "num_codes": 5,
+    "code_dim": 3,
+    "residual_blocks": 1,
+}
+
+
+def tiny(estimator: str, **options: Any) -> Model:
+    torch.manual_seed(0)
+    return Model(trial({**TINY, "estimator": estimator, **options})).double().eval()
+
+
+def images(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def some_v(n: int) -> torch.Tensor:
+    return torch.randn(2, n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def test_posterior_is_a_softmax_of_negative_squared_distances() -> None:
+    latents: Categorical = tiny("gs-soft", distance_scale=0.7).latents
+    v = some_v(4)
+    distances = (v.unsqueeze(2) - latents.codebook.unsqueeze(1)).square().sum(-1)
+    torch.testing.assert_close(latents.logits(v).softmax(-1), (-0.7 * distances).softmax(-1))
+
+
+def test_kl_is_the_mean_of_log_q_minus_log_p_over_samples() -> None:
+    latents: Categorical = tiny("gs-soft").latents
+    with torch.no_grad():
+        latents.prior_logits.copy_(torch.tensor([[2.0, 0, 0, 0, -1], [0, 1, 0, 0, 0]]))
+    logits = latents.logits(some_v(1)).detach()
+    samples = logits.expand(2, 200_000, 5)
+    z = (samples + gumbel(samples.contiguous(), torch.Generator().manual_seed(0))).argmax(-1)
+    ratio = logits.log_softmax(-1).expand_as(samples).gather(2, z.unsqueeze(-1)).squeeze(-1)
+    ratio = ratio - latents.log_prior().gather(1, z)
+    error = ratio.std(1) / ratio.shape[1] ** 0.5
+    assert ((latents.kl(logits).squeeze(1) - ratio.mean(1)).abs() < 4 * error).all()
+
+
+def test_kl_is_zero_where_posterior_equals_prior_and_positive_elsewhere() -> None:
+    latents: Categorical = tiny("gs-soft").latents
+    logits = latents.logits(some_v(3))
+    assert (latents.kl(logits) > 0.01).all()
+    with torch.no_grad():
+        latents.prior_logits.copy_(logits[:, 0])
+    assert latents.kl(logits)[:, 0].abs().max() < 1e-12
+
+
+def test_vq_rate_is_the_code_length_under_the_prior() -> None:
+    latents: Nearest = tiny("vq-ema").latents
+    codes = torch.tensor([[0, 4], [1, 1]])
+    assert latents.rate(codes).flatten().tolist() == pytest.approx([math.log(5)] * 4)
+    with torch.no_grad():
+        latents.prior_logits[0, 0] = math.log(4.0)  # p(z_0 = 0) = 4 / 8
+    assert latents.rate(codes)[0, 0].item() == pytest.approx(math.log(2))
+
+
+def test_vq_codes_are_the_nearest() -> None:
+    latents: Nearest = tiny("vq-ema").latents
+    v = some_v(50)
+    assert torch.equal(latents.codes(v), torch.cdist(v, latents.codebook).argmin(-1))
+
+
+def test_evaluation_draws_the_codes_from_the_posterior() -> None:
+    """Argmax codes charged with the stochastic KL are no ELBO: here q is uniform, but for a hair."""
+    model = tiny("gs-soft")
+    with torch.no_grad():
+        model.latents.codebook.mul_(1e-6)
+    usage = np.asarray(evaluate(model, images(40))["usage"])
+    assert usage.sum(1).tolist() == [40 * 64, 40 * 64]
+    assert usage.min() > 0.8 * usage.sum() / usage.size
+
+
+def test_evaluation_decodes_rows_of_the_codebook() -> None:
+    model, seen = tiny("gs-soft"), []
+    decode = model.decoder.nll
+
+    def spy(vectors: torch.Tensor, *rest: Any) -> Any:
+        seen.append(vectors)
+        return decode(vectors, *rest)
+
+    model.decoder.nll = spy  # type: ignore[method-assign]
+    evaluate(model, images(3))
+    gaps = torch.cdist(seen[0], model.latents.codebook).amin(-1)
+    assert gaps.max() < 1e-6
+
+
+@pytest.mark.parametrize("estimator", ["gs-soft", "vq-ema"])
+def test_evaluation_is_the_mean_over_every_image_whatever_the_batch(estimator: str) -> None:
+    sharp = {"distance_scale": 1e9} if estimator == "gs-soft" else {}  # so that sampling is no matter
+    model, batch = tiny(estimator, codebook_std=1.0, **sharp), images(7)
+    whole = evaluate(model, batch, batch_size=7)
+    pieces = evaluate(model, batch, batch_size=3)
+    singles = [evaluate(model, batch[i : i + 1])["bits_per_dim"] for i in range(7)]
+    assert whole["images"] == 7
+    assert whole["bits_per_dim"] == pytest.approx(pieces["bits_per_dim"], rel=1e-12)
+    assert whole["bits_per_dim"] == pytest.approx(np.mean(singles), rel=1e-12)
+    assert whole["bits_per_dim_se"] == pytest.approx(np.std(singles, ddof=1) / 7**0.5, rel=1e-6)
+    assert whole["bits_per_dim"] == pytest.approx(whole["rate"] + whole["distortion"], rel=1e-12)
+
+
+def test_a_uniform_model_with_its_posterior_at_the_prior_costs_eight_bits() -> None:
+    model = tiny("gs-soft")
+    with torch.no_grad():
+        model.latents.codebook.zero_()
+        model.decoder.head.weight.zero_()
+        model.decoder.head.bias.zero_()
+    result = evaluate(model, images(3))
+    assert result["bits_per_dim"] == pytest.approx(8.0, rel=1e-12)
+    assert result["rate"] == pytest.approx(0.0, abs=1e-12)
+    assert result["distortion_se"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_evaluation_leaves_the_model_as_it_was() -> None:
+    model = tiny("gs-soft").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    evaluate(model, images(3))
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

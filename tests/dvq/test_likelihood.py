@@ -1,0 +1,60 @@
+"""The pixels' likelihood: what it costs, and that the tiled form is the plain one."""
+
+import math
+
+import pytest
+import torch
+
+from dvq.evaluate import BITS_PER_DIM
+from dvq.likelihood import plain_nll, tiled_nll
+
+SUBPIXELS = 3 * 32 * 32
+
+
+def head(images: int, features: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = (images, 1024, features), (768, features), (768,)
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def pixels(images: int) -> torch.Tensor:
+    return torch.randint(
+        0, 256, (images, 1024, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+
+
+def test_a_uniform_model_costs_eight_bits_a_dimension() -> None:
+    nll = plain_nll(torch.zeros(2, 1024, 768, dtype=torch.float64), pixels(2))
+    assert nll.shape == (2, 3)
+    assert nll.sum(1).tolist() == pytest.approx([SUBPIXELS * math.log(256)] * 2, rel=1e-12)
+    assert (nll.sum(1) * BITS_PER_DIM).tolist() == pytest.approx([8.0, 8.0], rel=1e-12)
+
+
+def test_each_value_from_0_to_255_is_a_category_of_its_own() -> None:
+    logits = torch.zeros(256, 1, 3, 256, dtype=torch.float64)
+    logits[torch.arange(256), :, :, torch.arange(256)] = 50.0  # image v is certain of the value v everywhere
+    values = torch.arange(256, dtype=torch.uint8).view(256, 1, 1).expand(-1, 1, 3)
+    assert plain_nll(logits.flatten(2), values).max() < 1e-9
+    assert plain_nll(logits.flatten(2), values.flip(0)).min() > 49
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_tiles_agree_with_the_plain_form(dtype: torch.dtype, tolerance: float, weighted: bool) -> None:
+    inputs, targets = head(2, 5, dtype), pixels(2)
+    weights = torch.tensor([0.25, 3.0], dtype=dtype) if weighted else None
+    hidden, weight, bias = inputs
+    plain = plain_nll(hidden @ weight.T + bias, targets)
+    expected = (plain.sum(1) * weights).sum() if weights is not None else plain.sum()
+    total, nll = tiled_nll(hidden, weight, bias, targets, weights)
+    torch.testing.assert_close(total, expected, rtol=tolerance, atol=0)
+    torch.testing.assert_close(nll, plain, rtol=tolerance, atol=0)
+    gradients = torch.autograd.grad(2 * total, inputs)
+    for found, right in zip(gradients, torch.autograd.grad(2 * expected, inputs), strict=True):
+        assert (found - right).norm() <= tolerance * right.norm()
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    hidden, weight, bias = (tensor.detach() for tensor in head(1, 4, torch.float32))
+    total, _ = tiled_nll(hidden, weight, bias, pixels(1))
+    assert not total.requires_grad
