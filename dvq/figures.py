@@ -40,9 +40,7 @@ def figure_1a(results: Sequence[Result]) -> Figure:
     trials = [result["trial"] for result in results]
     sizes = sorted({trial["num_latents"] for trial in trials})
     apart = min(result["evaluation"]["bits_per_dim"] for result in results) > max(PAPER.values()) + APART
-    figure = new_figure(
-        "Bits/dim against the size of the codebooks", results, max(10, 4.8 + 2.6 * len(sizes)), 4.6
-    )
+    figure = new_figure("Bits/dim against codebook size", results, max(10, 4.8 + 2.6 * len(sizes)), 4.6)
     rows: dict[str, Any] = {"nrows": 2, "height_ratios": [3, 1]} if apart else {}
     panels = figure.subplots(ncols=len(sizes), squeeze=False, sharex=True, sharey="row", **rows)
     for column, latents in zip(panels.T, sizes, strict=True):
@@ -206,7 +204,7 @@ def _codebooks(figure: Figure, panels: Any, analysis: Analysis) -> None:
     norm = Normalize(analysis.norms.min(), analysis.norms.max())
     for k, axes in enumerate(panels):
         if k >= len(analysis.norms):
-            axes.set_visible(False)
+            axes.remove()
             continue
         x, used = analysis.projections[k], analysis.usage[k] > 0
         colours = ScalarMappable(norm, "viridis").to_rgba(analysis.norms[k])
@@ -219,7 +217,9 @@ def _codebooks(figure: Figure, panels: Any, analysis: Analysis) -> None:
         for n, name in enumerate((axes.set_xlabel, axes.set_ylabel, axes.set_zlabel), start=1):
             name(f"PC {n}", labelpad=-15, size=7, color="0.4")
         axes.text2D(1.05, 0.95, f"k = {k + 1}", transform=axes.transAxes, size=8, ha="right")
-    figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels, shrink=0.7).ax.set_title("norm", size=8)
+    figure.colorbar(
+        ScalarMappable(norm, "viridis"), ax=panels[: len(analysis.norms)], shrink=0.7
+    ).ax.set_title("norm", size=8)
 
 
 def reconstructions(

@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
 def gumbel(like: Tensor, generator: Generator) -> Tensor:
     """Gumbel(0, 1) noise −log(−log u) of ``like``'s shape."""
-    u = torch.empty_like(like)
+    u = like.new_empty(like.shape)  # not empty_like: the order of the noise must not hang on strides
     if u.is_cuda:  # an exponential is −log u; which of the two is cheaper depends on the device
         return u.exponential_(generator=generator).log_().neg_()
     return u.uniform_(generator=generator).log_().neg_().log_().neg_()
@@ -222,7 +222,8 @@ class Nearest(Codebooks):
         dead = (self.counts < below) & ~used  # (K, C)
         pick = torch.randint(v.shape[1], dead.shape, generator=generator, device=v.device)
         fresh = v.gather(1, pick.unsqueeze(-1).expand(-1, -1, v.shape[-1]))  # (K, C, D)
-        self.codebook.copy_(torch.where(dead.unsqueeze(-1), fresh, self.codebook))
+        moved = torch.where(dead.unsqueeze(-1), fresh, self.codebook)
+        self.codebook.data.copy_(moved)  # .data: a backward pass to come needs the codebook's shape alone
         self.counts.masked_fill_(dead, below)
         self.sums.copy_(torch.where(dead.unsqueeze(-1), fresh * below, self.sums))
 
@@ -235,7 +236,7 @@ class Normal(nn.Module):
     def sample(self, v: Tensor, generator: Generator) -> Sample:
         """μ + σε; KL = ½ Σ_D (μ² + σ² − 1 − 2ρ) [nats]."""
         mean, rho = v.chunk(2, -1)
-        noise = torch.empty_like(mean).normal_(generator=generator)
+        noise = mean.new_empty(mean.shape).normal_(generator=generator)
         z = mean + rho.exp() * noise
         rate = 0.5 * (mean.square() + (2 * rho).exp() - 1 - 2 * rho).sum(-1)
         log_ratio = 0.5 * (z.square() - noise.square() - 2 * rho).sum(-1)

@@ -6,6 +6,7 @@ Run as ``python -m dvq.train FOLDER --data DATA`` it trains the trial that FOLDE
 import argparse
 import functools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -24,8 +25,9 @@ from dvq.config import trial as make_trial
 from dvq.data import Data, load
 from dvq.evaluate import BITS_PER_DIM, evaluate
 from dvq.events import Events
-from dvq.model import Model, save
-from dvq.trial import Trial
+from dvq.latents import kmeans
+from dvq.model import POSITIONS, Model, save
+from dvq.trial import Discrete, Trial
 
 SHOWN = 16  # images in a picture of reconstructions
 
@@ -65,14 +67,25 @@ class Trainer:
         torch.manual_seed(trial.seed)
         self.trial, self.images, self.device = trial, images, device
         self.model = Model(trial).to(device, dtype)
+        if isinstance(trial, Discrete) and trial.codebook_init == "kmeans":
+            self._place_codebooks(trial)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=trial.learning_rate, fused=True)
+
+    @torch.no_grad()
+    def _place_codebooks(self, trial: Discrete) -> None:
+        """Begin with the clusters of the first minibatches' encodings, ten or more for each code."""
+        count = math.ceil(10 * trial.num_codes / (trial.batch_size * POSITIONS))
+        encodings = torch.cat([self.model.encoder(self._minibatch(step)) for step in range(count)], 1)
+        self.model.latents.place(kmeans(encodings, trial.num_codes, noise(trial.seed, 0, self.device)))
+
+    def _minibatch(self, step: int) -> Tensor:
+        index = minibatch(step, self.trial.batch_size, len(self.images), self.trial.seed)
+        return torch.from_numpy(self.images[index]).to(self.device)
 
     def step(self, step: int) -> Tensor:
         """Train on minibatch ``step``; the surrogate, distortion and rate, (3,) [nats an image]."""
         trial = self.trial
-        index = minibatch(step, trial.batch_size, len(self.images), trial.seed)
-        batch = torch.from_numpy(self.images[index]).to(self.device)
-        loss = trial.loss(self.model, batch, noise(trial.seed, step, self.device), step)
+        loss = trial.loss(self.model, self._minibatch(step), noise(trial.seed, step, self.device), step)
         loss.surrogate.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -47,7 +47,9 @@ def main(arguments: list[str]) -> int:
     old = stale()
     if "--check" in arguments:
         for path in old:
-            print(f"{path.relative_to(FOLDER.parent)} is not what its component compiles to: run make components")
+            print(
+                f"{path.relative_to(FOLDER.parent)} is not what its component compiles to: run make components"
+            )
         return 1 if old else 0
     for path in old:
         path.write_text(compiled(COMPONENTS[path.parent.name]), encoding="utf-8")

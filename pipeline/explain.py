@@ -11,7 +11,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 @app.command()
-def explain(sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke") -> None:
+def explain(
+    sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
+) -> None:
     """For each trial: finished, or computed and why."""
     with preflight.one_sentence():
         found = preflight.find_sweep(sweep)

@@ -47,7 +47,9 @@ def check(folder: Path, arguments: Mapping[str, str]) -> None:
         )
     for name, value in arguments.items():
         if "python3" in value:
-            raise DvqError(f"kfp's local runner would rewrite 'python3' in {name}; use a text or path without it")
+            raise DvqError(
+                f"kfp's local runner would rewrite 'python3' in {name}; use a text or path without it"
+            )
 
 
 @contextlib.contextmanager

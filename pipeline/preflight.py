@@ -39,12 +39,16 @@ def find_sweep(name: str) -> Sweep:
         path = SWEEPS / f"{name}.yaml"
         known = sorted(one.stem for one in SWEEPS.glob("*.yaml"))
         if name not in known:
-            raise DvqError(f"no sweep is called '{name}'; known: {', '.join(known)}; or give a file, SWEEP=path.yaml")
+            raise DvqError(
+                f"no sweep is called '{name}'; known: {', '.join(known)}; or give a file, SWEEP=path.yaml"
+            )
     sweep = load_sweep(path)
     trials = sweep.trials()
     data = sorted({trial.data for trial in trials.values()})
     if len(data) > 1:
-        raise DvqError(f"sweep '{sweep.name}': its trials name several datasets ({', '.join(data)}); make a sweep for each")
+        raise DvqError(
+            f"sweep '{sweep.name}': its trials name several datasets ({', '.join(data)}); make a sweep for each"
+        )
     return sweep
 
 
@@ -68,7 +72,9 @@ def whole_number(name: str, text: str) -> int:
 
 def check_place(place: str) -> None:
     if place not in PLACES:
-        raise DvqError(f"ON = '{place}': a sweep runs on this machine only, ON=local; docker and kfp are to come")
+        raise DvqError(
+            f"ON = '{place}': a sweep runs on this machine only, ON=local; docker and kfp are to come"
+        )
 
 
 def check_data(name: str, source: str, store: Store) -> None:

@@ -82,7 +82,9 @@ class Row:
             if self.state != FINISHED:
                 self.news.append(self.state)
             else:
-                self.news.append(f"{FINISHED}: {self.bits_per_dim:.3f} bits/dim" if self.bits_per_dim else FINISHED)
+                self.news.append(
+                    f"{FINISHED}: {self.bits_per_dim:.3f} bits/dim" if self.bits_per_dim else FINISHED
+                )
         elif event["kind"] == "failure":
             self.state, self.reason = FAILED, event["reason"]
             self.news.append(f"{FAILED}: {self.reason}")

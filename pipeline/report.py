@@ -13,7 +13,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 @app.command()
-def report(sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke") -> None:
+def report(
+    sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
+) -> None:
     """Write a sweep's report again; exit status 1 if a trial of it is not finished."""
     with preflight.one_sentence():
         found = preflight.find_sweep(sweep)

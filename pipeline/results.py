@@ -27,17 +27,20 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
     if finished:
         data = LABELS[next(iter(trials.values())).data]
         split = finished[0]["evaluation"]["split"]
-        print(console, f"\n{sweep.name} on {data}, split {split}; rate, distortion and their sum in bits/dim")
+        say(console, f"\n{sweep.name} on {data}, split {split}; rate, distortion and their sum in bits/dim")
         console.print(_table(report.rows(finished, {})))
-        print(console, f"certificate {report.certificate(finished)}: equal when every number is equal, bit for bit")
+        say(
+            console,
+            f"certificate {report.certificate(finished)}: equal when every number is equal, bit for bit",
+        )
     if failures:
-        print(console, f"\n{len(failures)} of {len(trials)} trials failed; the same command tries them again:")
+        say(console, f"\n{len(failures)} of {len(trials)} trials failed; the same command tries them again:")
     for name, reason in failures.items():
-        print(console, f"  {name}: {reason}")
+        say(console, f"  {name}: {reason}")
     return failures
 
 
-def print(console: Console, line: str) -> None:
+def say(console: Console, line: str) -> None:
     """A line as it is: no markup, no colours, not broken."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -64,5 +67,5 @@ def where(sweep: Sweep, store: Store, console: Console) -> None:
     """Print where the report is and how to look at the runs."""
     page = store.report(sweep.name) / "report.html"
     if page.exists():
-        print(console, f"\nreport: {page}")
-    print(console, "runs:   make ui")
+        say(console, f"\nreport: {page}")
+    say(console, "runs:   make ui")

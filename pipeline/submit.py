@@ -1,6 +1,6 @@
 """Run a sweep: look at everything first, start the pipeline, show how it goes, print the results.
 
-    python -m pipeline.submit SWEEP [--on local] [--jobs 2] [--data SOURCE] [--fresh]
+python -m pipeline.submit SWEEP [--on local] [--jobs 2] [--data SOURCE] [--fresh]
 """
 
 import json
@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pipeline.progress import FAILED, FINISHED, LOOK, Row, Tail, display
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ERROR = re.compile(r"[\w.]*(Error|Exception): ")
+DOWNLOAD = re.compile(r"downloading: .*")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -99,7 +99,9 @@ def run(job: Job, console: Console) -> int:
         signal.signal(number, _interrupt)
     rows = [_row(name, trial, job.store) for name, trial in job.trials.items()]
     began = time.time()
-    console.print(f"sweep {job.sweep.name}: {len(rows)} trials on {LABELS[job.arguments['data_name']]}", markup=False)
+    results.say(
+        console, f"sweep {job.sweep.name}: {len(rows)} trials on {LABELS[job.arguments['data_name']]}"
+    )
     try:
         with local.running(job.arguments, job.jobs, job.folder) as process:
             _watch(process, rows, began, job, console)
@@ -122,7 +124,9 @@ def _row(name: str, trial: Trial, store: Store) -> Row:
     return row
 
 
-def _watch(process: "subprocess.Popen[bytes]", rows: list[Row], began: float, job: Job, console: Console) -> None:
+def _watch(
+    process: "subprocess.Popen[bytes]", rows: list[Row], began: float, job: Job, console: Console
+) -> None:
     with display(console, job.jobs) as shown:
         while True:
             code = process.poll()
@@ -138,7 +142,8 @@ def _note(rows: list[Row], job: Job) -> str:
     """What goes on beside the trials."""
     name = job.arguments["data_name"]
     if not (job.store.data(FINGERPRINTS[name]) / "data.json").exists():
-        return f"preparing {name}"
+        told = DOWNLOAD.findall((job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace"))
+        return f"preparing {name}" + (f": {told[-1]}" if told else "")
     return "writing the report" if all(row.state in (FINISHED, FAILED) for row in rows) else ""
 
 
@@ -149,13 +154,15 @@ def conclude(job: Job, code: int, console: Console) -> int:
     if code != 0 and not failures:
         told = ["the pipeline failed after the trials; the end of its log:", *lines[-15:]]
     elif results.DID_NOT_START in failures.values():
-        told = [next((line for line in lines if ERROR.match(line)), f"the pipeline ended with exit status {code}")]
+        told = [
+            next((line for line in lines if ERROR.match(line)), f"the pipeline ended with exit status {code}")
+        ]
     else:
         told = []
     for line in told:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        results.say(console, line)
     results.where(job.sweep, job.store, console)
-    console.print(f"log:    {job.folder / 'kfp.log'}", markup=False, highlight=False, soft_wrap=True)
+    results.say(console, f"log:    {job.folder / 'kfp.log'}")
     return 1 if failures or code != 0 else 0
 
 

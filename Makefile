@@ -1,0 +1,64 @@
+# make help lists the commands, from the comments behind ##.
+
+PYTHON3 ?= python3
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.installed
+
+SWEEP ?= smoke
+ON ?= local
+JOBS ?= 2
+DATA ?=
+FRESH ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help submit-sweep explain report ui test check components golden clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+submit-sweep: $(READY) ## run a sweep: SWEEP=smoke or path.yaml, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew
+	@$(PYTHON) -m pipeline.submit "$(SWEEP)" --on "$(ON)" --jobs "$(JOBS)" --data "$(DATA)" $(if $(filter-out 0,$(FRESH)),--fresh)
+
+explain: $(READY) ## what a sweep would compute, and why
+	@$(PYTHON) -m pipeline.explain "$(SWEEP)"
+
+report: $(READY) ## write a sweep's report again, from the store
+	@$(PYTHON) -m pipeline.report "$(SWEEP)"
+
+ui: $(READY) ## MLflow's pages on this machine's sweeps
+	@$(PYTHON) -m mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1
+
+test: $(READY) ## every test that needs no daemon
+	@$(PYTHON) -m pytest
+
+check: $(READY) ## format, lint, types, compiled components
+	@$(PYTHON) -m ruff format --check
+	@$(PYTHON) -m ruff check
+	@$(PYTHON) -m mypy
+	@$(PYTHON) -m pipeline.compile --check
+
+components: $(READY) ## compile the components to components/*/component.yaml
+	@$(PYTHON) -m pipeline.compile
+
+golden: $(READY) ## write the golden loss curves again, after raising dvq.NUMERICS
+	@$(PYTHON) tests/dvq/test_golden.py
+
+clean: ## remove what make installed and the caches; outputs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# Torch comes first and by itself, for its size: pip shows how far the download is. An interrupted set-up leaves no
+# stamp and is begun again; a changed lock only brings what is there up to date.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed; name one, make PYTHON3=/path/to/python" >&2; exit 2; }
+	@$(PYTHON3) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON3) has no venv module; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	@test -e $@ || $(PYTHON3) -m venv --clear $(VENV)
+	@rm -f $@
+	@echo "installing into $(VENV): a few minutes, once"
+	@$(PYTHON) -m pip --disable-pip-version-check install "$$(grep '^torch==' requirements.lock)"
+	@$(PYTHON) -m pip --disable-pip-version-check -qq install -r requirements.lock
+	@$(PYTHON) -m pip --disable-pip-version-check -qq install --no-deps --editable .
+	@touch $@

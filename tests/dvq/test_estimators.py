@@ -1,0 +1,286 @@
+"""One contract for every estimator under every option, and what is particular to some."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dvq import load
+from dvq.config import estimators, trial
+from dvq.estimators.gs_soft import GSSoft
+from dvq.estimators.vimco import leave_one_out
+from dvq.evaluate import evaluate
+from dvq.latents import Categorical, Nearest, kmeans
+from dvq.model import Model, save
+from dvq.train import Trainer
+
+IMAGES = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+SMALL: dict[str, Any] = {
+    "data": "cifar10-sample",
+    "num_latents": 2,
+    "code_dim": 3,
+    "features": 4,
+    "batch_size": 6,
+}
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"num_codes": 7},
+    {"normalization": "none"},
+    {"residual_blocks": 0},
+    {"residual_blocks": 4},
+    {"output_head": "transposed"},
+    {"code_dim": 16},
+    {"prior": "uniform"},
+    {"codebook_init": "kmeans"},
+    {"codebook_std": 0.2},
+    {"distance_scale": 0.5},
+    {"kl_warmup": 3},
+    {"temperature": 1.0, "final_temperature": 0.2, "annealing_steps": 2},
+    {"samples": 2},
+    {"baseline_decay": 0.5},
+    {"commitment": 1.0, "ema_decay": 0.9},
+    {"revive_below": 1.0},
+]
+GRID = [
+    pytest.param(name, options, id=f"{name} {' '.join(f'{k}={v}' for k, v in options.items())}")
+    for name, cls in sorted(estimators().items())
+    for options in OPTIONS
+    if all(key in cls.model_fields for key in options)
+]
+
+
+@pytest.mark.parametrize(("estimator", "options"), GRID)
+def test_every_estimator_trains_saves_and_evaluates_to_the_same(
+    estimator: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    codes = {"num_codes": 5} if "num_codes" in estimators()[estimator].model_fields else {}
+    one = trial({**SMALL, **codes, **options, "estimator": estimator})
+    trainer = Trainer(one, IMAGES, torch.device("cpu"), torch.float32)
+    untrained = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
+    for step in range(3):
+        assert torch.isfinite(trainer.step(step)).all()
+    for name, tensor in trainer.model.named_parameters():
+        assert torch.isfinite(tensor).all(), name
+        assert not torch.equal(tensor, untrained[name]), f"{name} got no gradient"
+    save(trainer.model, tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.trial == one
+    before, after = (evaluate(model, IMAGES, bound_samples=2) for model in (trainer.model, loaded))
+    assert before == after
+    assert sum(after["ledger"]["latents"]) == pytest.approx(after["rate"], rel=1e-6)
+    assert sum(after["ledger"]["channels"]) == pytest.approx(after["distortion"], rel=1e-6)
+
+
+def test_there_is_a_grid() -> None:
+    assert {param.values[0] for param in GRID} == set(estimators())
+    assert len(GRID) > 60
+
+
+def some_v(n: int, spread: float = 1.0) -> Tensor:
+    return spread * torch.randn(2, n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def small(estimator: str, **options: Any) -> Model:
+    torch.manual_seed(0)
+    return Model(trial({**SMALL, "num_codes": 5, **options, "estimator": estimator})).double()
+
+
+# --- Gumbel-Softmax
+
+
+def test_temperature_falls_geometrically_and_stays() -> None:
+    one = trial(
+        {"estimator": "gs-soft", "temperature": 1.0, "final_temperature": 0.25, "annealing_steps": 10}
+    )
+    assert isinstance(one, GSSoft)
+    assert [one.temperature_at(step) for step in (0, 5, 10, 99)] == pytest.approx([1.0, 0.5, 0.25, 0.25])
+    constant = trial({"estimator": "gs-soft"})
+    assert isinstance(constant, GSSoft)
+    assert constant.temperature_at(10**6) == 0.5
+
+
+@pytest.mark.parametrize("estimator", ["gs-soft", "gs-hard", "vimco", "nvil", "gaussian"])
+def test_kl_warmup_weighs_the_surrogate_and_not_the_rate(estimator: str) -> None:
+    codes = {"num_codes": 5} if estimator != "gaussian" else {}
+    one = trial({**SMALL, **codes, "estimator": estimator, "kl_warmup": 4})
+    assert [one.kl_weight(step) for step in (0, 1, 3, 4)] == [0.25, 0.5, 1.0, 1.0]  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    model, images = Model(one).double().eval(), torch.from_numpy(IMAGES)
+    terms = [one.loss(model, images, torch.Generator().manual_seed(0), step) for step in (0, 9)]
+    assert terms[0].rate == terms[1].rate > 0
+    assert terms[0].surrogate != terms[1].surrogate
+
+
+def test_gs_hard_decodes_codes_and_gs_soft_mixtures() -> None:
+    for estimator, exact in (("gs-hard", True), ("gs-soft", False)):
+        model, seen = small(estimator), []
+        decode = model.distortion
+
+        def spy(vectors: Tensor, images: Tensor, seen: list[Tensor] = seen, decode: Any = decode) -> Any:
+            seen.append(vectors)
+            return decode(vectors, images)
+
+        model.distortion = spy  # type: ignore[method-assign]
+        model.trial.loss(model, torch.from_numpy(IMAGES), torch.Generator().manual_seed(0), 0)
+        gap = torch.cdist(seen[0], model.latents.codebook).amin(-1).max()
+        assert (gap < 1e-6) == exact
+
+
+# --- VIMCO
+
+
+def test_leave_one_out_is_the_equation_written_out() -> None:
+    w = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = leave_one_out(w)
+    for s in range(4):
+        for b in range(3):
+            others = [w[t, b].item() for t in range(4) if t != s]
+            replaced = [*others, sum(others) / 3]
+            bound, without = (math.log(sum(map(math.exp, x)) / 4) for x in (w[:, b].tolist(), replaced))
+            assert found[s, b].item() == pytest.approx(bound - without, rel=1e-10)
+
+
+# --- NVIL
+
+
+def test_nvil_normalizes_by_statistics_from_before_the_minibatch() -> None:
+    scored = small("nvil").latents
+    with torch.no_grad():
+        scored.baseline[2].weight.zero_()
+        scored.baseline[2].bias.fill_(2.0)
+    v, w = some_v(4 * 64), torch.tensor([1.0, 3.0, 5.0, 7.0], dtype=torch.float64)
+    first, _ = scored.signal(w, v, update=True)
+    assert first.tolist() == [0.0] * 4  # no statistics yet
+    assert (scored.mean.item(), scored.variance.item()) == pytest.approx((2.0, 5.0))
+    second, fit = scored.signal(w + 10, v, update=True)
+    assert second.tolist() == pytest.approx([(x + 10 - 2 - 2) / 5**0.5 for x in w.tolist()])
+    assert scored.mean.item() == pytest.approx(0.9 * 2.0 + 0.1 * 12.0)
+    (gradient,) = torch.autograd.grad(fit.sum(), scored.baseline[2].bias)
+    assert gradient.item() == pytest.approx(-2 * (w + 10 - scored.mean - 2).sum().item())
+
+
+# --- VQ-VAE
+
+
+@pytest.mark.parametrize("estimator", ["vq-ema", "vq-loss"])
+def test_vq_gradients_are_those_of_the_equation(estimator: str) -> None:
+    """Straight-through to the encoder, commitment to the encoder alone, the codebook loss to the codebook."""
+    model, images = small(estimator, commitment=0.7).eval(), torch.from_numpy(IMAGES[:3])
+    surrogate = model.trial.loss(model, images, torch.Generator(), 0).surrogate
+    encoder, head = model.encoder.body[-1].weight, model.decoder.head.weight
+    inputs = [encoder, head, model.latents.prior_logits]
+    inputs += [model.latents.codebook] if estimator == "vq-loss" else []
+    found = torch.autograd.grad(surrogate, inputs)
+
+    v = model.encoder(images)
+    codes = torch.cdist(v, model.latents.codebook).argmin(-1)
+    m = model.latents.vectors(codes)
+    z = m.detach().requires_grad_()
+    distortion = model.distortion(z, images)[0] / 3
+    straight_through, to_head = torch.autograd.grad(distortion, [z, head])
+    elements = v.numel()
+    to_v = straight_through + 0.7 * 3072 * 2 * (v - m) / elements
+    right = [torch.autograd.grad(v, encoder, to_v.detach())[0], to_head]
+    counts = torch.stack([torch.bincount(row, minlength=5) for row in codes]).double()
+    right.append((model.latents.log_prior().exp() * counts.sum(1, keepdim=True) - counts) / 3)
+    if estimator == "vq-loss":
+        chosen = torch.nn.functional.one_hot(codes, 5).double()  # (K, N, C)
+        right.append(-2 * 3072 / elements * torch.einsum("knc,knd->kcd", chosen, (v - m).detach()))
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_ema_is_kmeans_on_a_fixed_assignment() -> None:
+    latents: Nearest = small("vq-ema", ema_decay=0.5).latents
+    v = some_v(300)
+    codes = latents.codes(v)
+    for _ in range(60):
+        latents.follow(v, codes)
+    for k in range(2):
+        for c in codes[k].unique():
+            torch.testing.assert_close(
+                latents.codebook[k, c], v[k, codes[k] == c].mean(0), rtol=1e-4, atol=1e-5
+            )
+
+
+def test_ema_weighs_the_past_by_its_decay() -> None:
+    latents: Nearest = small("vq-ema", ema_decay=0.9).latents
+    before = latents.codebook.clone()
+    v = some_v(4)
+    codes = torch.zeros(2, 4, dtype=torch.long)
+    latents.follow(v, codes)
+    n, s = 0.9 * 1 + 0.1 * 4, 0.9 * before[:, 0] + 0.1 * v.sum(1)
+    torch.testing.assert_close(latents.counts[:, 0], torch.full((2,), n, dtype=torch.float64))
+    torch.testing.assert_close(latents.codebook[:, 0], s / n, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(latents.codebook[:, 1:], before[:, 1:], rtol=1e-3, atol=1e-4)
+
+
+def test_smoothing_is_no_part_of_the_state() -> None:
+    latents: Nearest = small("vq-ema", ema_decay=0.5).latents
+    v = some_v(4)
+    for _ in range(200):
+        latents.follow(v, torch.zeros(2, 4, dtype=torch.long))
+    assert latents.counts[:, 1:].max() < 1e-30
+    assert torch.isfinite(latents.codebook).all()
+
+
+@pytest.mark.parametrize("estimator", ["vq-ema", "vq-loss"])
+def test_revival_moves_dead_codes_to_encodings_and_never_a_used_one(estimator: str) -> None:
+    latents: Nearest = small(estimator, codebook_std=1e-6).latents
+    v = some_v(50, spread=5.0) + 20
+    codes = torch.randint(0, 3, (2, 50), generator=torch.Generator().manual_seed(0))  # 3 and 4 are not used
+    latents.counts[:] = torch.tensor([0.01, 5.0, 0.01, 0.01, 5.0])
+    before = latents.codebook.clone()
+    latents.revive(v, codes, 0.0, torch.Generator())
+    assert torch.equal(latents.codebook, before)
+    latents.revive(v, codes, 0.5, torch.Generator().manual_seed(1))
+    assert torch.equal(latents.codebook[:, [0, 1, 2, 4]], before[:, [0, 1, 2, 4]])
+    assert torch.cdist(latents.codebook[:, 3:4], v).amin(-1).max() < 1e-6
+    torch.testing.assert_close(latents.sums[:, 3], 0.5 * latents.codebook[:, 3])
+    assert latents.counts[:, 3].tolist() == [0.5, 0.5]
+
+
+def test_the_trained_prior_reaches_the_codes_frequencies() -> None:
+    latents: Nearest = small("vq-ema").latents
+    codes = torch.tensor([[0] * 50 + [1] * 30 + [2] * 20, [4] * 90 + [0] * 10])
+    optimizer = torch.optim.Adam([latents.prior_logits], lr=0.1)
+    for _ in range(500):
+        latents.rate(codes).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = torch.tensor([[0.5, 0.3, 0.2, 0, 0], [0.1, 0, 0, 0, 0.9]], dtype=torch.float64)
+    torch.testing.assert_close(latents.log_prior().exp().detach(), expected, rtol=0.01, atol=0.003)
+
+
+# --- Codebooks
+
+
+def test_kmeans_finds_clusters_and_the_codebooks_begin_there() -> None:
+    centers = torch.tensor([[[0.0, 0], [10, 0], [0, 10]], [[5.0, 5], [-5, 5], [0, -9]]])
+    points = centers.repeat_interleave(40, 1)
+    points = points + 0.01 * torch.randn(points.shape, generator=torch.Generator().manual_seed(0))
+    found = min(
+        (kmeans(points, 3, torch.Generator().manual_seed(seed)) for seed in range(10)),
+        key=lambda c: torch.cdist(points, c).amin(-1).sum().item(),
+    )
+    assert torch.cdist(centers, found).amin(-1).max() < 0.01
+    assert kmeans(points[:, :2], 5, torch.Generator()).shape == (2, 5, 2)
+
+    one = trial({**SMALL, "num_codes": 5, "estimator": "vq-ema", "codebook_init": "kmeans"})
+    model = Trainer(one, IMAGES, torch.device("cpu"), torch.float32).model
+    v = model.encoder(torch.from_numpy(IMAGES)).detach()
+    assert torch.cdist(v, model.latents.codebook).amin(-1).mean() < 0.8 * v.std()
+    torch.testing.assert_close(model.latents.sums, model.latents.codebook)
+
+
+@pytest.mark.parametrize(("dim", "scale"), [(16, 1.0), (32, 1.0), (64, 1.0), (32, 0.25)])
+def test_the_default_spread_of_the_logits_is_the_same_for_every_dimension(dim: int, scale: float) -> None:
+    one = trial({**SMALL, "estimator": "gs-soft", "code_dim": dim, "distance_scale": scale, "num_codes": 512})
+    torch.manual_seed(0)
+    latents: Categorical = Model(one).latents
+    spread = 2 * dim * latents.codebook.var().item() * scale
+    assert spread == pytest.approx(32, rel=0.1)

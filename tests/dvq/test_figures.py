@@ -1,0 +1,241 @@
+"""What the figures show: axes, curves, marks and words."""
+
+import itertools
+
+import numpy as np
+import pytest
+from matplotlib import colormaps
+from matplotlib.image import imread
+from matplotlib.text import Text
+
+from dvq import figures, style
+from dvq.analyze import analyze
+
+SAMPLE = "bundled sample: not comparable with the paper's numbers"
+
+
+def result(estimator, codes, latents, seed, bits, **more):
+    """The contents of a results.json, as far as figures read it."""
+    trial = {
+        "estimator": estimator,
+        "num_codes": codes,
+        "num_latents": latents,
+        "seed": seed,
+        "split": "test",
+    }
+    told = "".join(f"-{key}-{value}" for key, value in more.items())
+    return {
+        "name": f"{estimator}-c{codes}-k{latents}-s{seed}{told}",
+        "trial": {key: value for key, value in (trial | more).items() if value is not None},
+        "data": {"name": "cifar10"},
+        "evaluation": {"bits_per_dim": bits},
+        "curves": [{"rate": 0.1 * n, "distortion": bits - 0.3 + 1 / n} for n in (1, 2, 3)],
+    }
+
+
+def sweep(estimators=("gs-soft", "vq-ema"), sizes=(16, 64, 256), latents=(4,), seeds=(0, 1)):
+    """bits/dim is 5 + C/1000 + seed/10."""
+    points = itertools.product(estimators, sizes, latents, seeds)
+    return [result(e, c, k, s, 5 + c / 1000 + s / 10) for e, c, k, s in points]
+
+
+def analyses(results, dead=0):
+    rng = np.random.default_rng(0)
+    usage = np.ones((4, 16), int)
+    usage[:, :dead] = 0
+    return {one["name"]: analyze(rng.normal(size=(4, 16, 5)), usage) for one in results}
+
+
+def words(figure):
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def legend(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def curves(axes):
+    return (line for line in axes.lines if line.get_label() not in figures.PAPER and line.get_label() != "_")
+
+
+def test_figure_1a_is_the_mean_and_range_over_seeds():
+    figure = figures.figure_1a(sweep(latents=(4, 8)))
+    assert [axes.get_title() for axes in figure.axes] == ["K = 4", "K = 8"]
+    axes = figure.axes[0]
+    gs, vq = curves(axes)
+    assert gs.get_xdata() == pytest.approx([16, 64, 256])
+    assert gs.get_ydata() == pytest.approx([5.066, 5.114, 5.306])
+    assert [gs.get_color(), vq.get_color()] == [style.style(name)[1] for name in ("gs-soft", "vq-ema")]
+    ranges = axes.collections[0].get_segments()
+    assert ranges[2] == pytest.approx(np.array([[256, 5.256], [256, 5.356]]))
+    assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == (
+        "log",
+        "C, codes in a codebook",
+        "test bits/dim",
+    )
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["16", "64", "256", "512"]
+
+
+def test_figure_1a_bears_the_papers_numbers():
+    figure = figures.figure_1a(sweep())
+    assert len(figure.axes) == 1
+    marks = {
+        line.get_label(): line.get_ydata()[0]
+        for line in figure.axes[0].lines
+        if line.get_label() in figures.PAPER
+    }
+    assert sorted(marks.values()) == [4.54, 4.61, 4.67, 4.81]
+    assert all(label.endswith(str(value)) for label, value in marks.items())
+    star = next(line for line in figure.axes[0].lines if line.get_label().startswith("GS-Soft, C = 512"))
+    assert star.get_xdata() == [512]
+    assert legend(figure) == ["GS-Soft", "VQ-VAE, EMA", *figures.PAPER]
+    assert "the paper, on all of CIFAR-10" in words(figure)
+
+
+def test_results_far_above_the_papers_have_axes_of_their_own():
+    far = [one | {"evaluation": {"bits_per_dim": 7.0}} for one in sweep()]
+    ours, papers = figures.figure_1a(far).axes
+    assert len(list(curves(ours))) == 2
+    assert not list(curves(papers))
+    assert len(papers.lines) == 4
+    assert ours.get_ylim()[0] > 6
+
+
+def test_continuous_latents_are_a_line_and_other_fields_are_settings():
+    both = [result("gaussian", None, 4, 0, 4.9)]
+    both += [result("gs-soft", c, 4, 0, 5.0, temperature=t) for c in (16, 64) for t in (0.5, 1)]
+    figure = figures.figure_1a(both)
+    assert legend(figure)[:2] == ["Gaussian VAE", "GS-Soft (2 settings)"]
+    line, *settings = curves(figure.axes[0])
+    assert line.get_ydata() == pytest.approx([4.9, 4.9])
+    assert [list(one.get_xdata()) for one in settings] == [[16, 64], [16, 64]]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"), [("name", "cifar10-sample", SAMPLE), ("split", "tune", "held-out")]
+)
+def test_every_sweep_figure_says_what_cannot_be_compared(field, value, says):
+    comparable, other = sweep(), sweep()
+    for one in other:
+        one["data" if field == "name" else "trial"][field] = value
+    for draw in (
+        figures.figure_1a,
+        figures.figure_1c,
+        lambda results: figures.figure_1b(results, analyses(results)),
+        lambda results: figures.figure_2(results, analyses(results)),
+    ):
+        assert says in "".join(words(draw(other)))
+        assert "not comparable" not in "".join(words(draw(comparable)))
+
+
+def test_few_groups_are_all_shown_many_one_an_estimator():
+    assert [group.label for group in style.shown(sweep())] == [
+        f"{name}, C = {codes}, K = 4" for name in ("GS-Soft", "VQ-VAE, EMA") for codes in (16, 64, 256)
+    ]
+    assert [len(group.results) for group in style.shown(sweep())] == [2] * 6
+    looks = {(group.colour, str(group.dashes)) for group in style.shown(sweep())}
+    assert len(looks) == 6
+    papers = style.shown(sweep(sizes=(16, 64, 256), latents=(8, 16)))
+    assert [group.label for group in papers] == ["GS-Soft, C = 64, K = 16", "VQ-VAE, EMA, C = 64, K = 16"]
+    largest = style.shown(sweep(sizes=(16, 64, 256), latents=(4, 8)))
+    assert [group.label for group in largest] == ["GS-Soft, C = 256, K = 8", "VQ-VAE, EMA, C = 256, K = 8"]
+
+
+def test_an_unknown_estimator_has_its_own_fixed_colour():
+    assert style.style("rloo") == style.style("rloo")
+    assert style.style("rloo")[0] == "rloo"
+    assert len({style.style(name)[1] for name in style.ESTIMATORS}) == len(style.ESTIMATORS)
+
+
+def test_figure_1b_shows_all_codes_beside_the_used():
+    results = sweep(sizes=(16,))
+    found = analyses(results, dead=5)
+    figure = figures.figure_1b(results, found)
+    everything, used = figure.axes
+    assert [everything.get_title(), used.get_title()] == ["all codes", "codes weighted by usage"]
+    assert everything.get_ylabel() == "fraction of variance explained"
+    seeds = [found[f"gs-soft-c16-k4-s{seed}"] for seed in (0, 1)]
+    for axes, field in ((everything, "explained"), (used, "explained_weighted")):
+        assert axes.get_xlabel() == "principal components"
+        mean = np.mean([getattr(seed, field) for seed in seeds], axis=(0, 1))
+        assert axes.lines[0].get_ydata() == pytest.approx(mean)
+        assert axes.lines[0].get_xdata() == pytest.approx(np.arange(6))
+        assert len(axes.collections) == 2  # a range an estimator
+    assert legend(figure) == ["GS-Soft, C = 16, K = 4", "VQ-VAE, EMA, C = 16, K = 4"]
+
+
+def test_figure_1c_goes_through_the_evaluations_and_ends_in_a_mark():
+    figure = figures.figure_1c(sweep(sizes=(16,)))
+    axes = figure.axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("rate [bits/dim]", "distortion [bits/dim]")
+    first, end = axes.lines[:2]
+    assert first.get_xdata() == pytest.approx([0.1, 0.2, 0.3])
+    assert first.get_ydata() == pytest.approx([5.716, 5.216, 4.716 + 1 / 3])
+    assert end.get_xydata() == pytest.approx(first.get_xydata()[-1:])
+    assert end.get_markersize() > first.get_markersize()
+    diagonals = [line for line in axes.lines if line.get_color() == "0.8"]
+    assert len(diagonals) > 3
+    sums = [line.get_xdata() + line.get_ydata() for line in diagonals]
+    assert all(one[0] == pytest.approx(one[1]) for one in sums)
+    named = {float(text.get_text()) for text in axes.texts if text.get_text()}
+    assert named
+    assert named <= {round(float(one[0]), 6) for one in sums}
+    assert len(legend(figure)) == 2  # a label an estimator, whatever the seeds
+
+
+def test_figure_2_has_a_row_a_trial_and_a_column_a_latent():
+    results = sweep(sizes=(16,))
+    found = analyses(results, dead=5)
+    figure = figures.figure_2(results, found)
+    figure.draw_without_rendering()
+    panels = [axes for axes in figure.axes if axes.name == "3d"]
+    assert len(panels) == 2 * 4
+    used, dead = panels[0].collections
+    assert (len(used.get_offsets()), len(dead.get_offsets())) == (11, 5)
+    assert len(dead.get_facecolor()) == 0  # rings
+    norms = found["gs-soft-c16-k4-s0"].norms
+    colours = colormaps["viridis"]((norms[0] - norms.min()) / (norms.max() - norms.min()))
+    assert np.sort(used.get_facecolor(), axis=0) == pytest.approx(np.sort(colours[5:], axis=0))  # far to near
+    assert np.sort(dead.get_edgecolor(), axis=0) == pytest.approx(np.sort(colours[:5], axis=0))
+    assert [panels[0].get_title("left"), panels[4].get_title("left")] == [
+        "GS-Soft, C = 16, K = 4",
+        "VQ-VAE, EMA, C = 16, K = 4",
+    ]
+    assert "norm" in words(figure)
+    wide = {results[0]["name"]: analyze(np.random.default_rng(0).normal(size=(16, 5, 4)))}
+    assert (
+        len([axes for axes in figures.figure_2(results, wide).axes if axes.name == "3d"])
+        == figures.MOST_COLUMNS
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1), (5, 8, 3), (20, 4, 2)])
+@pytest.mark.filterwarnings("error")
+def test_figures_of_one_trial(shape, tmp_path):
+    for codebook in (np.random.default_rng(0).normal(size=shape), np.ones(shape)):
+        found = analyze(codebook)
+        for figure in (figures.explained_variance(found, "a trial"), figures.codebooks_3d(found, "a trial")):
+            assert "a trial" in words(figure)
+            figures.save_png(figure, tmp_path / "figures" / "one.png")
+            assert imread(tmp_path / "figures" / "one.png").shape[2] == 4
+    panels = [axes for axes in figure.axes if axes.name == "3d"]
+    assert len(panels) == min(16, shape[0])
+
+
+def test_a_mosaic_holds_each_image_above_its_reconstruction(tmp_path):
+    rng = np.random.default_rng(0)
+    images, reconstructed = rng.integers(0, 256, (2, 20, 32, 32, 3), dtype=np.uint8)
+    mosaic = figures.reconstructions(images, reconstructed, scale=3)
+    assert mosaic.shape == (3 * (4 * 33 - 1), 3 * (16 * 33 - 1), 3)
+    small = mosaic[1::3, 1::3]
+    np.testing.assert_array_equal(mosaic, small.repeat(3, 0).repeat(3, 1))
+    np.testing.assert_array_equal(small[:32, 33:65], images[1])
+    np.testing.assert_array_equal(small[33:65, 33:65], reconstructed[1])
+    np.testing.assert_array_equal(small[66:98, 3 * 33 : 3 * 33 + 32], images[19])
+    np.testing.assert_array_equal(small[99:131, 3 * 33 : 3 * 33 + 32], reconstructed[19])
+    assert (small[66:, 4 * 33 :] == 255).all()
+    figures.save_png(mosaic, tmp_path / "images" / "mosaic.png")
+    read = imread(tmp_path / "images" / "mosaic.png")[..., :3]
+    np.testing.assert_array_equal(np.round(read * 255).astype(np.uint8), mosaic)
+    with pytest.raises(ValueError, match="20, 32"):
+        figures.reconstructions(images, reconstructed[:1])

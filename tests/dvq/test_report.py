@@ -1,0 +1,217 @@
+"""The report: a table, figures, and one page that holds everything and loads nothing."""
+
+import base64
+import copy
+import html
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from dvq import report
+from dvq.analyze import analyze
+
+FAILURES = {"vimco-c16-k4-s0": "training was killed by <SIGKILL> & more"}
+EVIL = '<script>alert("x")</script>'
+
+
+def result(estimator, codes, bits):
+    found = analyze(np.random.default_rng(codes).normal(size=(4, codes, 8)))
+    numbers = {"bits_per_dim": bits, "rate": 0.25, "distortion": bits - 0.25, "bits_per_dim_se": 0.0123}
+    return {
+        "format": 1,
+        "name": f"{estimator}-c{codes}-k4-s0",
+        "key": f"{estimator}{codes}",
+        "trial": {
+            "estimator": estimator,
+            "num_codes": codes,
+            "num_latents": 4,
+            "seed": 0,
+            "steps": 200,
+            "split": "test",
+        },
+        "data": {
+            "name": "cifar10-sample",
+            "label": "bundled sample of CIFAR-10",
+            "fingerprint": "0123456789abcdef",
+        },
+        "provenance": {"commit": "c0ffee", "torch": "2.13.0", "device": "cpu", "threads": 1},
+        "training": {"steps": 200, "seconds": 60.0, "images_per_second": 101.4},
+        "evaluation": {"split": "test", "images": 500, **numbers, "perplexity": 7.5, "dead_codes": 3},
+        "analysis": found.summary(),
+        "curves": [{"step": step, "rate": 0.2, "distortion": 7 - step / 100} for step in (100, 200)],
+    }, found
+
+
+@pytest.fixture
+def sweep():
+    """Three results, the best neither first nor last, and their analyses."""
+    made = [result("gs-soft", 16, 7.2), result("gs-soft", 256, 6.9), result("vq-ema", 16, 7.0)]
+    return [one for one, _ in made], {one["name"]: found for one, found in made}
+
+
+class Page(HTMLParser):
+    """The tags of a page, and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def written(sweep, tmp_path):
+    results, analyses = sweep
+    return report.write(tmp_path / "reports" / "smoke", "smoke", f"A try {EVIL}", results, analyses, FAILURES)
+
+
+def test_rows_are_sorted_by_bits_per_dim_and_failures_come_last(sweep):
+    rows = report.rows(sweep[0], FAILURES)
+    assert [row["name"] for row in rows] == [
+        "gs-soft-c256-k4-s0",
+        "vq-ema-c16-k4-s0",
+        "gs-soft-c16-k4-s0",
+        *FAILURES,
+    ]
+    assert rows[-1] == {"name": "vimco-c16-k4-s0", "reason": FAILURES["vimco-c16-k4-s0"]}
+    best = rows[0]
+    assert {
+        key: best[key] for key in ("estimator", "num_codes", "num_latents", "seed", "steps", "split", "data")
+    } == {
+        "estimator": "gs-soft",
+        "num_codes": 256,
+        "num_latents": 4,
+        "seed": 0,
+        "steps": 200,
+        "split": "test",
+        "data": "cifar10-sample",
+    }
+    assert (best["bits_per_dim"], best["bits_per_dim_se"], best["rate"]) == (6.9, 0.0123, 0.25)
+    assert (best["perplexity"], best["dead_codes"], best["images_per_second"]) == (7.5, 3, 101.4)
+    assert best["components_95"] == sweep[0][1]["analysis"]["components_95_mean"]
+
+
+def test_numbers_that_are_not_there_or_not_finite_are_none_and_sort_last(sweep):
+    results = sweep[0]
+    results[0]["evaluation"]["bits_per_dim"] = math.nan
+    del results[1]["analysis"], results[1]["trial"]["num_codes"], results[1]["evaluation"]["perplexity"]
+    rows = report.rows(results, {})
+    assert [row["bits_per_dim"] for row in rows] == [6.9, 7.0, None]
+    assert rows[0]["num_codes"] is rows[0]["components_95"] is rows[0]["perplexity"] is None
+    assert "–" in report.page("smoke", "", results, {}, {})
+
+
+def test_the_certificate_holds_names_and_exact_numbers_only(sweep):
+    results = sweep[0]
+    certificate = report.certificate(results)
+    assert re.fullmatch("[0-9a-f]{16}", certificate)
+    assert report.certificate(results[::-1]) == certificate
+    for where, key, value, same in (
+        ("evaluation", "bits_per_dim", math.nextafter(7.2, 8), False),
+        ("evaluation", "rate", 0.26, False),
+        ("evaluation", "distortion", 6.0, False),
+        ("training", "seconds", 1.0, True),
+        ("provenance", "commit", "other", True),
+    ):
+        changed = copy.deepcopy(results)
+        changed[0][where][key] = value
+        assert (report.certificate(changed) == certificate) == same, key
+    assert report.certificate([{**results[0], "name": "other"}, *results[1:]]) != certificate
+    assert report.certificate(results[1:]) != certificate
+
+
+def test_the_page_names_every_trial_and_failure_and_what_it_was_made_from(written, sweep):
+    page = Page(written.read_text())
+    for told in (
+        *(one["name"] for one in sweep[0]),
+        *FAILURES,
+        *FAILURES.values(),
+        "1 of 4 trials failed",
+        "6.900 ± 0.012",
+        "bundled sample: not comparable with the paper's numbers",
+        "bundled sample of CIFAR-10, fingerprint 0123456789ab",
+        "c0ffee",
+        "2.13.0",
+        "(distortion + rate) / (3072 ln 2)",
+        "make submit-sweep SWEEP=smoke",
+        report.certificate(sweep[0]),
+    ):
+        assert told in page.text, told
+    assert page.text.index("trials failed") < page.text.index(
+        "gs-soft-c256-k4-s0", page.text.index("lowest") + 60
+    )
+    assert len(page.all("tr")) == 1 + 3
+    assert len(page.all("button")) == len(page.all("th")) == len(report.COLUMNS)
+
+
+def test_the_page_embeds_its_pictures_and_loads_nothing(written):
+    page = Page(written.read_text())
+    pictures = page.all("img")
+    assert [picture["alt"] for picture in pictures] == [title for title, _ in report.FIGURES.values()]
+    for picture, name in zip(pictures, report.FIGURES, strict=True):
+        kind, _, data = picture["src"].partition(",")
+        assert kind == "data:image/png;base64"
+        png = base64.b64decode(data, validate=True)
+        assert png.startswith(b"\x89PNG\r\n\x1a\n")
+        assert png == (written.parent / "figures" / f"{name}.png").read_bytes()
+        assert report.FIGURES[name][1] in page.text
+    assert {key for _, attributes in page.tags for key in attributes} & {
+        "href",
+        "srcset",
+        "action",
+        "data",
+    } == set()
+    assert [attributes for tag, attributes in page.tags if "src" in attributes] == pictures
+    assert not page.all("link")
+    assert not re.search(r"https?:|@import|url\(|fetch\(", written.read_text())
+    assert "prefers-color-scheme: dark" in written.read_text()
+
+
+def test_everything_is_escaped(sweep):
+    results = copy.deepcopy(sweep[0])
+    results[0]["name"] = results[0]["trial"]["estimator"] = EVIL
+    results[0]["data"]["label"] = results[0]["provenance"]["commit"] = results[0]["provenance"][EVIL] = EVIL
+    text = report.page(EVIL, EVIL, results, {EVIL: f'"{EVIL}'}, {})
+    assert EVIL not in text
+    assert text.count(html.escape(EVIL)) >= 10
+    assert len(Page(text).all("script")) == 1
+
+
+def test_a_cell_is_sorted_by_its_exact_value(written):
+    values = [cell["data-value"] for cell in Page(written.read_text()).all("td")]
+    at = list(report.COLUMNS).index("bits_per_dim")
+    assert values[at :: len(report.COLUMNS)] == ["6.9", "7.0", "7.2"]
+
+
+def test_the_table_is_written_as_json(written, sweep):
+    table = json.loads((written.parent / "table.json").read_text())
+    assert table["rows"] == report.rows(sweep[0], FAILURES)
+    assert (table["sweep"], table["certificate"]) == ("smoke", report.certificate(sweep[0]))
+    assert sorted(path.name for path in written.parent.iterdir()) == ["figures", "report.html", "table.json"]
+
+
+def test_a_second_report_replaces_the_first(written):
+    report.write(written.parent, "smoke", "", [], {}, FAILURES)
+    page = Page(written.read_text())
+    assert "1 of 1 trials failed" in page.text
+    assert "nothing to draw" in page.text
+    assert not page.all("img")
+    assert not list((written.parent / "figures").iterdir())
+
+
+def test_continuous_latents_have_no_codebooks_to_draw(sweep, tmp_path):
+    page = Page(report.write(tmp_path, "smoke", "", sweep[0], {}, {}).read_text())
+    assert [picture["alt"][:11] for picture in page.all("img")] == ["Figure 1(a)", "Figure 1(c)"]
+    assert "failed" not in page.text.replace("0 failed", "")
