@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.store import read_json, state, write_json
-from dvq import events
+from dvq import DvqError, events
 from dvq.fingerprints import LABELS
 
 if TYPE_CHECKING:
@@ -210,6 +210,19 @@ def _version(package: str) -> str:
     from importlib.metadata import version
 
     return version(package).partition("+")[0]
+
+
+def download(uri: str) -> str:
+    """The folder for ``dvq.load`` of a model that MLflow keeps (``models:/…``, ``runs:/…``)."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(Path(mlflow.artifacts.download_artifacts(uri)) / "artifacts" / "model")
+    except (MlflowException, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise DvqError(f"{uri}: MLflow gives no model ({first}); is MLFLOW_TRACKING_URI right?") from None
 
 
 def report(experiment: str, folder: Path, metrics: dict[str, float], failed: bool) -> None:

@@ -11,10 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dvq.latents import Codebooks, Nearest, Sample, per_image
-from dvq.model import POSITIONS, SUBPIXELS, Model
-
-BITS_PER_DIM = 1 / (SUBPIXELS * math.log(2))
-"""bits/dim = nats an image / (3072 ln 2)"""
+from dvq.model import BITS_PER_DIM, POSITIONS, Model
 
 
 def batches(images: NDArray[np.uint8], size: int, device: torch.device) -> Iterator[Tensor]:

@@ -217,9 +217,9 @@ def _codebooks(figure: Figure, panels: Any, analysis: Analysis) -> None:
         for n, name in enumerate((axes.set_xlabel, axes.set_ylabel, axes.set_zlabel), start=1):
             name(f"PC {n}", labelpad=-15, size=7, color="0.4")
         axes.text2D(1.05, 0.95, f"k = {k + 1}", transform=axes.transAxes, size=8, ha="right")
-    figure.colorbar(
-        ScalarMappable(norm, "viridis"), ax=panels[: len(analysis.norms)], shrink=0.7
-    ).ax.set_title("norm", size=8)
+    bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels[: len(analysis.norms)], shrink=0.7).ax
+    bar.set_title("norm", size=8)
+    figure.set_layout_engine("constrained", rect=(0.01, 0, 0.95, 1))  # else the bars' numbers may be cut off
 
 
 def reconstructions(

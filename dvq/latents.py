@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 if TYPE_CHECKING:
-    from dvq.trial import Discrete, Stochastic
+    from dvq.trial import Discrete, Stochastic, Trial
 
 
 class Sample(NamedTuple):
@@ -75,6 +75,11 @@ class Codebooks(nn.Module):
     def log_prior(self) -> Tensor:
         """log p(z_k = c), (K, C)."""
         return self.prior_logits.log_softmax(-1)
+
+    @torch.no_grad()
+    def prior_sample(self, n: int, generator: Generator) -> Tensor:
+        """The vectors of n draws z ~ p(z): (K, n, D)."""
+        return self.vectors(self.log_prior().exp().multinomial(n, replacement=True, generator=generator))
 
     @torch.no_grad()
     def place(self, centers: Tensor) -> None:
@@ -232,6 +237,17 @@ class Normal(nn.Module):
     """The continuous posterior N(μ, σ²), σ = exp(ρ), from encodings (K, N, 2D) = [μ, ρ]; prior N(0, 1)."""
 
     encodings = 2
+    like: Tensor
+
+    def __init__(self, trial: "Trial") -> None:
+        super().__init__()
+        self.shape = trial.num_latents, trial.code_dim
+        self.register_buffer("like", torch.zeros(()), persistent=False)
+
+    def prior_sample(self, n: int, generator: Generator) -> Tensor:
+        """n draws z ~ N(0, 1): (K, n, D)."""
+        k, d = self.shape
+        return self.like.new_empty(k, n, d).normal_(generator=generator)
 
     def sample(self, v: Tensor, generator: Generator) -> Sample:
         """μ + σε; KL = ½ Σ_D (μ² + σ² − 1 − 2ρ) [nats]."""

@@ -5,7 +5,9 @@ Bayesian Deep Learning), section 3; the residual blocks are those of van den Oor
 """
 
 import json
+import math
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from dvq import DvqError
 from dvq.config import trial as make_trial
+from dvq.latents import per_image
 from dvq.likelihood import VALUES, plain_nll, tiled_nll
 from dvq.trial import values
 
@@ -27,6 +30,8 @@ SIDE = 32
 GRID = 8  # positions a side after two convolutions of stride 2
 POSITIONS = GRID * GRID
 SUBPIXELS = 3 * SIDE * SIDE
+BITS_PER_DIM = 1 / (SUBPIXELS * math.log(2))
+"""bits/dim = nats an image / (3072 ln 2)"""
 
 
 def _norm(trial: "Trial") -> nn.Module:
@@ -175,6 +180,8 @@ class Model(nn.Module):
         """One sample z ~ q(z|x) (for VQ-VAE the nearest codes): (B, 32, 32, 3) → (B, 8, 8, K)."""
         generator = generator or torch.Generator(images.device).manual_seed(0)
         codes = self.latents.sample(self.encoder(images), generator).codes
+        if codes is None:
+            raise DvqError(f"a {self.trial.estimator} model has no codes: its latent variables are continuous")
         return codes.T.reshape(len(images), GRID, GRID, -1)
 
     @torch.no_grad()
@@ -188,10 +195,30 @@ class Model(nn.Module):
         generator = generator or torch.Generator(images.device).manual_seed(0)
         return self._mean_image(self.latents.sample(self.encoder(images), generator).vectors)
 
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """The mean of p(x|z) for ``n`` draws z ~ p(z), rounded: uint8 (n, 32, 32, 3)."""
+        generator = generator or torch.Generator(next(self.parameters()).device).manual_seed(0)
+        return self._mean_image(self.latents.prior_sample(n * POSITIONS, generator))
+
+    @torch.no_grad()
+    def bits_per_dim(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(distortion + rate) / (3072 ln 2) of each image, by one hard sample: (B, 32, 32, 3) → (B,)."""
+        generator = generator or torch.Generator(images.device).manual_seed(0)
+        sample = self.latents.sample(self.encoder(images), generator)
+        nats = self.distortions(sample.vectors, images).sum(1) + per_image(sample.rate, len(images))
+        return nats * BITS_PER_DIM
+
     def _mean_image(self, vectors: Tensor) -> Tensor:
         p = self.decoder(vectors).unflatten(-1, (3, VALUES)).softmax(-1)  # (B, 1024, 3, 256)
         mean = p @ torch.arange(VALUES, dtype=p.dtype, device=p.device)
         return mean.round().to(torch.uint8).unflatten(1, (SIDE, SIDE))
+
+
+def _fetch(scheme: str, address: str) -> str:
+    for found in entry_points(group="dvq.load", name=scheme):
+        return str(found.load()(address))
+    raise DvqError(f"{address}: nothing here knows addresses that begin with '{scheme}:/'; give a folder")
 
 
 def save(model: Model, folder: Path) -> None:
@@ -205,8 +232,18 @@ def save(model: Model, folder: Path) -> None:
 
 
 def load(path: str | Path) -> Model:
-    """The trained model in a folder that :func:`save` wrote, in evaluation mode; DvqError if there is none."""
-    folder = Path(path)
+    """A trained model, in evaluation mode.
+
+    Args:
+        path: a folder that :func:`save` wrote, or an address that an installed package knows how to fetch
+            (the entry points of the group ``dvq.load``, by scheme): with this project installed, MLflow's
+            ``models:/…`` and ``runs:/…``.
+
+    Raises:
+        DvqError: there is no model, it is damaged, or nothing knows the address.
+    """
+    scheme, address, _ = str(path).partition(":/")
+    folder = Path(_fetch(scheme, str(path)) if address else path)
     try:
         fields = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")

@@ -23,10 +23,11 @@ from torch import Tensor
 from dvq import DvqError
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
-from dvq.evaluate import BITS_PER_DIM, evaluate
+from dvq.evaluate import evaluate
 from dvq.events import Events
 from dvq.latents import kmeans
-from dvq.model import POSITIONS, Model, save
+from dvq.model import BITS_PER_DIM, POSITIONS, Model, save
+from dvq.probe import probe
 from dvq.trial import Discrete, Trial
 
 SHOWN = 16  # images in a picture of reconstructions
@@ -75,17 +76,18 @@ class Trainer:
     def _place_codebooks(self, trial: Discrete) -> None:
         """Begin with the clusters of the first minibatches' encodings, ten or more for each code."""
         count = math.ceil(10 * trial.num_codes / (trial.batch_size * POSITIONS))
-        encodings = torch.cat([self.model.encoder(self._minibatch(step)) for step in range(count)], 1)
+        encodings = torch.cat([self.model.encoder(self.minibatch(step)) for step in range(count)], 1)
         self.model.latents.place(kmeans(encodings, trial.num_codes, noise(trial.seed, 0, self.device)))
 
-    def _minibatch(self, step: int) -> Tensor:
+    def minibatch(self, step: int) -> Tensor:
+        """The uint8 images (B, 32, 32, 3) of a step."""
         index = minibatch(step, self.trial.batch_size, len(self.images), self.trial.seed)
         return torch.from_numpy(self.images[index]).to(self.device)
 
     def step(self, step: int) -> Tensor:
         """Train on minibatch ``step``; the surrogate, distortion and rate, (3,) [nats an image]."""
         trial = self.trial
-        loss = trial.loss(self.model, self._minibatch(step), noise(trial.seed, step, self.device), step)
+        loss = trial.loss(self.model, self.minibatch(step), noise(trial.seed, step, self.device), step)
         loss.surrogate.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -143,6 +145,7 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
         if done % trial.evaluate_every == 0 or done == trial.steps:
             paused = time.perf_counter()
             _look(trainer.model, trial, judged, folder, events, done)
+            _probe(trainer, events, step)
             since += time.perf_counter() - paused
     summary = {
         "steps": trial.steps,
@@ -171,6 +174,14 @@ def _look(
     (folder / "images").mkdir(exist_ok=True)
     save_png(picture, folder / path)
     events.image(step, "reconstructions", str(path))
+
+
+def _probe(trainer: Trainer, events: Events, step: int) -> None:
+    """Bias and variance of the gradient on the minibatch of ``step``, where the trial asks for it."""
+    draws = getattr(trainer.trial, "probe_draws", 0)
+    if draws:
+        generator = noise(trainer.trial.seed + 1, step, trainer.device)
+        events.metrics(step + 1, probe(trainer.model, trainer.minibatch(step), draws, generator, step))
 
 
 def _publish(model: Model, summary: dict[str, Any], folder: Path) -> None:

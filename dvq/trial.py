@@ -137,6 +137,9 @@ class Stochastic(Warmed, Discrete):
 
     distance_scale: Positive = 1.0
     """s in the posterior's logits −s‖v − m‖²"""
+    probe_draws: Annotated[int, Field(ge=0)] = Field(default=0, json_schema_extra=Unkeyed)
+    """at each evaluation along training, look at the gradient's bias and variance with so many draws (2 or
+    more; 0: off); it costs passes of the decoder and changes nothing"""
 
     def latents(self) -> "Codebooks":
         from dvq.latents import Categorical

@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent.parent / "components"
 
 
 def compiled(component: Any) -> str:
-    """The component as YAML, without the line that names kfp's version."""
+    """The component as YAML."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "component.yaml"
         compiler.Compiler().compile(component, str(path))

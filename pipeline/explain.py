@@ -19,15 +19,17 @@ def explain(
         found = preflight.find_sweep(sweep)
         store = preflight.set_environment()
     trials = found.trials()
-    states = {name: store.state(trial.key()) for name, trial in trials.items()}
-    width = max(map(len, trials))
-    for name, state in states.items():
-        print(f"{name:{width}}  {_told(state)}")
-    todo = sum(state.name != "finished" for state in states.values())
+    width, todo = max(map(len, trials)), 0
+    for name, trial in trials.items():
+        state, trained = store.state(trial.key()), (store.trial(trial.key()) / "model").exists()
+        todo += state.name != "finished"
+        print(f"{name:{width}}  {_told(state, trained)}")
     print(f"{todo} of {len(trials)} trials to compute; the store is {store.root}")
 
 
-def _told(state: State) -> str:
+def _told(state: State, trained: bool) -> str:
+    if state.name == "interrupted" and trained:
+        return "interrupted after its training: it is only evaluated and analysed"
     return {
         "finished": "finished: it is not computed again",
         "failed": f"failed before ({state.reason}): it is tried again",

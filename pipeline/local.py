@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from dvq import DvqError
 
-GRACE = 10
+GRACE = 5
 """Seconds between SIGTERM and SIGKILL."""
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")

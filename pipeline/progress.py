@@ -172,7 +172,7 @@ def table(rows: list[Row], note: str, jobs: int, elapsed: float, height: int) ->
     shown = rows if len(rows) <= height else sorted(rows, key=_urgency)[: height - 1]
     now = time.time()
     for row in shown:
-        made.add_row(*_cells(row, now), style=STYLES.get(row.state, ""))
+        made.add_row(*map(Text, _cells(row, now)), style=STYLES.get(row.state, ""))
     if len(shown) < len(rows):
         made.add_row(f"… {len(rows) - len(shown)} more", style="dim")
     made.caption = Text(_caption(rows, note, jobs, elapsed, now))

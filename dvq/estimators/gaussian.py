@@ -27,7 +27,7 @@ class Gaussian(Warmed):
     def latents(self) -> "Normal":
         from dvq.latents import Normal
 
-        return Normal()
+        return Normal(self)
 
     def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: int) -> Loss:
         latents: Normal = model.latents

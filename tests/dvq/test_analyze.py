@@ -38,6 +38,7 @@ def test_known_variances(rng):
     assert found.projections[0, 0] * found.projections[0, 7] == pytest.approx([-9, 0, 0])
     assert found.norms[0] == pytest.approx(np.linalg.norm(ends @ directions + 4, axis=1))
     assert components(found.explained).tolist() == [3]
+    assert found.summary()["explained_by_3_mean"] == pytest.approx(1)
     assert components(found.explained, 0.9).tolist() == [2]
 
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dvq.config import trial
-from dvq.evaluate import BITS_PER_DIM, evaluate
+from dvq.evaluate import evaluate
+from dvq.model import BITS_PER_DIM
+from dvq.probe import _reference, probe
 from dvq.trial import Trial
 
 K, C, D, VALUES = 2, 3, 2, 4
@@ -244,3 +246,31 @@ def test_the_gaussian_vaes_gradient_is_that_of_the_elbo() -> None:
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum()
     right = gradients((toy.channels(mean + rho.exp() * noise, images).sum() + kl) / 50, toy)
     torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize(("estimator", "low", "high"), [("nvil", 0.0, 0.3), ("gs-soft", 0.4, 2.0)])
+def test_the_probe_sees_bias_where_there_is_some(estimator: str, low: float, high: float) -> None:
+    one = options(estimator, **({"temperature": 2.0} if estimator == "gs-soft" else {}))
+    toy = Toy(one, seed=1)
+    toy.trial = one
+    images = IMAGE.expand(4, -1, -1, -1)
+    found = probe(toy, images, 400, torch.Generator().manual_seed(0), 0)  # type: ignore[arg-type]
+    assert low <= found["probe/bias"] <= high
+    assert toy.training
+    assert found["probe/variance"] > 0.1
+
+
+def test_the_probes_reference_is_the_elbos_gradient() -> None:
+    toy = Toy(options("nvil"), seed=1).eval()
+    v = toy.encoder(IMAGE).detach()
+    logits = toy.latents.logits(v).detach().requires_grad_()
+    toy.latents.logits = lambda _: logits
+    log_q = logits.squeeze(1).log_softmax(-1)
+    log_q_z = torch.stack([log_q[k, Z[:, k]] for k in range(K)]).sum(0)
+    _, log_joint = exact_terms(toy)
+    elbo = (log_q_z.exp() * (log_joint.detach() - log_q_z)).sum()
+    (right,) = torch.autograd.grad(-elbo, logits)
+    for k in range(K):
+        with torch.no_grad():
+            found = _reference(toy, IMAGE, logits, k, 0, 500, torch.Generator().manual_seed(0))
+        assert (found - right[k, 0]).norm() < 0.1 * right[k, 0].norm()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dvq.evaluate import BITS_PER_DIM
+from dvq.model import BITS_PER_DIM
 from dvq.likelihood import plain_nll, tiled_nll
 
 SUBPIXELS = 3 * 32 * 32

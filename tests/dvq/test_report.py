@@ -181,6 +181,7 @@ def test_the_page_embeds_its_pictures_and_loads_nothing(written):
 
 def test_everything_is_escaped(sweep):
     results = copy.deepcopy(sweep[0])
+    results[0]["evaluation"]["bits_per_dim"] = 1.0  # the best is named above the table, too
     results[0]["name"] = results[0]["trial"]["estimator"] = EVIL
     results[0]["data"]["label"] = results[0]["provenance"]["commit"] = results[0]["provenance"][EVIL] = EVIL
     text = report.page(EVIL, EVIL, results, {EVIL: f'"{EVIL}'}, {})

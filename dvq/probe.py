@@ -1,0 +1,98 @@
+"""A look at the gradient itself: how biased an estimator's is, and how noisy.
+
+It is the paper's thesis as two numbers along training: relaxations pay with bias, score functions with a
+variance that grows with the number of latent variables.
+"""
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Generator, Tensor
+
+from dvq.latents import Categorical
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dvq.model import Model
+
+LOOKED_AT = 4  # images, with one latent variable of each enumerated
+
+
+@torch.no_grad()
+def probe(model: "Model", images: Tensor, draws: int, generator: Generator, step: int) -> dict[str, float]:
+    """Bias and variance of the surrogate's gradient by the posterior's logits l, against the ELBO's.
+
+        variance = E‖g − E g‖² / ‖E g‖², over all latent variables of the images;
+        bias = ‖E g − r‖ / ‖r‖ over one latent variable of each image, where r is the ELBO's gradient with
+        that variable summed out: r_c = q_c (f_c − Σ q f) + ∂KL/∂l_c, f_c = E −log p(x | z_c, other z),
+
+    both means over ``draws``. The norms are of means over few draws, so the bias is a proxy: it cannot fall
+    under the noise, about √(variance / draws).
+
+    Args:
+        model: one with a categorical posterior.
+        images: (B, 32, 32, 3) uint8.
+        draws: of g, and of the other latent variables in f; r costs LOOKED_AT·C·draws passes of the decoder.
+        step: the training step, for temperature and warm-up.
+    """
+    was_training = model.training
+    model.eval()
+    gradients = torch.stack([_gradient(model, images, generator, step) for _ in range(draws)])  # (S, K, N, C)
+    mean = gradients.mean(0)
+    variance = (gradients - mean).square().sum() / (draws - 1)
+    signal = (mean.square().sum() - variance / draws).clamp(min=1e-30)  # ‖E g‖² without the noise's share
+    logits = model.latents.logits(model.encoder(images))
+    positions = logits.shape[1] // len(images)
+    found, right = [], []
+    for i in range(min(LOOKED_AT, len(images))):
+        k, p = (int(torch.randint(size, (), generator=generator, device=images.device))
+                for size in (len(logits), positions))
+        mine = slice(i * positions, (i + 1) * positions)
+        found.append(mean[k, mine][p])
+        right.append(_reference(model, images[i : i + 1], logits[:, mine], k, p, draws, generator))
+    model.train(was_training)
+    bias = torch.stack(found) - torch.stack(right)
+    return {
+        "probe/bias": (bias.norm() / torch.stack(right).norm()).item(),
+        "probe/variance": (variance / signal).item(),
+    }
+
+
+@contextmanager
+def _seen_logits(latents: Categorical) -> "Iterator[list[Tensor]]":
+    """The logits that the estimator's loss makes, kept for their gradient."""
+    seen: list[Tensor] = []
+    plain = latents.logits
+
+    def logits(v: Tensor) -> Tensor:
+        seen.append(plain(v))
+        return seen[-1]
+
+    latents.logits = logits  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        del latents.logits  # the class's method is seen again
+
+
+def _gradient(model: "Model", images: Tensor, generator: Generator, step: int) -> Tensor:
+    with torch.enable_grad(), _seen_logits(model.latents) as seen:
+        loss = model.trial.loss(model, images, generator, step)
+        return torch.autograd.grad(len(images) * loss.surrogate, seen[0])[0]
+
+
+def _reference(
+    model: "Model", image: Tensor, logits: Tensor, k: int, p: int, draws: int, generator: Generator
+) -> Tensor:
+    """The ELBO's gradient by logits[k, p] (C,), with z[k, p] summed out: (1, 32, 32, 3), (K, P, C) → (C,)."""
+    latents, (_, positions, codes) = model.latents, logits.shape
+    distortion = torch.zeros_like(logits[k, p])
+    for _ in range(draws):
+        vectors = latents.vectors(latents.draw(logits, generator)).repeat(1, codes, 1)  # (K, C·P, D)
+        vectors[k, p::positions] = latents.codebook[k]
+        distortion += model.distortions(vectors, image.expand(codes, -1, -1, -1)).sum(1) / draws
+    q = logits[k, p].softmax(-1)
+    cost = distortion + q.log() - latents.log_prior()[k]
+    return q * (cost - (q * cost).sum())

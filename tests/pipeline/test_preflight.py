@@ -1,0 +1,144 @@
+"""Each wrong input is one sentence on standard error and exit status 2, and nothing is begun."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.store import Store
+from dvq.config import load_sweep
+from pipeline import explain, local, report, submit
+
+GRID = {"estimator": ["gs-soft"]}
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """What ``command`` says on refusing ``arguments``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVQ_STORE", raising=False)
+
+    def refused(*arguments: str, command: Any = submit) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stopped:
+            command.app(list(arguments))
+        assert stopped.value.code == 2
+        out, error = capsys.readouterr()
+        assert out == ""
+        assert error.count("\n") == 1
+        assert error.startswith("error: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"base": {"learning_rat": 1}, "grid": GRID}, "learning_rate"),
+        ({"grid": {"estimator": ["gs-sof"]}}, "gs-soft"),
+        ({}, "empty"),
+        ({"grid": {"estimator": []}}, "estimator"),
+        ({"grid": GRID, "include": [{"estimator": "gs-soft"}]}, "twice"),
+        ({"base": {"num_codes": 1}, "grid": GRID}, "num_codes"),
+        ({"base": {"steps": -5}, "grid": GRID}, "steps"),
+        ({"gird": GRID}, "grid"),
+        ({"grid": {**GRID, "data": ["cifar10", "cifar10-sample"]}}, "several datasets"),
+    ],
+)
+@pytest.mark.parametrize("command", [submit, explain, report])
+def test_a_wrong_sweep(
+    refusal: Refusal, write_sweep: Callable[..., Path], content: dict[str, Any], said: str, command: Any
+) -> None:
+    write_sweep(**content)
+    assert said in refusal("tiny.yaml", command=command)
+
+
+def test_a_sweep_that_is_no_yaml(refusal: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text("base: {\n")
+    assert "tiny.yaml" in refusal("tiny.yaml")
+
+
+def test_a_sweep_that_is_not_there(refusal: Refusal) -> None:
+    assert "nowhere.yaml" in refusal("nowhere.yaml")
+    assert "smoke" in refusal("smoek")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--jobs", "0"), "JOBS"),
+        (("--jobs", "two"), "JOBS"),
+        (("--on", "mars"), "ON = 'mars'"),
+        (("--data", "gone.tar.gz"), "gone.tar.gz"),
+        (("--data", "http://127.0.0.1:9/x.tar.gz"), "127.0.0.1:9"),
+        (("--data", "batches"), "data_batch_1"),
+    ],
+)
+def test_a_wrong_argument(
+    refusal: Refusal, write_sweep: Callable[..., Path], tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    write_sweep({"data": "cifar10"}, grid=GRID)
+    (tmp_path / "batches").mkdir()
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"):
+        (tmp_path / "batches" / name).write_bytes(b"not what was published")
+    assert said in refusal("tiny.yaml", *arguments)
+
+
+@pytest.mark.parametrize("place", ["tiny.yaml/store", "s3://bucket/store"])
+def test_a_store_that_cannot_be_written(
+    refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    write_sweep(grid=GRID)
+    monkeypatch.setenv("DVQ_STORE", place)
+    assert "DVQ_STORE" in refusal("tiny.yaml")
+
+
+def test_a_path_that_kfp_cannot_run_from(
+    refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sweep = write_sweep(grid=GRID)
+    folder = tmp_path / "python3.11"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert "python3" in refusal(str(sweep))
+    monkeypatch.chdir(tmp_path)
+    assert "python3" in refusal("tiny.yaml", "--data", str(folder))
+    monkeypatch.setattr(sys, "executable", "/my project/.venv/bin/python")
+    assert "space" in refusal("tiny.yaml")
+
+
+def test_a_child_says_nothing_of_its_own_where_all_is_well(tmp_path: Path) -> None:
+    local.check(tmp_path, {"sweep": "{}"})
+
+
+def test_explain_tells_every_state(
+    write_sweep: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_sweep(grid={**GRID, "num_codes": [2, 3, 4, 5, 6]})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    folders = [Store(tmp_path / "store").trial(trial.key()) for trial in load_sweep(path).trials().values()]
+    for folder in folders[:4]:
+        (folder / "events").mkdir(parents=True)
+    (folders[0] / "results.json").write_text("{}")
+    state = json.dumps({"kind": "state", "time": 1.0, "state": "training", "pid": 1}) + "\n"
+    failure = json.dumps({"kind": "failure", "time": 2.0, "reason": "it rained"}) + "\n"
+    (folders[1] / "events" / "000000.jsonl").write_text(state + failure)
+    (folders[2] / "events" / "000000.jsonl").write_text(state)
+    (folders[3] / "events" / "000000.jsonl").write_text(state)
+    (folders[3] / "model").mkdir()
+    explain.app(["tiny.yaml"], standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    for line, said in zip(
+        lines, ["finished", "it rained", "starts again", "only evaluated", "new", "4 of 5"], strict=True
+    ):
+        assert said in line

@@ -1,0 +1,141 @@
+"""What the live table and the plain lines say, from the events that tasks write."""
+
+import io
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dvq.config import trial as make_trial
+from dvq.events import Events
+from pipeline.progress import LiveTable, PlainLines, Row, Tail, clock, sweep_seconds_left, table
+
+TRIAL = make_trial({"estimator": "gs-soft", "steps": 100, "batch_size": 10})
+
+
+def row(folder: Path, name: str = "gs-soft-c512-k8-s0") -> Row:
+    return Row(name, TRIAL, Tail(folder))
+
+
+def text(*rows: Row, height: int = 20) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table(list(rows), "", 2, 61, height))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_events_are_read_once_and_only_whole_lines(tmp_path: Path) -> None:
+    tail = Tail(tmp_path)
+    assert list(tail.fresh()) == []
+    events = Events(tmp_path)
+    events.state("training")
+    assert [event["state"] for event in tail.fresh()] == ["training"]
+    assert list(tail.fresh()) == []
+    path = tmp_path / "events" / "000000.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"kind": "failu')
+    assert list(tail.fresh()) == []
+    path.write_text(whole + '{"kind": "failure", "time": 1, "reason": "x"}\n')
+    assert [event["reason"] for event in tail.fresh()] == ["x"]
+
+
+def test_a_new_attempt_is_read_from_its_beginning(tmp_path: Path) -> None:
+    tail = Tail(tmp_path)
+    for _ in range(3):
+        Events(tmp_path).state("training")
+    assert len(list(tail.fresh())) == 3
+    for path in (tmp_path / "events").glob("*"):
+        path.unlink()
+    list(tail.fresh())
+    Events(tmp_path).state("evaluating")
+    assert [event["state"] for event in tail.fresh()] == ["evaluating"]
+
+
+def test_a_row_goes_through_its_states(tmp_path: Path) -> None:
+    one, events = row(tmp_path), Events(tmp_path)
+    assert "waiting" in text(one)
+    events.state("training")
+    events.metrics(20, {"train/bits_per_dim": 7.5, "images_per_second": 105.0})
+    one.update(0)
+    assert [part in text(one) for part in ("training", "20/100", "105", "7.500")] == [True] * 4
+    events.metrics(20, {"test/bits_per_dim": 7.25})
+    events.metrics(40, {"train/bits_per_dim": 7.0})
+    one.update(0)
+    assert "7.250" in text(one), "an evaluation is worth more than a later training batch"
+    events.state("finished")
+    one.update(0)
+    assert "finished" in text(one)
+
+
+def test_a_failure_is_shown_with_its_reason(tmp_path: Path) -> None:
+    one, events = row(tmp_path), Events(tmp_path)
+    events.failure("out of [memory]")
+    one.update(0)
+    assert "failed: out of [memory]" in text(one)
+
+
+def test_what_happened_before_this_launch_is_not_shown(tmp_path: Path) -> None:
+    one = row(tmp_path)
+    Events(tmp_path).failure("yesterday's")
+    one.update(time.time() + 1)
+    assert one.state == "waiting"
+
+
+def test_time_left_follows_the_steps(tmp_path: Path) -> None:
+    one, other = row(tmp_path), row(tmp_path)
+    one.state, one.began, one.at, one.step = "training", 100.0, 110.0, 20  # half a second a step
+    assert one.seconds_left(110.0) == pytest.approx(40)
+    assert one.seconds_left(115.0) == pytest.approx(35)
+    assert other.seconds_left(115.0) is None
+    assert sweep_seconds_left([one, other], jobs=1, now=110.0) == pytest.approx(90)
+    assert sweep_seconds_left([one, other], jobs=2, now=110.0) == pytest.approx(45)
+    assert (clock(65), clock(3723)) == ("1:05", "1:02:03")
+
+
+def test_a_long_table_shows_what_moves(tmp_path: Path) -> None:
+    rows = [row(tmp_path, f"trial-{number}") for number in range(30)]
+    rows[29].state = "training"
+    rows[28].state, rows[28].reason = "failed", "why not"
+    shown = text(*rows, height=5)
+    assert all(part in shown for part in ("trial-29", "why not", "26 more", "28 waiting"))
+    assert "trial-9" not in shown
+
+
+def test_plain_lines_are_said_once(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=40)
+    one, events = row(tmp_path), Events(tmp_path)
+    events.state("training")
+    events.metrics(20, {"train/bits_per_dim": 7.5, "images_per_second": 105.0})
+    events.metrics(50, {"test/bits_per_dim": 7.25})
+    with PlainLines(console) as lines:
+        for _ in range(3):
+            one.update(0)
+            lines.show([one], "preparing")
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue().splitlines()
+    assert said[:2] == ["preparing", "gs-soft-c512-k8-s0  training"]
+    assert said[2].startswith("gs-soft-c512-k8-s0  step 50/100: 7.250 bits/dim, 105 images/s")
+    assert len(said) == 3
+
+
+def test_the_live_table_draws(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=10)
+    with LiveTable(console, 2) as live:
+        live.show([row(tmp_path)], "preparing cifar10")
+    assert isinstance(console.file, io.StringIO)
+    assert "preparing cifar10" in console.file.getvalue()
+
+
+def test_a_look_at_a_hundred_trials_is_cheap(tmp_path: Path) -> None:
+    rows = [row(tmp_path / str(number)) for number in range(100)]
+    for number in range(100):
+        events = Events(tmp_path / str(number))
+        for step in range(200):
+            events.metrics(step, {"train/bits_per_dim": 7.0})
+    for one in rows:
+        one.update(0)
+    began = time.process_time()
+    for one in rows:
+        one.update(0)
+    assert time.process_time() - began < 0.1
