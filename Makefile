@@ -10,6 +10,7 @@ ON ?= local
 JOBS ?= 2
 DATA ?=
 FRESH ?=
+TRIAL ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help submit-sweep explain report ui test check components golden clean
@@ -21,8 +22,8 @@ help: ## this list
 submit-sweep: $(READY) ## run a sweep: SWEEP=smoke or path.yaml, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew
 	@$(PYTHON) -m pipeline.submit "$(SWEEP)" --on "$(ON)" --jobs "$(JOBS)" --data "$(DATA)" $(if $(filter-out 0,$(FRESH)),--fresh)
 
-explain: $(READY) ## what a sweep would compute, and why
-	@$(PYTHON) -m pipeline.explain "$(SWEEP)"
+explain: $(READY) ## what a sweep would compute, and why; TRIAL=name: where that trial's bits go
+	@$(PYTHON) -m pipeline.explain "$(SWEEP)" --trial "$(TRIAL)"
 
 report: $(READY) ## write a sweep's report again, from the store
 	@$(PYTHON) -m pipeline.report "$(SWEEP)"

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from components import tracking
 from components.store import Store
@@ -36,11 +37,22 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, page)
-    best = {
-        f"best/{key}": min(one["evaluation"][key] for one in results) for key in ("bits_per_dim",) if results
-    }
-    tracking.report(sweep.name, path.parent, {**best, "trials": len(results)}, bool(failures))
+    tracking.report(sweep.name, path.parent, _note(results, failures), bool(failures))
     if failures:
         named = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise DvqError(f"{len(failures)} of {len(results) + len(failures)} trials failed: {named}")
     return path
+
+
+def _note(results: list[dict[str, Any]], failures: dict[str, str]) -> str:
+    """The table as Markdown."""
+    from dvq.report import certificate, rows
+
+    lines = ["| trial | bits/dim | rate | distortion |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {row['name']} | {row['bits_per_dim']:.3f} | {row['rate']:.3f} | {row['distortion']:.3f} |"
+        for row in rows(results, {})
+    ]
+    label = f"{results[0]['data']['label']}, certificate `{certificate(results)}`" if results else ""
+    failed = [f"- {name} failed: {reason}" for name, reason in failures.items()]
+    return "\n".join([label, "", *lines, "", *failed])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.store import read_json, state, write_json
 from dvq import DvqError, events
-from dvq.fingerprints import LABELS
+from dvq.fingerprints import FINGERPRINTS, LABELS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,17 +33,34 @@ def client() -> "MlflowClient":
     return MlflowClient()
 
 
-def ensure(experiment: str, description: str = "") -> None:
-    """Create the database's schema and the sweep's experiment, before many writers would try at once."""
-    _experiment(client(), experiment, description)
+def ensure() -> None:
+    """Create the sqlite database's schema, before many writers would try at once; whole or not at all."""
+    database = _database()
+    if database is None or database.exists():
+        return
+    client()
+    from mlflow import MlflowClient
+
+    database.parent.mkdir(parents=True, exist_ok=True)
+    partial = database.with_name(database.name + ".partial")
+    partial.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{partial}").search_experiments()
+    partial.replace(database)
 
 
-def _experiment(server: "MlflowClient", name: str, description: str = "") -> str:
+def _experiment(server: "MlflowClient", name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
     found = server.get_experiment_by_name(name)
-    if found:
-        return str(found.experiment_id)
-    tags = {"mlflow.note.content": description} if description else None
-    return str(server.create_experiment(name, _artifacts(name), tags=tags))
+    if found is None:
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # MLflow shows its pages for training
+        try:
+            return str(server.create_experiment(name, _artifacts(name), tags=tags))
+        except MlflowException:  # another writer was first
+            found = server.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return str(found.experiment_id)
 
 
 def _database() -> Path | None:
@@ -58,6 +75,23 @@ def _artifacts(experiment: str) -> str | None:
     return str(database.absolute().parent / "mlflow-artifacts" / experiment) if database else None
 
 
+def _known(folder: Path, experiment: str, content: str = "finished") -> bool:
+    """Whether this tracker has ``folder``'s ``content`` in the experiment, without asking it: MLflow is slow
+    to import. A note in the folder says so, and a lost sqlite file refutes it."""
+    database = _database()
+    noted = read_json(folder / "tracked.json") or {}
+    return (database is None or database.exists()) and noted.get(_place(experiment)) == content
+
+
+def _remember(folder: Path, experiment: str, content: str = "finished") -> None:
+    noted = read_json(folder / "tracked.json") or {}
+    write_json(folder / "tracked.json", {**noted, _place(experiment): content})
+
+
+def _place(experiment: str) -> str:
+    return f"{os.environ['MLFLOW_TRACKING_URI']} {experiment}"
+
+
 class TrialRun:
     """A trial's run in a sweep's experiment; :meth:`sync` never raises into the trial."""
 
@@ -70,7 +104,7 @@ class TrialRun:
 
     def sync(self) -> None:
         """Bring the run up to date from the trial's folder."""
-        if not self.enabled or self._complete():
+        if self.settled():
             return
         try:
             self._sync()
@@ -78,15 +112,9 @@ class TrialRun:
             print(f"tracking: {self.folder.name} could not be brought up to date; the trial goes on")
             traceback.print_exc()
 
-    def _place(self) -> str:
-        return f"{os.environ['MLFLOW_TRACKING_URI']} {self.experiment}"
-
-    def _complete(self) -> bool:
-        """Whether the finished trial is in this experiment already: known without asking MLflow."""
-        database = _database()
-        if database and not database.exists():
-            return False
-        return self._place() in (read_json(self.folder / "tracked.json") or {}).get("complete", [])
+    def settled(self) -> bool:
+        """Whether there is nothing left to send: known without asking MLflow."""
+        return not self.enabled or _known(self.folder, self.experiment)
 
     def _sync(self) -> None:
         document = read_json(self.folder / "trial.json")
@@ -106,8 +134,7 @@ class TrialRun:
         if now.name == "finished":
             _send_results(self._server, self._run_id, self.folder)
             self._server.set_terminated(self._run_id, "FINISHED", _last_time(self.folder))
-            tracked = read_json(self.folder / "tracked.json") or {"complete": []}
-            write_json(self.folder / "tracked.json", {"complete": [*tracked["complete"], self._place()]})
+            _remember(self.folder, self.experiment)
 
     def _send_events(self, server: "MlflowClient") -> None:
         from mlflow.entities import Metric
@@ -158,10 +185,18 @@ def _find_or_create(
     }
     first = next(events.read(folder), {"time": time.time()})
     run = server.create_run(experiment_id, round(first["time"] * 1000), tags, run_name=document["name"])
-    from mlflow.entities import Param
-
-    server.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in trial.items()])
+    _send_inputs(server, run.info.run_id, trial)
     return run
+
+
+def _send_inputs(server: "MlflowClient", run_id: str, trial: dict[str, Any]) -> None:
+    """The trial's fields as parameters, and its data by fingerprint."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+    server.log_batch(run_id, params=[Param(key, str(value)) for key, value in trial.items()])
+    name, fingerprint = trial["data"], FINGERPRINTS[trial["data"]]
+    dataset = Dataset(name, fingerprint[:16], "code", "{}", profile=f'{{"label": "{LABELS[name]}"}}')
+    server.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
 def _send_results(server: "MlflowClient", run_id: str, folder: Path) -> None:
@@ -225,16 +260,19 @@ def download(uri: str) -> str:
         raise DvqError(f"{uri}: MLflow gives no model ({first}); is MLFLOW_TRACKING_URI right?") from None
 
 
-def report(experiment: str, folder: Path, metrics: dict[str, float], failed: bool) -> None:
-    """The sweep's ``report`` run: its figures, its page and its table."""
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+def report(experiment: str, folder: Path, note: str, failed: bool) -> None:
+    """The sweep's ``report`` run: its figures, its page and its table; ``note`` is Markdown, shown first.
+
+    It is made anew when the note, which holds the table and its certificate, is another.
+    """
+    if not os.environ.get("MLFLOW_TRACKING_URI") or _known(folder, experiment, note):
         return
     server = client()
     experiment_id = _experiment(server, experiment)
     for old in server.search_runs([experiment_id], "tags.`dvq.report` = 'true'"):
         server.delete_run(old.info.run_id)
-    run = server.create_run(experiment_id, tags={"dvq.report": "true"}, run_name="report")
-    for name, value in metrics.items():
-        server.log_metric(run.info.run_id, name, value)
+    tags = {"dvq.report": "true", "mlflow.note.content": note}
+    run = server.create_run(experiment_id, tags=tags, run_name="report")
     server.log_artifacts(run.info.run_id, str(folder))
     server.set_terminated(run.info.run_id, "FAILED" if failed else "FINISHED")
+    _remember(folder, experiment, note)

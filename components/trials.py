@@ -19,7 +19,7 @@ from typing import Any
 from components.store import FORMAT, Store, begin, read_json, state, write_json
 from components.tracking import TrialRun
 from dvq import events
-from dvq.config import point, short_name
+from dvq.config import Point, Sweep, point, short_name
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
 from dvq.events import Events
@@ -27,6 +27,22 @@ from dvq.trial import Trial, values
 
 SYNC_SECONDS = 5
 INTERRUPTED = (-signal.SIGTERM, -signal.SIGINT)
+
+
+def unfinished(sweep: Sweep) -> list[Point]:
+    """The sweep's points that the store does not have finished, or that its experiment does not have whole.
+
+    Raises:
+        DvqError: no trial, one that is wrong, or one that stands in the sweep twice.
+    """
+    sweep.trials()
+    store = Store.from_environment()
+    return [point for point in sweep.points() if not (store and _done(store, sweep, point))]
+
+
+def _done(store: Store, sweep: Sweep, point: Point) -> bool:
+    key = sweep.trial(point).key()
+    return store.state(key).name == "finished" and TrialRun(store.trial(key), sweep.name).settled()
 
 
 def _folder(trial: Trial) -> Path:

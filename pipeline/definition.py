@@ -34,7 +34,7 @@ def sweep_pipeline(jobs: int) -> Any:
     ``data_name`` and ``source`` (as prepare_data takes them), ``experiment`` (the name in MLflow).
     """
 
-    @dsl.pipeline(name="trials")  # type: ignore[untyped-decorator]
+    @dsl.pipeline(name="trials")
     def trials(items: list[str], data: Input[Dataset], base: str, experiment: str) -> None:
         with dsl.ParallelFor(items, parallelism=jobs) as trial:
             trained = _task(train, trial=trial, base=base, data=data, experiment=experiment)
@@ -43,7 +43,7 @@ def sweep_pipeline(jobs: int) -> Any:
             evaluation = evaluated.outputs["evaluation"]
             _task(analyze, data=data, model=model, evaluation=evaluation, experiment=experiment)
 
-    @dsl.pipeline(name="dvq-sweep")  # type: ignore[untyped-decorator]
+    @dsl.pipeline(name="dvq-sweep")
     def dvq_sweep(sweep: str, base: str, data_name: str, source: str, experiment: str) -> None:
         items = _task(plan, sweep=sweep)
         data = _task(prepare_data, name=data_name, source=source)

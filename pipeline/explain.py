@@ -1,10 +1,16 @@
-"""Say what a sweep would compute, without starting anything: ``python -m pipeline.explain SWEEP``."""
+"""Say what a sweep would compute, or what a finished trial's number is made of, without starting anything.
 
+python -m pipeline.explain SWEEP [--trial NAME]
+"""
+
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
-from components.store import State
+from components.store import State, Store
+from dvq import DvqError
+from dvq.trial import Trial
 from pipeline import preflight
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -13,15 +19,19 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def explain(
     sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
+    trial: Annotated[str, typer.Option(help="a trial of the sweep, for its ledger")] = "",
 ) -> None:
-    """For each trial: finished, or computed and why."""
+    """For each trial: finished, or computed and why; for one trial, where its bits go."""
     with preflight.one_sentence():
         found = preflight.find_sweep(sweep)
         store = preflight.set_environment()
-    trials = found.trials()
+        trials = found.trials()
+        if trial:
+            print(ledger(trial, trials, store))
+            return
     width, todo = max(map(len, trials)), 0
-    for name, trial in trials.items():
-        state, trained = store.state(trial.key()), (store.trial(trial.key()) / "model").exists()
+    for name, one in trials.items():
+        state, trained = store.state(one.key()), (store.trial(one.key()) / "model").exists()
         todo += state.name != "finished"
         print(f"{name:{width}}  {_told(state, trained)}")
     print(f"{todo} of {len(trials)} trials to compute; the store is {store.root}")
@@ -36,6 +46,27 @@ def _told(state: State, trained: bool) -> str:
         "interrupted": "interrupted before: it starts again",
         "new": "new: the store has no trial with this configuration, data and numerics",
     }[state.name]
+
+
+def ledger(name: str, trials: Mapping[str, Trial], store: Store) -> str:
+    """The bits of each latent variable and of each colour channel, which add up to the trial's bits/dim."""
+    if name not in trials:
+        raise DvqError(f"the sweep has no trial '{name}'; its trials: {', '.join(trials)}")
+    results = store.results(trials[name].key())
+    if results is None:
+        raise DvqError(f"trial '{name}' is not finished: run the sweep first")
+    evaluation = results["evaluation"]
+    entries = [(f"latent variable {k}", bits) for k, bits in enumerate(evaluation["ledger"]["latents"])]
+    entries += list(zip(("red", "green", "blue"), evaluation["ledger"]["channels"], strict=True))
+    lines = [f"{name} on {results['data']['label']}, split {evaluation['split']}, in bits/dim"]
+    lines += [f"  {entry:20} {bits:9.5f}" for entry, bits in entries]
+    lines.append(f"  {'rate':20} {evaluation['rate']:9.5f}  the latent variables' sum")
+    lines.append(f"  {'distortion':20} {evaluation['distortion']:9.5f}  the colour channels' sum")
+    error = f"± {evaluation['bits_per_dim_se']:.5f} over {evaluation['images']} images"
+    lines.append(f"  {'bits/dim':20} {evaluation['bits_per_dim']:9.5f}  {error}")
+    if "bound" in evaluation:
+        lines.append(f"  {'L_S':20} {evaluation['bound']:9.5f}  S = {evaluation['bound_samples']}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 """The environment that keeps a trial to one thread: several trials share the machine, and the number of threads
 decides the last bits of its results."""
 
-SCHEMA = "import sys; from components import tracking; tracking.ensure(sys.argv[1])"
-"""What makes MLflow's tables, once, before several tasks would try; in a process of its own, for mlflow is large."""
+TRACKING = "from components import tracking; tracking.ensure()"
+"""Makes MLflow's tables and the experiment once, before several tasks would try; a process of its own, for
+importing mlflow takes as long as importing kfp, and as much memory."""
 
 
 def check(folder: Path, arguments: Mapping[str, str]) -> None:
@@ -129,7 +130,10 @@ def _end_with_launcher(lifeline: IO[bytes]) -> None:
 
 
 def _run(arguments: dict[str, str], jobs: int, root: str) -> None:
-    schema = subprocess.Popen([sys.executable, "-c", SCHEMA, arguments["experiment"]])
+    tracked = bool(os.environ.get("MLFLOW_TRACKING_URI"))
+    tracking = (
+        subprocess.Popen([sys.executable, "-c", TRACKING, arguments["experiment"]]) if tracked else None
+    )
     from kfp import local
 
     from pipeline.definition import sweep_pipeline
@@ -138,7 +142,8 @@ def _run(arguments: dict[str, str], jobs: int, root: str) -> None:
     warnings.filterwarnings("ignore", message=".*custom or non-Python base image", category=RuntimeWarning)
     # kfp deletes the workspace that it is given after the run, and leaves one of its own behind if it is killed.
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=root, workspace_root=root + "-workspace")
-    schema.wait()
+    if tracking:
+        tracking.wait()
     sweep_pipeline(jobs)(**arguments)
 
 

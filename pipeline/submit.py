@@ -150,26 +150,24 @@ def _note(rows: list[Row], job: Job) -> str:
 def conclude(job: Job, code: int, console: Console) -> int:
     """Print what the sweep came to; 0 if every trial finished and the pipeline succeeded, else 1."""
     failures = results.show(job.sweep, job.trials, job.store, console)
-    lines = _log(job.folder)
-    if code != 0 and not failures:
-        told = ["the pipeline failed after the trials; the end of its log:", *lines[-15:]]
-    elif results.DID_NOT_START in failures.values():
-        told = [
-            next((line for line in lines if ERROR.match(line)), f"the pipeline ended with exit status {code}")
-        ]
-    else:
-        told = []
-    for line in told:
+    for line in _because(code, failures, job.folder / "kfp.log"):
         results.say(console, line)
     results.where(job.sweep, job.store, console)
     results.say(console, f"log:    {job.folder / 'kfp.log'}")
     return 1 if failures or code != 0 else 0
 
 
-def _log(folder: Path) -> list[str]:
-    """The lines of kfp's log, without its colours and blank lines."""
-    text = (folder / "kfp.log").read_text(encoding="utf-8", errors="replace")
-    return [line.strip() for line in COLOUR.sub("", text).splitlines() if line.strip(" -")]
+def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
+    """What kfp's log tells beyond the trials' own reasons."""
+    text = COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
+    lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
+    if results.DID_NOT_START in failures.values():
+        errors = [line for line in lines if ERROR.match(line)]
+        sentences = [line.partition(": ")[2] for line in errors if line.startswith("dvq.DvqError: ")]
+        return [*sentences, *errors, f"the pipeline ended with exit status {code}"][:1]
+    if code != 0 and not failures:
+        return ["the pipeline failed after the trials; the end of its log:", *lines[-15:]]
+    return []
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""plan: the trials of a sweep."""
+"""plan: the trials of a sweep that are still to do."""
 
 from kfp import dsl
 
@@ -7,7 +7,7 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def plan(sweep: str) -> list[str]:
-    """The sweep's trials, each as what it sets over the sweep's base.
+    """The sweep's trials that the store does not have finished, each as what it sets over the sweep's base.
 
     Args:
         sweep: the sweep as JSON (``dvq.config.Sweep``).
@@ -15,8 +15,10 @@ def plan(sweep: str) -> list[str]:
     Returns:
         one text a trial: ``estimator=gs-soft num_codes=512 seed=0``.
     """
+    from components import trials
     from dvq.config import Sweep, overrides
 
     checked = Sweep.model_validate_json(sweep)
-    checked.trials()
-    return [overrides(point) for point in checked.points()]
+    points = trials.unfinished(checked)
+    print(f"{len(points)} of {len(checked.points())} trials to do")
+    return [overrides(point) for point in points]

@@ -23,6 +23,7 @@ TINY = {
     "steps": 5,
     "log_every": 5,
     "evaluate_every": 1000,
+    "bound_samples": 1,
 }
 
 
