@@ -13,7 +13,7 @@ FRESH ?=
 TRIAL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help submit-sweep explain report ui test check components golden clean
+.PHONY: help submit-sweep explain report ui test check components findings golden clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -42,6 +42,9 @@ check: $(READY) ## format, lint, types, compiled components
 
 components: $(READY) ## compile the components to components/*/component.yaml
 	@$(PYTHON) -m pipeline.compile
+
+findings: $(READY) ## the paper's findings in miniature: a sweep with seeds and error bars, some minutes
+	@$(PYTHON) -m pipeline.submit findings --jobs "$(JOBS)" && $(PYTHON) -m pipeline.findings
 
 golden: $(READY) ## write the golden loss curves again, after raising dvq.NUMERICS
 	@$(PYTHON) tests/dvq/test_golden.py

@@ -170,7 +170,8 @@ def _analyze(
         "provenance": training.pop("provenance", {}),
         "training": training,
         "evaluation": judged,
-        "curves": _curves(folder, model.trial.split),
+        "curves": _curves(folder, f"{model.trial.split}/"),
+        "probe": _curves(folder, "probe/"),
     }
     if "usage" in judged:
         found = analyze_codebooks(model.latents.codebook.detach().numpy(), np.asarray(judged["usage"]))
@@ -184,10 +185,12 @@ def _analyze(
     write_json(folder / "results.json", results)
 
 
-def _curves(folder: Path, split: str) -> list[dict[str, float]]:
-    """The evaluations along training, from the events."""
-    return [
-        {"step": event["step"]} | {name.partition("/")[2]: value for name, value in event["values"].items()}
-        for event in events.read(folder)
-        if event["kind"] == "metrics" and f"{split}/rate" in event["values"]
-    ]
+def _curves(folder: Path, prefix: str) -> list[dict[str, float]]:
+    """What was measured along training under names that begin with ``prefix``, from the events."""
+    points = []
+    for event in events.read(folder):
+        numbers = event.get("values", {})
+        found = {name.removeprefix(prefix): x for name, x in numbers.items() if name.startswith(prefix)}
+        if found:
+            points.append({"step": event["step"], **found})
+    return points
