@@ -10,6 +10,7 @@ ON ?= local
 JOBS ?= 2
 DATA ?=
 FRESH ?=
+PORT ?= 5000
 TRIAL ?=
 
 .DEFAULT_GOAL := help
@@ -28,8 +29,10 @@ explain: $(READY) ## what a sweep would compute, and why; TRIAL=name: where that
 report: $(READY) ## write a sweep's report again, from the store
 	@$(PYTHON) -m pipeline.report "$(SWEEP)"
 
-ui: $(READY) ## MLflow's pages on this machine's sweeps
-	@$(PYTHON) -m mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1
+ui: $(READY) ## MLflow's pages on this machine's sweeps, PORT=5000
+	@test -e outputs/mlflow.db || { echo "error: no sweep was run here yet: make submit-sweep" >&2; exit 2; }
+	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(PYTHON) -m mlflow ui \
+	  --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
 test: $(READY) ## every test that needs no daemon
 	@$(PYTHON) -m pytest

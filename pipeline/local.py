@@ -29,8 +29,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 decides the last bits of its results."""
 
 TRACKING = "from components import tracking; tracking.ensure()"
-"""Makes MLflow's tables and the experiment once, before several tasks would try; a process of its own, for
-importing mlflow takes as long as importing kfp, and as much memory."""
+"""Makes MLflow's tables once, before several tasks would try; in a process of its own, for mlflow is large."""
 
 
 def check(folder: Path, arguments: Mapping[str, str]) -> None:
@@ -88,7 +87,7 @@ def running(arguments: Mapping[str, str], jobs: int, folder: Path) -> Iterator["
 def end(process: "subprocess.Popen[bytes]") -> None:
     """End ``process`` and all that it started, with GRACE seconds for the tasks; a second Ctrl-C cuts them short.
 
-    kfp goes first, and hard: on SIGTERM alone it would take each task's death for a failure and start the next.
+    kfp goes first: it would take a task's death for a failure and start the next.
     """
     try:
         process.kill()
@@ -131,9 +130,7 @@ def _end_with_launcher(lifeline: IO[bytes]) -> None:
 
 def _run(arguments: dict[str, str], jobs: int, root: str) -> None:
     tracked = bool(os.environ.get("MLFLOW_TRACKING_URI"))
-    tracking = (
-        subprocess.Popen([sys.executable, "-c", TRACKING, arguments["experiment"]]) if tracked else None
-    )
+    tracking = subprocess.Popen([sys.executable, "-c", TRACKING]) if tracked else None
     from kfp import local
 
     from pipeline.definition import sweep_pipeline

@@ -144,13 +144,13 @@ class PlainLines:
         self._console, self._note = console, ""
 
     def show(self, rows: list[Row], note: str) -> None:
-        if note and note != self._note:
-            self._print(note)
-            self._note = note
         for row in rows:
             for news in row.news:
                 self._print(f"{row.name}  {news}")
             row.news.clear()
+        if note and note != self._note:
+            self._print(note)
+            self._note = note
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -99,6 +99,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     records = tmp_path / "records"
     records.mkdir()
     monkeypatch.setenv("RECORDS", str(records))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # each of kfp's tasks leaves a folder there
     monkeypatch.setattr(
         enhanced_dag_orchestrator, "ParallelExecutor", enhanced_dag_orchestrator.ParallelExecutor
     )

@@ -114,8 +114,8 @@ def test_plain_lines_are_said_once(tmp_path: Path) -> None:
             lines.show([one], "preparing")
     assert isinstance(console.file, io.StringIO)
     said = console.file.getvalue().splitlines()
-    assert said[:2] == ["preparing", "gs-soft-c512-k8-s0  training"]
-    assert said[2].startswith("gs-soft-c512-k8-s0  step 50/100: 7.250 bits/dim, 105 images/s")
+    assert (said[0], said[2]) == ("gs-soft-c512-k8-s0  training", "preparing")
+    assert said[1].startswith("gs-soft-c512-k8-s0  step 50/100: 7.250 bits/dim, 105 images/s")
     assert len(said) == 3
 
 
