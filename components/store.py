@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvq import DvqError, events
+from dvq import DvqError, checkpoint, events
 from dvq.trial import Trial, values
 
 FORMAT = 1
@@ -24,6 +24,8 @@ class State:
 
     name: str
     reason: str = ""
+    step: int = 0
+    """where training would go on, by the trial's checkpoints"""
 
 
 class Store:
@@ -50,6 +52,15 @@ class Store:
     def state(self, key: str) -> State:
         return state(self.trial(key))
 
+    def shorter(self, trial: Trial) -> Path | None:
+        """The trial of the same family that another one of more steps can go on from, at the latest step."""
+        found = []
+        for folder in (self.root / "trials").glob(f"{trial.family()}-*"):
+            reached = [step for step in checkpoint.steps(folder) if step <= trial.steps]
+            if reached and folder.name != trial.key():
+                found.append((reached[-1], folder))
+        return max(found)[1] if found else None
+
     def results(self, key: str) -> dict[str, Any] | None:
         """The finished trial's results.json."""
         return read_json(self.trial(key) / "results.json")
@@ -59,19 +70,38 @@ def state(folder: Path) -> State:
     """The state of the trial in ``folder``, read from what is there."""
     if (folder / "results.json").exists():
         return State("finished")
-    last = State("new")
+    step = max(checkpoint.steps(folder), default=0)
+    last = State("interrupted", step=step) if (folder / "checkpoints").exists() else State("new")
     for event in events.read(folder):
         if event["kind"] == "failure":
-            last = State("failed", event["reason"])
-        elif last.name != "failed":
-            last = State("interrupted")
+            last = State("failed", event["reason"], step)
+        elif event["kind"] == "state" or last.name == "new":
+            last = State("interrupted", step=step)
     return last
 
 
-def begin(folder: Path, trial: Trial, name: str) -> None:
-    """An empty folder for a new attempt at ``trial``, with its trial.json; what another attempt left is gone."""
+def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) -> None:
+    """The trial's folder, as it was left, or a new one; that may go on from a ``shorter`` trial's checkpoints.
+
+    Raises:
+        DvqError: the folder was written by a version with another format.
+    """
+    document = read_json(folder / "trial.json")
+    if document is not None:
+        if document["format"] != FORMAT:
+            raise DvqError(
+                f"{folder} has format {document['format']}, and this version reads {FORMAT}; "
+                "compute anew (FRESH=1), or use the version that wrote it"
+            )
+        return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    for part in ("events", "images", "checkpoints") if shorter else ():
+        if shorter and (shorter / part).exists():
+            shutil.copytree(shorter / part, folder / part)
+    for step in checkpoint.steps(folder):
+        if step > trial.steps:
+            shutil.rmtree(folder / "checkpoints" / f"{step:09d}")
     document = {
         "format": FORMAT,
         "name": name,

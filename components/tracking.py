@@ -139,7 +139,10 @@ class TrialRun:
     def _send_events(self, server: "MlflowClient") -> None:
         from mlflow.entities import Metric
 
-        fresh = list(events.read(self.folder))[self._sent :]
+        # Of training that goes on after an interruption the same points come again: they are counted, for their
+        # order is always the same, and only those after the last that was sent are sent.
+        sendable = [event for event in events.read(self.folder) if event["kind"] in ("metrics", "image")]
+        fresh = sendable[self._sent :]
         points = [
             Metric(name, value, round(event["time"] * 1000), event["step"])
             for event in fresh

@@ -26,7 +26,7 @@ from dvq.events import Events
 from dvq.trial import Trial, values
 
 SYNC_SECONDS = 5
-INTERRUPTED = (-signal.SIGTERM, -signal.SIGINT)
+INTERRUPTED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def unfinished(sweep: Sweep) -> list[Point]:
@@ -59,8 +59,9 @@ def train(overrides: str, base: str, data: Path, model: Path, experiment: str) -
     at = point(overrides)
     trial = make_trial({**json.loads(base), **at}, where=f"trial '{overrides}'")
     folder = _folder(trial)
-    if state(folder).name == "failed" or not (folder / "model").exists():
-        begin(folder, trial, short_name(trial, at))
+    if not (folder / "model").exists():
+        store = Store.from_environment()
+        begin(folder, trial, short_name(trial, at), store.shorter(trial) if store else None)
         _train_in_child(folder, data, TrialRun(folder, experiment))
     model.mkdir(parents=True, exist_ok=True)
     if (folder / "model").exists():
@@ -70,17 +71,23 @@ def train(overrides: str, base: str, data: Path, model: Path, experiment: str) -
 
 
 def _train_in_child(folder: Path, data: Path, run: TrialRun) -> None:
-    """A process of its own, so that any death of it can be told and recorded."""
+    """A process of its own, so that any death of it can be told and recorded. SIGTERM is passed on to it, and
+    its last checkpoint waited for."""
     command = [sys.executable, "-m", "dvq.train", str(folder), "--data", str(data)]
     child = subprocess.Popen(command)
-    while True:
-        try:
-            code = child.wait(SYNC_SECONDS)
-            break
-        except subprocess.TimeoutExpired:
-            run.sync()
+    earlier = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        while True:
+            try:
+                code = child.wait(SYNC_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                run.sync()
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
     if code in INTERRUPTED:
-        sys.exit(128 - code)
+        run.sync()
+        sys.exit(INTERRUPTED[-1])
     if code != 0 and state(folder).name != "failed":
         Events(folder).failure(death(code))
     run.sync()

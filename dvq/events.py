@@ -49,3 +49,17 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """The events' files and their sizes: a place that :func:`truncate` goes back to."""
+    return {path.name: path.stat().st_size for path in sorted((folder / "events").glob("*.jsonl"))}
+
+
+def truncate(folder: Path, to: dict[str, int]) -> None:
+    """Forget all events but those up to a place that :func:`sizes` gave."""
+    for path in sorted((folder / "events").glob("*.jsonl"), reverse=True):
+        if path.name in to:
+            os.truncate(path, to[path.name])
+        else:
+            path.unlink()

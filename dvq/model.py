@@ -181,7 +181,9 @@ class Model(nn.Module):
         generator = generator or torch.Generator(images.device).manual_seed(0)
         codes = self.latents.sample(self.encoder(images), generator).codes
         if codes is None:
-            raise DvqError(f"a {self.trial.estimator} model has no codes: its latent variables are continuous")
+            raise DvqError(
+                f"a {self.trial.estimator} model has no codes: its latent variables are continuous"
+            )
         return codes.T.reshape(len(images), GRID, GRID, -1)
 
     @torch.no_grad()

@@ -47,8 +47,10 @@ def probe(model: "Model", images: Tensor, draws: int, generator: Generator, step
     positions = logits.shape[1] // len(images)
     found, right = [], []
     for i in range(min(LOOKED_AT, len(images))):
-        k, p = (int(torch.randint(size, (), generator=generator, device=images.device))
-                for size in (len(logits), positions))
+        k, p = (
+            int(torch.randint(size, (), generator=generator, device=images.device))
+            for size in (len(logits), positions)
+        )
         mine = slice(i * positions, (i + 1) * positions)
         found.append(mean[k, mine][p])
         right.append(_reference(model, images[i : i + 1], logits[:, mine], k, p, draws, generator))

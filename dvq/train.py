@@ -1,15 +1,12 @@
-"""Training: minibatches, the optimizer, and what is written along the way.
+"""Training a trial: the loop, what it writes along the way, and how it goes on after any interruption.
 
 Run as ``python -m dvq.train FOLDER --data DATA`` it trains the trial that FOLDER/trial.json describes.
 """
 
 import argparse
-import functools
 import json
-import math
-import os
-import platform
-import subprocess
+import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,78 +17,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvq import DvqError
+from dvq import DvqError, checkpoint, goodput
+from dvq import events as diary
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
 from dvq.evaluate import evaluate
 from dvq.events import Events
-from dvq.latents import kmeans
-from dvq.model import BITS_PER_DIM, POSITIONS, Model, save
+from dvq.model import BITS_PER_DIM, Model, save
 from dvq.probe import probe
-from dvq.trial import Discrete, Trial
+from dvq.provenance import provenance
+from dvq.trainer import Trainer, noise
+from dvq.trial import Trial
 
 SHOWN = 16  # images in a picture of reconstructions
 
 
-@functools.lru_cache(maxsize=2)
-def permutation(images: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits the images."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(images)
-
-
-def minibatch(step: int, batch_size: int, images: int, seed: int) -> NDArray[np.int64]:
-    """The images of step 0, 1, …: consecutive pieces of the epochs' permutations laid end to end.
-
-    A function of the step alone, so that a run can go on from any step. No image is ever dropped: a
-    minibatch may hold the end of one epoch and the beginning of the next.
-    """
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = places // images
-    parts = [
-        permutation(images, seed, epoch)[places[epochs == epoch] % images] for epoch in np.unique(epochs)
-    ]
-    return np.concatenate(parts)
-
-
-def noise(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """The random numbers of a step, likewise a function of the step alone."""
-    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
-
-
-class Trainer:
-    """A model, its optimizer, and one step of both."""
-
-    def __init__(
-        self, trial: Trial, images: NDArray[np.uint8], device: torch.device, dtype: torch.dtype
-    ) -> None:
-        torch.manual_seed(trial.seed)
-        self.trial, self.images, self.device = trial, images, device
-        self.model = Model(trial).to(device, dtype)
-        if isinstance(trial, Discrete) and trial.codebook_init == "kmeans":
-            self._place_codebooks(trial)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=trial.learning_rate, fused=True)
-
-    @torch.no_grad()
-    def _place_codebooks(self, trial: Discrete) -> None:
-        """Begin with the clusters of the first minibatches' encodings, ten or more for each code."""
-        count = math.ceil(10 * trial.num_codes / (trial.batch_size * POSITIONS))
-        encodings = torch.cat([self.model.encoder(self.minibatch(step)) for step in range(count)], 1)
-        self.model.latents.place(kmeans(encodings, trial.num_codes, noise(trial.seed, 0, self.device)))
-
-    def minibatch(self, step: int) -> Tensor:
-        """The uint8 images (B, 32, 32, 3) of a step."""
-        index = minibatch(step, self.trial.batch_size, len(self.images), self.trial.seed)
-        return torch.from_numpy(self.images[index]).to(self.device)
-
-    def step(self, step: int) -> Tensor:
-        """Train on minibatch ``step``; the surrogate, distortion and rate, (3,) [nats an image]."""
-        trial = self.trial
-        loss = trial.loss(self.model, self.minibatch(step), noise(trial.seed, step, self.device), step)
-        loss.surrogate.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return torch.stack([loss.surrogate.detach(), loss.distortion, loss.rate])
+class Interrupted(BaseException):
+    """SIGTERM came: write a checkpoint and end."""
 
 
 def curve_point(terms: Tensor, last_step: int) -> dict[str, float]:
@@ -107,8 +49,130 @@ def curve_point(terms: Tensor, last_step: int) -> dict[str, float]:
     return {"bits_per_dim": distortion + rate, "distortion": distortion, "rate": rate}
 
 
+class Training:
+    """A trial in training.
+
+    A checkpoint is the state right after a step, before what is due at that step is looked at; going on from
+    it begins with that look. So neither the weights nor the events tell how often a trial was interrupted,
+    nor with how many steps it was first asked for.
+    """
+
+    def __init__(self, trial: Trial, data: Data, folder: Path, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.trial, self.folder, self.device, self.threads = trial, folder, device, threads
+        self.judged, _ = data.evaluation(trial.split)
+        self.trainer = Trainer(trial, data.training(trial.split)[0], torch.device(device), torch.float32)
+        self.done = 0
+        self.terms: list[Tensor] = []  # of the steps since the last point of the curves
+        self.seconds = self.seconds_at_point = 0.0  # spent in training steps
+        self.stopping = self.looking = False
+        self._resume()
+        self.events = Events(folder)
+        self.events.state("training")
+        self.events_before = diary.sizes(folder)
+        self.saved_at = self.since = time.perf_counter()
+
+    def _resume(self) -> None:
+        """Go on from the last whole checkpoint, if there is one; what came after it is computed again."""
+        found = checkpoint.latest(self.folder, self.trial.family(), lambda told: print(told, flush=True))
+        if found is not None:
+            self.trainer.restore(found.tensors)
+            self.terms = list(found.tensors.get("terms", ()))
+            self.done, self.seconds = found.step, found.about["seconds"]
+            self.seconds_at_point = found.about["seconds_at_point"]
+            print(f"going on from step {self.done}", flush=True)
+        goodput.begin(self.folder, self.done)
+        diary.truncate(self.folder, found.about["events"] if found else {})
+
+    def stop(self, *_: object) -> None:
+        """SIGTERM: end after the step, or, in the middle of a look, at once."""
+        self.stopping = True
+        if self.looking:
+            raise Interrupted
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step and publish the model; the summary that the results name."""
+        try:
+            if self.done:
+                self._look()
+            while self.done < self.trial.steps:
+                self.terms.append(self.trainer.step(self.done))
+                self.done += 1
+                if self._checkpoint_due():
+                    self._checkpoint()
+                if self.stopping:
+                    raise Interrupted
+                self._look()
+        except Interrupted:
+            self._checkpoint()
+            Events(self.folder).state("interrupted")
+            raise
+        summary = {
+            "steps": self.trial.steps,
+            "seconds": self.seconds,
+            "images_per_second": self.trial.steps * self.trial.batch_size / self.seconds,
+            "goodput": goodput.read(self.folder),
+            "provenance": provenance(self.device, self.threads),
+        }
+        _publish(self.trainer.model, summary, self.folder)
+        return summary
+
+    def _checkpoint_due(self) -> bool:
+        last = self.done in (self.trial.steps, 0)
+        old = time.perf_counter() - self.saved_at > self.trial.checkpoint_seconds
+        return last or old or self.done % self.trial.checkpoint_every == 0
+
+    def _checkpoint(self) -> None:
+        tensors = self.trainer.state()
+        if self.terms:
+            tensors["terms"] = torch.stack(self.terms).cpu()
+            curve_point(tensors["terms"], self.done - 1)  # nothing that diverged is ever kept
+        self._clock()
+        about = {
+            "family": self.trial.family(),
+            "seconds": self.seconds,
+            "seconds_at_point": self.seconds_at_point,
+            "events": self.events_before,
+        }
+        checkpoint.write(self.folder, self.done, tensors, about)
+        self.saved_at = self.since = time.perf_counter()
+
+    def _clock(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self.since = self.seconds + now - self.since, now
+
+    def _look(self) -> None:
+        """What is due at this step: a point of the curves, an evaluation."""
+        last = self.done == self.trial.steps
+        point = last or self.done % self.trial.log_every == 0
+        evaluation = last or self.done % self.trial.evaluate_every == 0
+        if not (point or evaluation):
+            return
+        self.looking = True
+        if point and self.terms:
+            self._point()
+        if evaluation:
+            self._clock()
+            _evaluate(self.trainer.model, self.trial, self.judged, self.folder, self.events, self.done)
+            _probe(self.trainer, self.events, self.done - 1)
+            self.since = time.perf_counter()
+        self.looking = False
+        if point:
+            self.terms = []
+        self.events_before = diary.sizes(self.folder)
+
+    def _point(self) -> None:
+        values = curve_point(torch.stack(self.terms).cpu(), self.done - 1)
+        self._clock()
+        speed = len(self.terms) * self.trial.batch_size / (self.seconds - self.seconds_at_point)
+        self.seconds_at_point = self.seconds
+        named = {f"train/{name}": value for name, value in values.items()}
+        self.events.metrics(self.done, named | {"images_per_second": speed})
+
+
 def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: int = 1) -> dict[str, Any]:
-    """Train ``trial`` and leave in ``folder``: events/, images/ and, last, model/.
+    """Train ``trial``, or go on with it, and leave in ``folder``: checkpoints/, events/, images/ and, last,
+    model/. SIGTERM ends it after a checkpoint.
 
     Args:
         trial: what to train.
@@ -117,47 +181,21 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
         device: where to train; on a CPU with ``threads`` threads, which are part of the numbers.
 
     Returns:
-        steps, seconds, speed and provenance, which are in model/training.json too.
+        steps, seconds, speed, goodput and provenance, which are in model/training.json too.
 
     Raises:
-        DvqError: the loss is not finite; names step and term.
+        DvqError: the loss is not finite (names step and term); a checkpoint is of another configuration or
+            cannot be written.
     """
-    torch.set_num_threads(threads)
-    events = Events(folder)
-    events.state("training")
-    images, _ = data.training(trial.split)
-    judged, _ = data.evaluation(trial.split)
-    trainer = Trainer(trial, images, torch.device(device), torch.float32)
-    terms: list[Tensor] = []
-    began = since = time.perf_counter()
-    trained = 0.0  # seconds in training steps alone
-    for step in range(trial.steps):
-        terms.append(trainer.step(step))
-        done = step + 1
-        if done % trial.log_every == 0 or done == trial.steps:
-            point = curve_point(torch.stack(terms).cpu(), step)
-            seconds = time.perf_counter() - since
-            trained += seconds
-            speed = len(terms) * trial.batch_size / seconds
-            events.metrics(done, {f"train/{k}": v for k, v in point.items()} | {"images_per_second": speed})
-            terms.clear()
-            since = time.perf_counter()
-        if done % trial.evaluate_every == 0 or done == trial.steps:
-            paused = time.perf_counter()
-            _look(trainer.model, trial, judged, folder, events, done)
-            _probe(trainer, events, step)
-            since += time.perf_counter() - paused
-    summary = {
-        "steps": trial.steps,
-        "seconds": time.perf_counter() - began,
-        "images_per_second": trial.steps * trial.batch_size / trained,
-        "provenance": provenance(device, threads),
-    }
-    _publish(trainer.model, summary, folder)
-    return summary
+    training = Training(trial, data, folder, device, threads)
+    earlier = signal.signal(signal.SIGTERM, training.stop)
+    try:
+        return training.run()
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
-def _look(
+def _evaluate(
     model: Model, trial: Trial, judged: NDArray[np.uint8], folder: Path, events: Events, step: int
 ) -> None:
     """Evaluate on all evaluation images, and draw some reconstructions."""
@@ -187,31 +225,10 @@ def _probe(trainer: Trainer, events: Events, step: int) -> None:
 def _publish(model: Model, summary: dict[str, Any], folder: Path) -> None:
     """Write model/ under another name and rename it: it is there whole or not at all."""
     partial = folder / "model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     save(model, partial)
     (partial / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     partial.rename(folder / "model")
-
-
-def provenance(device: str, threads: int) -> dict[str, Any]:
-    """What decides the numbers beside the configuration: code, library, kernels, machine."""
-    name = (
-        torch.cuda.get_device_name() if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
-    )
-    return {
-        "commit": os.environ.get("DVQ_COMMIT") or _commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": f"{device} ({name})",
-        "threads": threads,
-    }
-
-
-def _commit() -> str:
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def failure_reason(error: Exception) -> str:
@@ -233,6 +250,8 @@ def main() -> int:
         document = json.loads((args.folder / "trial.json").read_text(encoding="utf-8"))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         train(make_trial(document["trial"]), load(args.data), args.folder, device)
+    except Interrupted:
+        return 128 + signal.SIGTERM
     except Exception as error:
         Events(args.folder).failure(failure_reason(error))
         if not isinstance(error, DvqError):

@@ -73,16 +73,25 @@ class Trial(BaseModel):
     """steps between points of the training curves"""
     evaluate_every: Count = Field(default=5_000, json_schema_extra=Unkeyed)
     """steps between evaluations on all evaluation images"""
+    checkpoint_every: Count = Field(default=1_000, json_schema_extra=Unkeyed)
+    """steps between checkpoints"""
+    checkpoint_seconds: Positive = Field(default=60.0, json_schema_extra=Unkeyed)
+    """seconds after which a checkpoint is due whatever the steps"""
 
     def key(self) -> str:
-        """The trial's name in the store: a hash of what decides its numbers.
+        """The trial's name in the store: its family, and how many steps of it."""
+        return f"{self.family()}-{self.steps}"
+
+    def family(self) -> str:
+        """A hash of what decides the numbers, but for how many steps are made: longer trials go on from
+        shorter ones of their family, for no schedule looks at the last step.
 
         That is the fields that differ from their defaults (so that a new field with a neutral default
         invalidates nothing), the data's fingerprint and ``dvq.NUMERICS``.
         """
         fields = type(self).model_fields
         unkeyed = {name for name, field in fields.items() if field.json_schema_extra == Unkeyed}
-        chosen = self.model_dump(mode="json", exclude_defaults=True, exclude=unkeyed)
+        chosen = self.model_dump(mode="json", exclude_defaults=True, exclude={*unkeyed, "steps"})
         chosen |= {"estimator": self.estimator, "data": FINGERPRINTS[self.data], "numerics": dvq.NUMERICS}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -1,0 +1,119 @@
+"""Checkpoints: all that training needs to go on, whole or not there at all.
+
+``checkpoints/<step>/`` holds ``state.safetensors`` and ``checkpoint.json``: format, family, step, the sizes of
+the event files at that moment, and the state's SHA-256. It is written under another name, synced and renamed;
+the last two are kept, so that one that was damaged later leaves another.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dvq import DvqError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What training goes on from."""
+
+    step: int
+    """steps done"""
+    tensors: "dict[str, Tensor]"
+    about: dict[str, Any]
+    """what was given to :func:`write`"""
+
+
+def write(folder: Path, step: int, tensors: "dict[str, Tensor]", about: dict[str, Any]) -> Path:
+    """Write ``folder``/checkpoints/<step>, then remove all but the last two; its path.
+
+    Raises:
+        DvqError: it cannot be written (a full disk, say); the earlier ones are untouched.
+    """
+    from safetensors.torch import save
+
+    final = folder / "checkpoints" / f"{step:09d}"
+    partial = final.with_name(f".partial-{final.name}")
+    content = save(tensors)
+    digest = hashlib.sha256(content).hexdigest()
+    document = {"format": FORMAT, "step": step, "sha256": digest, **about}
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_synced(partial / "state.safetensors", content)
+        _write_synced(partial / "checkpoint.json", (json.dumps(document, indent=1) + "\n").encode())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(final.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise DvqError(
+            f"checkpoint of step {step} cannot be written to {final.parent} ({error.strerror}); the last one "
+            "is kept, and training goes on from it when there is room"
+        ) from None
+    for old in steps(folder)[:-KEPT]:
+        shutil.rmtree(final.with_name(f"{old:09d}"), ignore_errors=True)
+    return final
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a trial's folder, ascending."""
+    return sorted(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
+
+
+def latest(folder: Path, family: str, say: Callable[[str], None]) -> Checkpoint | None:
+    """The last checkpoint that is whole; ``say`` is told of each that is not. None: there is none.
+
+    Raises:
+        DvqError: a checkpoint of another configuration, or of a format that this version does not read.
+    """
+    from safetensors.torch import load
+
+    for step in reversed(steps(folder)):
+        path = folder / "checkpoints" / f"{step:09d}"
+        try:
+            about = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+            content = (path / "state.safetensors").read_bytes()
+            damage = "" if hashlib.sha256(content).hexdigest() == about["sha256"] else "its SHA-256 differs"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            damage = str(error)
+        if damage:
+            say(f"checkpoint {path} is damaged ({damage}); it is left out")
+            continue
+        if about["format"] != FORMAT:
+            raise DvqError(
+                f"checkpoint {path} has format {about['format']}, and this version reads {FORMAT}; "
+                "compute anew (FRESH=1), or use the version that wrote it"
+            )
+        if about["family"] != family:
+            raise DvqError(
+                f"checkpoint {path} is of another configuration ({about['family']}, not {family}); "
+                "compute anew (FRESH=1)"
+            )
+        return Checkpoint(step, load(content), about)
+    return None

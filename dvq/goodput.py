@@ -1,0 +1,34 @@
+"""Goodput: how much of what was computed was kept, and what interruptions cost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dvq import events
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """``attempts``, and ``steps_lost`` and ``seconds_lost`` to interruptions, of the trial in ``folder``.
+
+    Lost work is told from the events, so of what was lost since the last point of the curves nothing is known.
+    """
+    try:
+        found: dict[str, Any] = json.loads((folder / "goodput.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {"attempts": 0, "steps_lost": 0, "seconds_lost": 0.0}
+    return found
+
+
+def begin(folder: Path, step: int) -> None:
+    """Note an attempt that goes on from ``step``; what the events tell of later steps was computed in vain."""
+    found = read(folder)
+    points = [event for event in events.read(folder) if event["kind"] == "metrics"]
+    lost = [event for event in points if event["step"] > step]
+    if lost:
+        kept = [event["time"] for event in points if event["step"] <= step]
+        found["steps_lost"] += lost[-1]["step"] - step
+        found["seconds_lost"] += lost[-1]["time"] - (kept[-1] if kept else lost[0]["time"])
+    found["attempts"] += 1
+    partial = folder / "goodput.json.partial"
+    partial.write_text(json.dumps(found), encoding="utf-8")
+    partial.replace(folder / "goodput.json")

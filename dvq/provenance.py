@@ -1,0 +1,31 @@
+"""Where a trial's numbers come from, beside its configuration."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance(device: str, threads: int) -> dict[str, Any]:
+    """What decides the numbers beside the configuration: code, library, kernels, machine."""
+    name = (
+        torch.cuda.get_device_name() if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
+    )
+    return {
+        "commit": os.environ.get("DVQ_COMMIT") or _commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"{device} ({name})",
+        "threads": threads,
+    }
+
+
+def _commit() -> str:
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

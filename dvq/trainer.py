@@ -1,0 +1,95 @@
+"""One step of training: the minibatch, the noise, the model and its optimizer."""
+
+import functools
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dvq.latents import kmeans
+from dvq.model import POSITIONS, Model
+from dvq.trial import Discrete, Trial
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(images: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order in which an epoch visits the images."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(images)
+
+
+def minibatch(step: int, batch_size: int, images: int, seed: int) -> NDArray[np.int64]:
+    """The images of step 0, 1, …: consecutive pieces of the epochs' permutations laid end to end.
+
+    A function of the step alone, so that a run can go on from any step. No image is ever dropped: a
+    minibatch may hold the end of one epoch and the beginning of the next.
+    """
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = places // images
+    parts = [
+        permutation(images, seed, epoch)[places[epochs == epoch] % images] for epoch in np.unique(epochs)
+    ]
+    return np.concatenate(parts)
+
+
+def noise(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """The random numbers of a step, likewise a function of the step alone."""
+    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> 1))
+
+
+class Trainer:
+    """A model, its optimizer, and one step of both."""
+
+    def __init__(
+        self, trial: Trial, images: NDArray[np.uint8], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        torch.manual_seed(trial.seed)
+        self.trial, self.images, self.device = trial, images, device
+        self.model = Model(trial).to(device, dtype)
+        if isinstance(trial, Discrete) and trial.codebook_init == "kmeans":
+            self._place_codebooks(trial)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=trial.learning_rate, fused=True)
+
+    @torch.no_grad()
+    def _place_codebooks(self, trial: Discrete) -> None:
+        """Begin with the clusters of the first minibatches' encodings, ten or more for each code."""
+        count = math.ceil(10 * trial.num_codes / (trial.batch_size * POSITIONS))
+        encodings = torch.cat([self.model.encoder(self.minibatch(step)) for step in range(count)], 1)
+        self.model.latents.place(kmeans(encodings, trial.num_codes, noise(trial.seed, 0, self.device)))
+
+    def minibatch(self, step: int) -> Tensor:
+        """The uint8 images (B, 32, 32, 3) of a step."""
+        index = minibatch(step, self.trial.batch_size, len(self.images), self.trial.seed)
+        return torch.from_numpy(self.images[index]).to(self.device)
+
+    def step(self, step: int) -> Tensor:
+        """Train on minibatch ``step``; the surrogate, distortion and rate, (3,) [nats an image]."""
+        trial = self.trial
+        loss = trial.loss(self.model, self.minibatch(step), noise(trial.seed, step, self.device), step)
+        loss.surrogate.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack([loss.surrogate.detach(), loss.distortion, loss.rate])
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next steps depend on, by name, on the CPU. There is no generator's state: the order of
+        the images and the noise are functions of the step."""
+        found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for i, parameter in enumerate(self.model.parameters()):
+            for name, tensor in self.optimizer.state[parameter].items():
+                found[f"optimizer.{i}.{name}"] = tensor
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what :meth:`state` gave, bit for bit."""
+        self.model.load_state_dict(
+            {name.removeprefix("model."): t for name, t in state.items() if name[0] == "m"}
+        )
+        for i, parameter in enumerate(self.model.parameters()):
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                saved = state[f"optimizer.{i}.{name}"]
+                # moments are stored as their parameter is (NHWC): the fused kernel walks both in one order
+                like = torch.zeros((), device=saved.device) if name == "step" else torch.zeros_like(parameter)
+                self.optimizer.state[parameter][name] = like.copy_(saved)

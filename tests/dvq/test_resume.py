@@ -1,0 +1,283 @@
+"""Training that is killed at any instant ends with the same bits as training that is not.
+
+``make soak`` does the same with 200 kills (the environment variable DVQ_KILLS).
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dvq import DvqError, checkpoint, events, goodput
+from dvq.config import trial
+from dvq.data import load
+from dvq.train import train
+from dvq.trial import Trial, values
+
+KILLS = int(os.environ.get("DVQ_KILLS", "20"))
+TINY: dict[str, Any] = {
+    "estimator": "gs-soft",
+    "data": "cifar10-sample",
+    "features": 4,
+    "num_latents": 2,
+    "num_codes": 4,
+    "code_dim": 3,
+    "residual_blocks": 1,
+    "batch_size": 4,
+    "steps": 30,
+    "log_every": 7,
+    "evaluate_every": 10,
+    "checkpoint_every": 4,
+}
+processes = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset of a few images."""
+    folder = tmp_path_factory.mktemp("data")
+    random_images = np.random.Generator(np.random.PCG64(0))
+    for name, count in (("train", 30), ("test", 8)):
+        images = random_images.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        np.save(folder / f"{name}_images.npy", images)
+        np.save(folder / f"{name}_labels.npy", np.zeros(count, dtype=np.uint8))
+    info = {"format": 1, "name": "tiny", "train": 30, "tune": 3, "test": 8}
+    (folder / "data.json").write_text(json.dumps(info), encoding="utf-8")
+    return folder
+
+
+def new_folder(path: Path, one: Trial) -> Path:
+    path.mkdir()
+    (path / "trial.json").write_text(json.dumps({"trial": values(one)}), encoding="utf-8")
+    return path
+
+
+def _train(folder: Path, prepared: Path) -> None:
+    from dvq.train import main
+
+    sys.argv = ["train", str(folder), "--data", str(prepared)]
+    sys.exit(main())
+
+
+def start(folder: Path, prepared: Path) -> BaseProcess:
+    """A training process of its own; the server that it is forked from has torch, which saves seconds."""
+    processes.set_forkserver_preload(["dvq.train"])
+    process = processes.Process(target=_train, args=(folder, prepared))
+    process.start()
+    return process
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that training made, but for times and speeds."""
+    measured = [
+        (event["step"], {name: x for name, x in event["values"].items() if name != "images_per_second"})
+        for event in events.read(folder)
+        if event["kind"] == "metrics"
+    ]
+    pictures = {path.name: path.read_bytes() for path in sorted((folder / "images").iterdir())}
+    return {
+        "model": (folder / "model" / "model.safetensors").read_bytes(),
+        "metrics": measured,
+        "images": pictures,
+        "image events": [event["path"] for event in events.read(folder) if event["kind"] == "image"],
+    }
+
+
+def undisturbed(path: Path, one: Trial, prepared: Path) -> dict[str, Any]:
+    train(one, load(prepared), new_folder(path, one))
+    return outcome(path)
+
+
+def kill(process: BaseProcess, folder: Path, moment: str, dice: random.Random) -> bool:
+    """SIGKILL at a random instant, or as soon as a checkpoint or the model begins to be written; whether the
+    process still ran."""
+    patterns = {"checkpoint": "checkpoints/.partial-*", "publish": "model.partial"}
+    if moment == "any":
+        process.join(dice.uniform(0.0, 0.6))
+    else:
+        while process.is_alive() and not list(folder.glob(patterns[moment])):
+            time.sleep(0.0005)
+        time.sleep(dice.uniform(0, 0.003))
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("estimator", ["gs-soft", "vq-ema"])
+def test_killed_at_any_instant_it_ends_with_the_same_bits(
+    estimator: str, tmp_path: Path, prepared: Path
+) -> None:
+    one, dice = trial({**TINY, "estimator": estimator}), random.Random(estimator)
+    expected = undisturbed(tmp_path / "undisturbed", one, prepared)
+    kills = rounds = 0
+    while kills < KILLS / 2:
+        rounds += 1
+        folder = new_folder(tmp_path / f"round{rounds}", one)
+        while not (folder / "model").exists():
+            process = start(folder, prepared)
+            moment = dice.choice(["any", "any", "checkpoint", "publish"])
+            kills += kill(process, folder, moment, dice)
+            assert process.exitcode in (0, -signal.SIGKILL)
+        assert outcome(folder) == expected
+    assert goodput.read(folder)["attempts"] >= 1
+
+
+def test_the_comparison_can_fail(tmp_path: Path, prepared: Path) -> None:
+    """A negative control: going on with the optimizer's moments lost gives other bits."""
+    one = trial(TINY)
+    expected = undisturbed(tmp_path / "undisturbed", one, prepared)
+    folder = interrupted(tmp_path / "resumed", one, prepared, step=12)
+    state = folder / "checkpoints" / "000000012" / "state.safetensors"
+    tensors = load_file(state)
+    save_file({n: torch.zeros_like(t) if n.endswith("exp_avg") else t for n, t in tensors.items()}, state)
+    forge(state)
+    train(one, load(prepared), folder)
+    found = outcome(folder)
+    assert found["model"] != expected["model"]
+    assert found["metrics"][1:] != expected["metrics"][1:]
+
+
+def interrupted(path: Path, one: Trial, prepared: Path, step: int) -> Path:
+    """A trial whose training was cut off after the checkpoint of ``step``."""
+    folder, write = new_folder(path, one), checkpoint.write
+
+    def cut(where: Path, at: int, *rest: Any) -> Path:
+        written = write(where, at, *rest)
+        if at == step:
+            raise KeyboardInterrupt
+        return written
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "write", cut)
+        train(one, load(prepared), folder)
+    return folder
+
+
+def forge(state: Path) -> None:
+    """Give a changed state the checksum that it should have."""
+    import hashlib
+
+    about = json.loads((state.parent / "checkpoint.json").read_text(encoding="utf-8"))
+    about["sha256"] = hashlib.sha256(state.read_bytes()).hexdigest()
+    (state.parent / "checkpoint.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def test_sigterm_writes_a_checkpoint_and_says_interrupted(tmp_path: Path, prepared: Path) -> None:
+    one = trial({**TINY, "steps": 100_000, "checkpoint_every": 100_000})
+    folder = new_folder(tmp_path / "trial", one)
+    process = start(folder, prepared)
+    while not [event for event in events.read(folder) if event["kind"] == "metrics"]:
+        time.sleep(0.01)
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert [e["state"] for e in events.read(folder) if e["kind"] == "state"][-1] == "interrupted"
+    (step,) = checkpoint.steps(folder)
+    assert step >= 7
+
+
+@pytest.mark.parametrize("shorter", [14, 15, 20])
+def test_more_steps_go_on_from_fewer_to_the_same_bits(shorter: int, tmp_path: Path, prepared: Path) -> None:
+    """14 and 20 are on the schedules of points and evaluations, 15 is on none."""
+    short, long = trial({**TINY, "steps": shorter}), trial(TINY)
+    assert short.family() == long.family()
+    expected = undisturbed(tmp_path / "at once", long, prepared)
+    folder = new_folder(tmp_path / "in two", short)
+    train(short, load(prepared), folder)
+    shutil.rmtree(folder / "model")
+    train(long, load(prepared), folder)
+    assert outcome(folder)["model"] == expected["model"]
+    assert outcome(folder)["metrics"] == expected["metrics"]
+
+
+def test_lost_work_is_counted(tmp_path: Path, prepared: Path) -> None:
+    one = trial({**TINY, "checkpoint_every": 10})
+    folder = interrupted(tmp_path / "trial", one, prepared, step=20)
+    shutil.rmtree(folder / "checkpoints" / "000000020")
+    train(one, load(prepared), folder)
+    found = goodput.read(folder)
+    assert (found["attempts"], found["steps_lost"]) == (2, 4)  # a point at 14 was kept by no checkpoint but 10's
+    assert found["seconds_lost"] > 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone", "json"])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
+    damage: str, tmp_path: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = trial(TINY)
+    expected = undisturbed(tmp_path / "undisturbed", one, prepared)
+    folder = interrupted(tmp_path / "trial", one, prepared, step=16)
+    state = folder / "checkpoints" / "000000016" / "state.safetensors"
+    content = bytearray(state.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    state.write_bytes(content[: len(content) // 2] if damage == "truncated" else content)
+    if damage == "gone":
+        state.unlink()
+    if damage == "json":
+        (state.parent / "checkpoint.json").write_text("{", encoding="utf-8")
+    train(one, load(prepared), folder)
+    told = capsys.readouterr().out
+    assert "000000016 is damaged" in told
+    assert "going on from step 12" in told
+    assert outcome(folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"format": 99}, "has format 99, and this version reads 1"), ({"family": "x"}, "of another configuration")],
+)
+def test_a_foreign_checkpoint_is_refused_and_nothing_is_overwritten(
+    change: dict[str, Any], says: str, tmp_path: Path, prepared: Path
+) -> None:
+    one = trial(TINY)
+    folder = interrupted(tmp_path / "trial", one, prepared, step=16)
+    path = folder / "checkpoints" / "000000016" / "checkpoint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(DvqError, match=says):
+        train(one, load(prepared), folder)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trial(TINY)
+    folder = interrupted(tmp_path / "trial", one, prepared, step=16)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_synced", full)
+        with pytest.raises(DvqError, match=r"step 20 cannot be written .*No space left on device.*the last one is kept"):
+            train(one, load(prepared), folder)
+    assert checkpoint.steps(folder) == [12, 16]
+    assert not list((folder / "checkpoints").glob(".partial*"))
+    train(one, load(prepared), folder)
+    assert outcome(folder) == undisturbed(tmp_path / "undisturbed", one, prepared)
+
+
+def test_what_diverged_is_never_kept(tmp_path: Path, prepared: Path) -> None:
+    one = trial({**TINY, "learning_rate": 1e30, "checkpoint_every": 1})
+    folder = new_folder(tmp_path / "trial", one)
+    with pytest.raises(DvqError, match=r"training diverged: at step \d+ the \w+ is (nan|inf)"):
+        train(one, load(prepared), folder)
+    for step in checkpoint.steps(folder):
+        found = checkpoint.latest(folder, one.family(), print)
+        assert found is not None
+        assert torch.isfinite(found.tensors["terms"]).all(), step
