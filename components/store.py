@@ -52,14 +52,21 @@ class Store:
     def state(self, key: str) -> State:
         return state(self.trial(key))
 
-    def shorter(self, trial: Trial) -> Path | None:
-        """The trial of the same family that another one of more steps can go on from, at the latest step."""
+    def reached(self, trial: Trial) -> int:
+        """The step that the trial would go on from: its own last checkpoint's, or a shorter one's."""
+        own = max(checkpoint.steps(self.trial(trial.key())), default=0)
+        shorter = self.shorter(trial)
+        return own or (shorter[0] if shorter else 0)
+
+    def shorter(self, trial: Trial) -> tuple[int, Path] | None:
+        """The latest step that a trial of the same family has a checkpoint of and this one can go on from, and
+        that trial's folder."""
         found = []
         for folder in (self.root / "trials").glob(f"{trial.family()}-*"):
             reached = [step for step in checkpoint.steps(folder) if step <= trial.steps]
             if reached and folder.name != trial.key():
                 found.append((reached[-1], folder))
-        return max(found)[1] if found else None
+        return max(found, default=None)
 
     def results(self, key: str) -> dict[str, Any] | None:
         """The finished trial's results.json."""

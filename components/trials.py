@@ -18,7 +18,7 @@ from typing import Any
 
 from components.store import FORMAT, Store, begin, read_json, state, write_json
 from components.tracking import TrialRun
-from dvq import events
+from dvq import DvqError, events
 from dvq.config import Point, Sweep, point, short_name
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
@@ -61,8 +61,12 @@ def train(overrides: str, base: str, data: Path, model: Path, experiment: str) -
     folder = _folder(trial)
     if not (folder / "model").exists():
         store = Store.from_environment()
-        begin(folder, trial, short_name(trial, at), store.shorter(trial) if store else None)
-        _train_in_child(folder, data, TrialRun(folder, experiment))
+        shorter = store.shorter(trial) if store else None
+        try:
+            begin(folder, trial, short_name(trial, at), shorter[1] if shorter else None)
+            _train_in_child(folder, data, TrialRun(folder, experiment))
+        except DvqError as error:
+            Events(folder).failure(str(error))
     model.mkdir(parents=True, exist_ok=True)
     if (folder / "model").exists():
         shutil.copytree(folder / "model", model, dirs_exist_ok=True)

@@ -60,35 +60,35 @@ class Training:
     def __init__(self, trial: Trial, data: Data, folder: Path, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self.trial, self.folder, self.device, self.threads = trial, folder, device, threads
+        found = checkpoint.latest(folder, trial.family(), lambda told: print(told, flush=True))
+        goodput.begin(folder, found.step if found else 0)
+        diary.truncate(folder, found.about["events"] if found else {})
+        self.events = Events(folder)
+        self.events.state("training")
         self.judged, _ = data.evaluation(trial.split)
         self.trainer = Trainer(trial, data.training(trial.split)[0], torch.device(device), torch.float32)
         self.done = 0
         self.terms: list[Tensor] = []  # of the steps since the last point of the curves
         self.seconds = self.seconds_at_point = 0.0  # spent in training steps
         self.stopping = self.looking = False
-        self._resume()
-        self.events = Events(folder)
-        self.events.state("training")
+        if found:
+            self._go_on(found)
         self.events_before = diary.sizes(folder)
         self.saved_at = self.since = time.perf_counter()
 
-    def _resume(self) -> None:
-        """Go on from the last whole checkpoint, if there is one; what came after it is computed again."""
-        found = checkpoint.latest(self.folder, self.trial.family(), lambda told: print(told, flush=True))
-        if found is not None:
-            self.trainer.restore(found.tensors)
-            self.terms = list(found.tensors.get("terms", ()))
-            self.done, self.seconds = found.step, found.about["seconds"]
-            self.seconds_at_point = found.about["seconds_at_point"]
-            print(f"going on from step {self.done}", flush=True)
-        goodput.begin(self.folder, self.done)
-        diary.truncate(self.folder, found.about["events"] if found else {})
+    def _go_on(self, found: checkpoint.Checkpoint) -> None:
+        self.trainer.restore(found.tensors)
+        self.terms = list(found.tensors.get("terms", ()))
+        self.done, self.seconds = found.step, found.about["seconds"]
+        self.seconds_at_point = found.about["seconds_at_point"]
+        print(f"going on from step {self.done}", flush=True)
 
     def stop(self, *_: object) -> None:
         """SIGTERM: end after the step, or, in the middle of a look, at once."""
-        self.stopping = True
-        if self.looking:
-            raise Interrupted
+        if not self.stopping:
+            self.stopping = True
+            if self.looking:
+                raise Interrupted
 
     def run(self) -> dict[str, Any]:
         """Train to the last step and publish the model; the summary that the results name."""

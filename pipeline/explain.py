@@ -32,19 +32,26 @@ def explain(
     width, todo = max(map(len, trials)), 0
     for name, one in trials.items():
         state, trained = store.state(one.key()), (store.trial(one.key()) / "model").exists()
+        reached = store.reached(one)
         todo += state.name != "finished"
-        print(f"{name:{width}}  {_told(state, trained)}")
+        print(f"{name:{width}}  {_told(state, trained, reached)}")
     print(f"{todo} of {len(trials)} trials to compute; the store is {store.root}")
 
 
-def _told(state: State, trained: bool) -> str:
+def _told(state: State, trained: bool, reached: int) -> str:
     if state.name == "interrupted" and trained:
         return "interrupted after its training: it is only evaluated and analysed"
+    start = f"goes on from step {reached}" if reached else "starts from the beginning"
+    new = (
+        f"it {start} of a shorter trial"
+        if reached
+        else "the store has none of this configuration, data and numerics"
+    )
     return {
         "finished": "finished: it is not computed again",
-        "failed": f"failed before ({state.reason}): it is tried again",
-        "interrupted": "interrupted before: it starts again",
-        "new": "new: the store has no trial with this configuration, data and numerics",
+        "failed": f"failed before ({state.reason}): it is tried again and {start}",
+        "interrupted": f"interrupted before: it {start}",
+        "new": f"new: {new}",
     }[state.name]
 
 

@@ -21,8 +21,8 @@ from typing import IO, Any
 
 from dvq import DvqError
 
-GRACE = 5
-"""Seconds between SIGTERM and SIGKILL."""
+GRACE = 10
+"""Seconds between SIGTERM and SIGKILL: time for a checkpoint."""
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 """The environment that keeps a trial to one thread: several trials share the machine, and the number of threads

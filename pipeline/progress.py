@@ -61,6 +61,7 @@ class Row:
     state: str = WAITING
     reason: str = ""
     step: int = 0
+    base: int = 0  # the step that this launch goes on from
     images_per_second: float | None = None
     bits_per_dim: float | None = None
     evaluated: bool = False  # whether bits_per_dim is an evaluation's, not the training curve's
@@ -105,9 +106,9 @@ class Row:
 
     def seconds_left(self, now: float | None = None) -> float | None:
         """Seconds until the last step, evaluations along the way included; None while nothing is known."""
-        if self.state in (FINISHED, FAILED) or not self.step or self.at <= self.began:
+        if self.state in (FINISHED, FAILED) or self.step <= self.base or self.at <= self.began:
             return None
-        remaining = (self.trial.steps - self.step) * (self.at - self.began) / self.step
+        remaining = (self.trial.steps - self.step) * (self.at - self.began) / (self.step - self.base)
         return max(0.0, remaining - ((now or self.at) - self.at))
 
 

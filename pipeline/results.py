@@ -33,11 +33,19 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
             console,
             f"certificate {report.certificate(finished)}: equal when every number is equal, bit for bit",
         )
+        say(console, goodput([one["training"]["goodput"] for one in finished]))
     if failures:
         say(console, f"\n{len(failures)} of {len(trials)} trials failed; the same command tries them again:")
     for name, reason in failures.items():
         say(console, f"  {name}: {reason}")
     return failures
+
+
+def goodput(trials: list[dict[str, Any]]) -> str:
+    """What interruptions cost, over the finished trials."""
+    steps, seconds = (sum(one[key] for one in trials) for key in ("steps_lost", "seconds_lost"))
+    again = sum(max(0, one["attempts"] - 1) for one in trials)
+    return f"goodput {again} interruptions, which lost {steps} steps and {seconds:.0f} s of training"
 
 
 def say(console: Console, line: str) -> None:

@@ -121,6 +121,8 @@ def _row(name: str, trial: Trial, store: Store) -> Row:
     if found:
         row.state, row.step, row.bits_per_dim = FINISHED, trial.steps, found["evaluation"]["bits_per_dim"]
         row.news.append(f"{FINISHED} before: {row.bits_per_dim:.3f} bits/dim")
+    else:
+        row.step = row.base = store.reached(trial)
     return row
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from components import trials
 from components.store import State, Store, begin, state
-from dvq import data, events
+from dvq import data, events, goodput
 from dvq.config import trial
 from dvq.fingerprints import FINGERPRINTS
 
@@ -79,19 +80,36 @@ def test_a_finished_trial_is_not_computed_again(store: Store, prepared: Path, tm
     assert (tmp_path / "b" / "analysis" / "results.json").exists()
 
 
-def test_an_interrupted_trial_starts_again(store: Store, prepared: Path, tmp_path: Path) -> None:
+def test_a_longer_trial_goes_on_from_a_shorter_one(store: Store, prepared: Path, tmp_path: Path) -> None:
+    """And comes to the same as if it had been asked for at once."""
+    run("estimator=vq-ema", prepared, tmp_path / "short")
+    long = {**BASE, "estimator": "vq-ema", "steps": 8}
+    assert store.reached(trial(long)) == 4
+    run("estimator=vq-ema steps=8", prepared, tmp_path / "long")
+    folder = store.trial(trial(long).key())
+    assert goodput.read(folder) == {"attempts": 1, "steps_lost": 0, "seconds_lost": 0.0}
+    assert store.state(trial({**BASE, "estimator": "vq-ema"}).key()).name == "finished"
+
+    resumed = store.results(folder.name)
+    shutil.rmtree(store.root / "trials")
+    run("estimator=vq-ema steps=8", prepared, tmp_path / "once")
+    once = store.results(folder.name)
+    assert resumed is not None
+    assert once is not None
+    assert resumed["evaluation"] == once["evaluation"]
+    assert resumed["curves"] == once["curves"]
+
+
+def test_a_folder_of_another_format_is_refused(store: Store, prepared: Path, tmp_path: Path) -> None:
     one = trial({**BASE, "estimator": "vq-ema"})
     begin(store.trial(one.key()), one, "x")
-    events.Events(store.trial(one.key())).metrics(2, {"train/rate": 1.0})
-    assert store.state(one.key()).name == "interrupted"
+    path = store.trial(one.key()) / "trial.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"format": 1', '"format": 2'), encoding="utf-8")
+    before = path.read_bytes()
     run("estimator=vq-ema", prepared, tmp_path)
-    assert store.state(one.key()).name == "finished"
-    steps = [
-        e["step"]
-        for e in events.read(store.trial(one.key()))
-        if e["kind"] == "metrics" and "train/rate" in e["values"]
-    ]
-    assert steps == [2, 4]
+    found = store.state(one.key())
+    assert "has format 2, and this version reads 1" in found.reason
+    assert path.read_bytes() == before
 
 
 def test_without_a_store_the_artifacts_are_complete(
@@ -138,7 +156,7 @@ def test_a_failing_evaluation_is_recorded_and_the_analysis_leaves_the_trial_alon
     monkeypatch.setattr("dvq.evaluate.evaluate", broken)
     run("estimator=vq-ema", prepared, tmp_path)
     found = store.state(trial({**BASE, "estimator": "vq-ema"}).key())
-    assert found == State("failed", "evaluating: RuntimeError: no such thing")
+    assert found == State("failed", "evaluating: RuntimeError: no such thing", step=4)
 
 
 @pytest.mark.parametrize(

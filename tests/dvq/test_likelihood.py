@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from dvq.model import BITS_PER_DIM
 from dvq.likelihood import plain_nll, tiled_nll
+from dvq.model import BITS_PER_DIM
 
 SUBPIXELS = 3 * 32 * 32
 

@@ -160,7 +160,7 @@ def interrupted(path: Path, one: Trial, prepared: Path, step: int) -> Path:
             raise KeyboardInterrupt
         return written
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         patch.setattr(checkpoint, "write", cut)
         train(one, load(prepared), folder)
     return folder
@@ -209,7 +209,10 @@ def test_lost_work_is_counted(tmp_path: Path, prepared: Path) -> None:
     shutil.rmtree(folder / "checkpoints" / "000000020")
     train(one, load(prepared), folder)
     found = goodput.read(folder)
-    assert (found["attempts"], found["steps_lost"]) == (2, 4)  # a point at 14 was kept by no checkpoint but 10's
+    assert (found["attempts"], found["steps_lost"]) == (
+        2,
+        4,
+    )  # a point at 14 was kept by no checkpoint but 10's
     assert found["seconds_lost"] > 0
 
 
@@ -238,7 +241,10 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"format": 99}, "has format 99, and this version reads 1"), ({"family": "x"}, "of another configuration")],
+    [
+        ({"format": 99}, "has format 99, and this version reads 1"),
+        ({"family": "x"}, "of another configuration"),
+    ],
 )
 def test_a_foreign_checkpoint_is_refused_and_nothing_is_overwritten(
     change: dict[str, Any], says: str, tmp_path: Path, prepared: Path
@@ -264,7 +270,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write_synced", full)
-        with pytest.raises(DvqError, match=r"step 20 cannot be written .*No space left on device.*the last one is kept"):
+        with pytest.raises(
+            DvqError, match=r"step 20 cannot be written .*No space left on device.*the last one is kept"
+        ):
             train(one, load(prepared), folder)
     assert checkpoint.steps(folder) == [12, 16]
     assert not list((folder / "checkpoints").glob(".partial*"))

@@ -1,6 +1,5 @@
 """Sweeps from end to end, as processes: failures, interruptions, and the same command again."""
 
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dvq import events
+from dvq import events, goodput
 from dvq.config import load_sweep
 
 GRACE = 15
@@ -27,11 +26,8 @@ class Trials:
     def finished(self) -> set[str]:
         return {name for name, folder in self.folders.items() if (folder / "results.json").exists()}
 
-    def attempts(self) -> dict[str, str]:
-        return {
-            name: json.loads((folder / "trial.json").read_text())["attempt"]
-            for name, folder in self.folders.items()
-        }
+    def attempts(self) -> dict[str, int]:
+        return {name: goodput.read(folder)["attempts"] for name, folder in self.folders.items()}
 
     def training(self, part: str = "") -> int | None:
         """The process that trains a trial with ``part`` in its name, once one does."""
@@ -82,9 +78,7 @@ def test_failures_are_named_and_only_they_are_tried_again(
 def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(
     launcher: Any, write_sweep: Callable[..., Path], wait: Wait
 ) -> None:
-    sweep = write_sweep(
-        {"steps": 30}, grid={"estimator": ["gs-soft"], "num_codes": [4, 5]}
-    )
+    sweep = write_sweep({"steps": 30}, grid={"estimator": ["gs-soft"], "num_codes": [4, 5]})
     trials = Trials(sweep)
     for kill in (os.kill, os.killpg):  # to the launcher alone; to the terminal's whole foreground group
         process = launcher.start()

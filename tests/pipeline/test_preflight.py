@@ -123,7 +123,7 @@ def test_explain_tells_every_state(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = write_sweep(grid={**GRID, "num_codes": [2, 3, 4, 5, 6]})
+    path = write_sweep(grid={**GRID, "num_codes": [2, 3, 4, 5, 6, 7, 8]})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
     folders = [Store(tmp_path / "store").trial(trial.key()) for trial in load_sweep(path).trials().values()]
@@ -136,9 +136,20 @@ def test_explain_tells_every_state(
     (folders[2] / "events" / "000000.jsonl").write_text(state)
     (folders[3] / "events" / "000000.jsonl").write_text(state)
     (folders[3] / "model").mkdir()
+    (folders[4] / "checkpoints" / "000000003").mkdir(parents=True)
+    shorter = folders[5].name.rpartition("-")[0] + "-2"
+    (folders[5].parent / shorter / "checkpoints" / "000000002").mkdir(parents=True)
     explain.app(["tiny.yaml"], standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()
-    for line, said in zip(
-        lines, ["finished", "it rained", "starts again", "only evaluated", "new", "4 of 5"], strict=True
-    ):
+    told = [
+        "finished",
+        "it rained): it is tried again and starts from the beginning",
+        "interrupted before: it starts from the beginning",
+        "only evaluated",
+        "interrupted before: it goes on from step 3",
+        "new: it goes on from step 2 of a shorter trial",
+        "new: the store has none",
+        "6 of 7",
+    ]
+    for line, said in zip(lines, told, strict=True):
         assert said in line
