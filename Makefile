@@ -14,7 +14,7 @@ PORT ?= 5000
 TRIAL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help submit-sweep explain report ui test check components findings golden clean
+.PHONY: help submit-sweep explain report ui test check components findings soak golden clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -35,7 +35,7 @@ ui: $(READY) ## MLflow's pages on this machine's sweeps, PORT=5000
 	  --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
 test: $(READY) ## every test that needs no daemon
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -n auto --dist loadfile
 
 check: $(READY) ## format, lint, types, compiled components
 	@$(PYTHON) -m ruff format --check
@@ -48,6 +48,9 @@ components: $(READY) ## compile the components to components/*/component.yaml
 
 findings: $(READY) ## the paper's findings in miniature: a sweep with seeds and error bars, some minutes
 	@$(PYTHON) -m pipeline.submit findings --jobs "$(JOBS)" && $(PYTHON) -m pipeline.findings
+
+soak: $(READY) ## training killed 200 times, compared with training that was not
+	@DVQ_KILLS=200 $(PYTHON) -m pytest tests/dvq/test_resume.py -k killed
 
 golden: $(READY) ## write the golden loss curves again, after raising dvq.NUMERICS
 	@$(PYTHON) tests/dvq/test_golden.py

@@ -98,7 +98,11 @@ class Sweep(BaseModel):
         return trial({**self.base, **point}, where=f"sweep '{self.name}', trial '{overrides(point)}'")
 
     def trials(self) -> dict[str, Trial]:
-        """Every trial by its short name; DvqError if there is none, or two are the same."""
+        """Every trial by its short name; DvqError if there is none, two are the same, or a seed stands apart."""
+        if any("seed" in part for part in (self.base, self.grid, *self.include)):
+            raise DvqError(
+                f"sweep '{self.name}': name the seeds in 'seeds', a list beside 'grid', and nowhere else"
+            )
         named: dict[str, Trial] = {}
         keys: dict[str, str] = {}
         for at in self.points():

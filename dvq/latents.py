@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from dvq.relaxation import categorical_kl, fast_relax, gumbel, logits_of, plain_relax
+
 if TYPE_CHECKING:
     from dvq.trial import Discrete, Stochastic, Trial
 
@@ -25,14 +27,6 @@ class Sample(NamedTuple):
     """(K, N) [nats]: log q(z|x) − log p(z) of this sample, whose mean over samples is the rate"""
     codes: Tensor | None = None
     """(K, N) integers, where the latent variables are discrete"""
-
-
-def gumbel(like: Tensor, generator: Generator) -> Tensor:
-    """Gumbel(0, 1) noise −log(−log u) of ``like``'s shape."""
-    u = like.new_empty(like.shape)  # not empty_like: the order of the noise must not hang on strides
-    if u.is_cuda:  # an exponential is −log u; which of the two is cheaper depends on the device
-        return u.exponential_(generator=generator).log_().neg_()
-    return u.uniform_(generator=generator).log_().neg_().log_().neg_()
 
 
 def per_image(terms: Tensor, images: int) -> Tensor:
@@ -64,8 +58,7 @@ class Codebooks(nn.Module):
 
     def closeness(self, v: Tensor) -> Tensor:
         """2 v·m − ‖m‖² = ‖v‖² − ‖v − m‖² of each code: (K, N, D) → (K, N, C)."""
-        norms = self.codebook.square().sum(-1).unsqueeze(1)  # (K, 1, C)
-        return torch.baddbmm(norms, v, self.codebook.mT, beta=-1, alpha=2)
+        return logits_of(v, self.codebook, 1.0)
 
     def vectors(self, codes: Tensor) -> Tensor:
         """M[k, codes]: (K, N) → (K, N, D)."""
@@ -93,19 +86,23 @@ class Categorical(Codebooks):
     def __init__(self, trial: "Stochastic") -> None:
         super().__init__(trial, trained=True)
         self.scale = trial.distance_scale
+        self.plain = False
+        """whether to compute the equations as they stand, where there is a faster form"""
 
     def logits(self, v: Tensor) -> Tensor:
         """l, less ‖v‖², which the softmax does not see: (K, N, D) → (K, N, C)."""
-        return self.scale * self.closeness(v)
+        return logits_of(v, self.codebook, self.scale)
 
-    def mix(self, y: Tensor) -> Tensor:
-        """Σ_c y_c M[k, c]: (K, N, C) → (K, N, D)."""
-        return torch.bmm(y, self.codebook)
+    def relax(self, v: Tensor, temperature: float, hard: bool, generator: Generator) -> tuple[Tensor, Tensor]:
+        """What the decoder sees of a Gumbel-Softmax sample, (K, N, D), and the rate [nats], summed over all."""
+        if self.plain or v.is_cuda:
+            logits = self.logits(v)
+            return plain_relax(logits, self.codebook, self.log_prior(), temperature, hard, generator)
+        return fast_relax(v, self.codebook, self.prior_logits, self.scale, temperature, hard, generator)
 
     def kl(self, logits: Tensor) -> Tensor:
-        """KL(q ‖ p) = Σ_c q_c (log q_c − log p_c) [nats]: (K, N, C) → (K, N)."""
-        log_q = logits.log_softmax(-1)
-        return (log_q.exp() * (log_q - self.log_prior().unsqueeze(1))).sum(-1)
+        """KL(q ‖ p) [nats]: (K, N, C) → (K, N)."""
+        return categorical_kl(logits, self.log_prior())
 
     @torch.no_grad()
     def draw(self, logits: Tensor, generator: Generator) -> Tensor:

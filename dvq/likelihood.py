@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 VALUES = 256
-TILE = 256  # rows whose logits (256 × 768 floats) stay in a core's cache
+TILE = 256  # rows whose logits (× 768 floats) stay in a core's cache
 
 
 def plain_nll(logits: Tensor, pixels: Tensor) -> Tensor:
@@ -45,11 +45,13 @@ class _TiledNLL(torch.autograd.Function):
         for start in range(0, len(rows), TILE):
             tile = slice(start, start + TILE)
             logits = torch.addmm(bias, rows[tile], weight.T).unflatten(-1, (3, VALUES))
-            log_p = logits.log_softmax(-1)  # (rows, 3, 256)
-            nll[tile] = -log_p.gather(-1, targets[tile]).squeeze(-1)
+            picked = logits.gather(-1, targets[tile])
+            p = logits.softmax(-1)  # (rows, 3, 256)
+            # logsumexp l = max l − log max p: one exponential a logit serves value and gradient
+            log_sum = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
+            nll[tile] = (log_sum - picked).squeeze(-1)
             if learning:
-                grad = log_p.exp_()
-                grad.scatter_add_(-1, targets[tile], -torch.ones_like(targets[tile], dtype=grad.dtype))
+                grad = p.scatter_add_(-1, targets[tile], -torch.ones_like(picked))
                 if row_weights is not None:
                     grad *= row_weights[tile, None, None]
                 grad = grad.flatten(1)  # d(weighted nll)/d(logits) = weight · (softmax − onehot)

@@ -72,10 +72,11 @@ def _seen_logits(latents: Categorical) -> "Iterator[list[Tensor]]":
         seen.append(plain(v))
         return seen[-1]
 
-    latents.logits = logits  # type: ignore[method-assign]
+    latents.logits, latents.plain = logits, True  # type: ignore[method-assign]
     try:
         yield seen
     finally:
+        latents.plain = False
         del latents.logits  # the class's method is seen again
 
 

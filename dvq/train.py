@@ -237,7 +237,8 @@ def failure_reason(error: Exception) -> str:
     if isinstance(error, DvqError):
         return first
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in first:
-        return f"out of memory: {first[-160:]}; use a smaller batch_size, num_codes or features, or a larger machine"
+        told = first.partition("can't allocate memory: ")[2] or first[:160]
+        return f"out of memory: {told}; use a smaller batch_size, num_codes or features, or a larger machine"
     return f"{type(error).__name__}: {first}"
 
 

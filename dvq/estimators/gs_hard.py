@@ -1,11 +1,8 @@
 """Gumbel-Softmax, hard: the decoder sees one code; the gradient is the relaxation's."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 from dvq.estimators.gs_soft import GSSoft
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class GSHard(GSSoft):
@@ -19,8 +16,4 @@ class GSHard(GSSoft):
 
     estimator: Literal["gs-hard"] = "gs-hard"  # type: ignore[assignment]
 
-    def relax(self, y: "Tensor") -> "Tensor":
-        import torch
-
-        hard = torch.zeros_like(y).scatter_(-1, y.argmax(-1, keepdim=True), 1.0)
-        return hard + (y - y.detach())
+    hard: ClassVar[bool] = True

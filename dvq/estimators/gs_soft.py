@@ -1,6 +1,6 @@
 """Gumbel-Softmax, soft: the decoder sees a continuous relaxation of the codes."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,16 +39,12 @@ class GSSoft(Stochastic):
         progress = min(1.0, step / self.annealing_steps)
         return float(self.temperature * (self.final_temperature / self.temperature) ** progress)
 
-    def relax(self, y: "Tensor") -> "Tensor":
-        """What the decoder sees of y (K, N, C): here, all of it."""
-        return y
+    hard: ClassVar[bool] = False
+    """whether the decoder sees one code"""
 
     def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: int) -> Loss:
-        from dvq.latents import gumbel
-
         latents: Categorical = model.latents
-        logits = latents.logits(model.encoder(images))  # (K, N, C)
-        y = ((logits + gumbel(logits, generator)) / self.temperature_at(step)).softmax(-1)
-        distortion = model.distortion(latents.mix(self.relax(y)), images)[0] / len(images)
-        rate = latents.kl(logits).sum() / len(images)
+        v = model.encoder(images)  # (K, N, D)
+        vectors, rate = latents.relax(v, self.temperature_at(step), self.hard, generator)
+        distortion, rate = model.distortion(vectors, images)[0] / len(images), rate / len(images)
         return Loss(distortion + self.kl_weight(step) * rate, distortion.detach(), rate.detach())

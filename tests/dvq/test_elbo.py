@@ -9,8 +9,9 @@ import torch
 
 from dvq.config import trial
 from dvq.evaluate import evaluate
-from dvq.latents import Categorical, Nearest, gumbel
+from dvq.latents import Categorical, Nearest
 from dvq.model import Model
+from dvq.relaxation import gumbel
 
 TINY: dict[str, Any] = {
     "data": "cifar10-sample",

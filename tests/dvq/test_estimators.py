@@ -130,6 +130,27 @@ def test_gs_hard_decodes_codes_and_gs_soft_mixtures() -> None:
         assert (gap < 1e-6) == exact
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_fast_relaxation_agrees_with_the_plain(hard: bool, dtype: torch.dtype, tolerance: float) -> None:
+    """In value and in every gradient, with weights on both outputs."""
+    model = small("gs-soft", distance_scale=0.7).to(dtype)
+    latents, weight = model.latents, torch.randn(2, 40, 3, dtype=dtype)
+    with torch.no_grad():
+        latents.prior_logits.normal_()
+    v = some_v(40).to(dtype).requires_grad_()
+    found = []
+    for plain in (True, False):
+        latents.plain = plain
+        vectors, rate = latents.relax(v, 0.4, hard, torch.Generator().manual_seed(3))
+        value = (vectors * weight).sum() + 0.3 * rate
+        found.append(
+            [vectors, rate, *torch.autograd.grad(value, [v, latents.codebook, latents.prior_logits])]
+        )
+    for right, fast in zip(*found, strict=True):
+        assert (fast - right).norm() <= tolerance * right.norm()
+
+
 # --- VIMCO
 
 

@@ -4,6 +4,7 @@ The project's own pipeline runs here with stubs in place of its components; each
 what it ran.
 """
 
+import builtins
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     records.mkdir()
     monkeypatch.setenv("RECORDS", str(records))
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # each of kfp's tasks leaves a folder there
+    monkeypatch.setattr(builtins, "print", print)  # kfp's threads exchange it and lose the right one
     monkeypatch.setattr(
         enhanced_dag_orchestrator, "ParallelExecutor", enhanced_dag_orchestrator.ParallelExecutor
     )

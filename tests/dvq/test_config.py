@@ -1,0 +1,108 @@
+"""Trials and sweeps from text: what is right comes through, what is wrong is one sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dvq
+from dvq import DvqError
+from dvq.config import Sweep, load_sweep, overrides, point, trial
+from dvq.fingerprints import FINGERPRINTS
+
+GS = {"estimator": "gs-soft"}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({}, "no estimator is named"),
+        ({"estimator": "gs-sof"}, "unknown estimator 'gs-sof'; did you mean 'gs-soft'?"),
+        ({**GS, "num_code": 3}, "gs-soft has no 'num_code'; did you mean 'num_codes'?"),
+        ({**GS, "commitment": 1.0}, "gs-soft has no 'commitment'"),
+        ({**GS, "num_codes": 1}, "num_codes = 1: input should be greater than or equal to 2"),
+        ({**GS, "steps": -5}, "steps = -5"),
+        ({**GS, "learning_rate": "fast"}, "learning_rate = 'fast'"),
+        ({**GS, "learning_rate": float("nan")}, "learning_rate = nan"),
+        ({**GS, "data": "mnist"}, "data = 'mnist'"),
+    ],
+)
+def test_a_wrong_trial_is_one_sentence(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(DvqError) as caught:
+        trial(values)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "says"),
+    [
+        ({}, "the grid is empty"),
+        ({"grid": {"estimator": ["gs-soft", "gs-soft"]}}, "stands in it twice"),
+        ({"grid": {"estimator": ["gs-soft"], "seed": [1]}}, "name the seeds in 'seeds'"),
+        ({"base": {"seed": 1}, "grid": {"estimator": ["gs-soft"]}}, "name the seeds in 'seeds'"),
+        ({"grid": {"estimator": ["gs-soft"], "ema_decay": [0.9]}}, "gs-soft has no 'ema_decay'"),
+    ],
+)
+def test_a_wrong_sweep_is_one_sentence(sweep: dict[str, Any], says: str) -> None:
+    with pytest.raises(DvqError, match="sweep 's'") as caught:
+        Sweep(name="s", **sweep).trials()
+    assert says in str(caught.value)
+
+
+def test_a_sweep_is_its_grid_and_what_it_includes_for_every_seed() -> None:
+    sweep = Sweep(
+        name="s",
+        base={"data": "cifar10-sample"},
+        grid={"estimator": ["gs-soft", "vq-ema"], "num_codes": [4, 8]},
+        include=[{"estimator": "gs-soft", "num_codes": 4, "temperature": 0.1}],
+        seeds=[0, 7],
+    )
+    trials = sweep.trials()
+    assert len(trials) == 2 * (2 * 2 + 1)
+    assert trials["vq-ema-c8-k8-s7"].seed == 7
+    assert trials["gs-soft-c4-k8-s0-temperature-0.1"].model_dump()["temperature"] == 0.1
+    assert len({one.key() for one in trials.values()}) == 10
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        {"estimator": "gs-soft", "num_codes": 512},
+        {"temperature": 1e-05, "final_temperature": None, "learning_rate": 0.5},
+    ],
+)
+def test_a_point_travels_as_text(at: dict[str, Any]) -> None:
+    arrived = point(overrides(at))
+    assert trial({**GS, **arrived}) == trial({**GS, **at})
+
+
+def test_the_key_hangs_on_what_decides_the_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = trial({**GS, "num_codes": 64})
+    key = one.key()
+    assert trial({**GS, "num_codes": 64, "num_latents": 8}).key() == one.key()  # a default, named
+    for neutral in ({"log_every": 3}, {"evaluate_every": 3}, {"probe_draws": 4}, {"checkpoint_every": 5}):
+        assert trial({**GS, "num_codes": 64, **neutral}).key() == one.key()
+    for other in (
+        {"seed": 1},
+        {"temperature": 0.1},
+        {"split": "tune"},
+        {"data": "cifar10-sample"},
+        {"steps": 5},
+    ):
+        assert trial({**GS, "num_codes": 64, **other}).key() != one.key()
+    assert trial({"estimator": "gs-hard", "num_codes": 64}).key() != one.key()
+    longer = trial({**GS, "num_codes": 64, "steps": 200_000})
+    assert longer.family() == one.family()
+    monkeypatch.setattr(dvq, "NUMERICS", dvq.NUMERICS + 1)
+    assert trial({**GS, "num_codes": 64}).key() != key
+    monkeypatch.undo()
+    monkeypatch.setitem(FINGERPRINTS, "cifar10", "other")
+    assert trial({**GS, "num_codes": 64}).key() != key
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(dvq.__file__).parents[1] / "pipeline/sweeps").glob("*.yaml")), ids=str
+)
+def test_every_sweep_of_the_project_is_right(path: Path) -> None:
+    assert load_sweep(path).trials()
