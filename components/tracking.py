@@ -126,6 +126,9 @@ class TrialRun:
                 self._server, _experiment(self._server, self.experiment), document, self.folder
             )
             self._run_id, self._sent = run.info.run_id, int(run.data.tags.get("dvq.events_sent", 0))
+            if run.info.status == "FAILED":  # it is tried again
+                self._server.update_run(self._run_id, status="RUNNING")
+                self._server.delete_tag(self._run_id, "dvq.failure")
         self._send_events(self._server)
         now = state(self.folder)
         if now.name == "failed":

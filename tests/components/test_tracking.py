@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from components import tracking
 from components.store import begin, state, write_json
+from dvq import events
 from dvq.config import trial
 from dvq.events import Events
 from dvq.figures import save_png
@@ -89,16 +91,43 @@ def test_another_process_goes_on_without_doubling_a_point(tmp_path: Path) -> Non
     assert history(run, "train/rate") == [(1, 0.1), (2, 0.2), (3, 0.3)]
 
 
-def test_a_new_attempt_replaces_the_run(tmp_path: Path) -> None:
+def test_a_failed_run_goes_on_when_its_trial_does(tmp_path: Path) -> None:
     folder, diary = folder_with(tmp_path, 2)
     diary.failure("the machine was on fire")
     tracking.TrialRun(folder, "sweep").sync()
     (failed,) = runs()
     assert (failed.info.status, failed.data.tags["dvq.failure"]) == ("FAILED", "the machine was on fire")
+    again = Events(folder)
+    again.state("training")
+    again.metrics(3, {"train/rate": 0.3})
+    tracking.TrialRun(folder, "sweep").sync()
+    (run,) = runs()
+    assert run.info.status == "RUNNING"
+    assert "dvq.failure" not in run.data.tags
+    assert history(run, "train/rate") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_points_that_come_again_after_an_interruption_are_not_doubled(tmp_path: Path) -> None:
+    folder, _ = folder_with(tmp_path, 3)
+    tracking.TrialRun(folder, "sweep").sync()
+    events.truncate(folder, {})
+    again = Events(folder)
+    for step in range(1, 5):
+        again.metrics(step, {"train/rate": step / 10})
+        tracking.TrialRun(folder, "sweep").sync()
+    (run,) = runs()
+    assert history(run, "train/rate") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+
+
+def test_a_trial_computed_anew_replaces_its_run(tmp_path: Path) -> None:
+    folder, _ = folder_with(tmp_path, 2)
+    tracking.TrialRun(folder, "sweep").sync()
+    (old,) = runs()
+    shutil.rmtree(folder)
     folder, _ = folder_with(tmp_path, 1)
     tracking.TrialRun(folder, "sweep").sync()
     (run,) = runs()
-    assert run.info.run_id != failed.info.run_id
+    assert run.info.run_id != old.info.run_id
     assert history(run, "train/rate") == [(1, 0.1)]
 
 
