@@ -57,9 +57,7 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def truncate(folder: Path, to: dict[str, int]) -> None:
-    """Forget all events but those up to a place that :func:`sizes` gave."""
+    """Forget all events but those up to a place that :func:`sizes` gave. Files of later events stay, empty, so
+    that no number is given twice: who follows the files would take a new one for what it has read."""
     for path in sorted((folder / "events").glob("*.jsonl"), reverse=True):
-        if path.name in to:
-            os.truncate(path, to[path.name])
-        else:
-            path.unlink()
+        os.truncate(path, to.get(path.name, 0))

@@ -16,7 +16,15 @@ ANYWHERE = {
     "pipeline": {"components", "pipeline", "kfp", "docker", "pydantic", "rich", "typer"},
 }
 """what every module of a layer may import beside the standard library"""
-DVQ_IN_PIPELINE = {"dvq", "dvq.config", "dvq.data", "dvq.fingerprints", "dvq.report", "dvq.trial"}
+DVQ_IN_PIPELINE = {
+    "dvq",
+    "dvq.config",
+    "dvq.data",
+    "dvq.findings",
+    "dvq.fingerprints",
+    "dvq.report",
+    "dvq.trial",
+}
 ADAPTERS = {
     "dvq/figures.py": {"matplotlib"},
     "dvq/style.py": {"matplotlib"},

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dvq import events as diary
 from dvq.config import trial as make_trial
 from dvq.events import Events
 from pipeline.progress import LiveTable, PlainLines, Row, Tail, clock, sweep_seconds_left, table
@@ -50,6 +51,20 @@ def test_a_new_attempt_is_read_from_its_beginning(tmp_path: Path) -> None:
     list(tail.fresh())
     Events(tmp_path).state("evaluating")
     assert [event["state"] for event in tail.fresh()] == ["evaluating"]
+
+
+def test_training_that_goes_on_is_followed(tmp_path: Path) -> None:
+    """What is forgotten for being computed again is not taken for what comes."""
+    events = Events(tmp_path)
+    events.state("training")
+    place = diary.sizes(tmp_path)
+    Events(tmp_path).state("interrupted")
+    tail = Tail(tmp_path)
+    assert len(list(tail.fresh())) == 2
+    diary.truncate(tmp_path, place)
+    Events(tmp_path).state("training")
+    assert [event["state"] for event in tail.fresh()] == ["training"]
+    assert [event["state"] for event in diary.read(tmp_path)] == ["training", "training"]
 
 
 def test_a_row_goes_through_its_states(tmp_path: Path) -> None:

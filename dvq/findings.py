@@ -1,0 +1,244 @@
+"""The paper's findings in miniature: what a small sweep with seeds shows of each, and whether it agrees."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from dvq import DvqError
+from dvq.figures import save_png
+from dvq.style import Result, look, new_figure, style
+
+Measure = Callable[[Result], float]
+ESTIMATORS = ("gs-soft", "vimco", "vq-ema")
+AGREES, DISAGREES, OPEN = "agrees", "disagrees", "can't tell"
+POSITIONS = 64
+NATS = 3072 * math.log(2)  # an image's nats in one bit/dim
+DROWNED = 1e6  # a variance above this means that the draws did not find the mean gradient in its noise
+FEW = 5  # principal components, by the paper
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and its standard error, which is infinite for one seed."""
+
+    mean: float
+    error: float = 0.0
+
+    @classmethod
+    def over(cls, values: Sequence[float]) -> "Estimate":
+        error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+        return cls(fmean(values), error)
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        return Estimate(self.mean - other.mean, math.hypot(self.error, other.error))
+
+    def __neg__(self) -> "Estimate":
+        return Estimate(-self.mean, self.error)
+
+    def log(self, base: float) -> "Estimate":
+        """Its logarithm, with the error to first order; unknown where the mean is not positive."""
+        if self.mean <= 0:
+            return Estimate(math.nan, math.inf)
+        return Estimate(math.log(self.mean, base), abs(self.error / self.mean / math.log(base)))
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ± {self.error:.3f}"
+
+
+class Claim(NamedTuple):
+    """A finding of the paper, and what was measured of it."""
+
+    number: int
+    says: str
+    shows: str
+    differences: tuple[Estimate, ...]
+    """each is positive where the miniature is as the paper says"""
+
+    def verdict(self) -> str:
+        """A difference speaks for or against the paper only beyond two standard errors."""
+        if any(one.mean < -2 * one.error for one in self.differences):
+            return DISAGREES
+        return AGREES if all(one.mean > 2 * one.error for one in self.differences) else OPEN
+
+
+class Setting(NamedTuple):
+    """What the sweep varies beside the seed."""
+
+    estimator: str
+    num_codes: int
+    num_latents: int
+    steps: int
+
+
+class Miniature:
+    """The sweep's results by setting; C, K and the steps vary one at a time from the sweep's ``base``."""
+
+    def __init__(self, base: dict[str, Any], results: Iterable[Result]) -> None:
+        self.center = Setting("", base["num_codes"], base["num_latents"], base["steps"])
+        self.settings: dict[Setting, list[Result]] = {}
+        for result in results:
+            setting = Setting(*(result["trial"][field] for field in Setting._fields))
+            self.settings.setdefault(setting, []).append(result)
+
+    def along(self, estimator: str, field: str) -> dict[int, list[Result]]:
+        """The results that are off the center in ``field`` at most, by its rising values."""
+        line = self.center._replace(estimator=estimator)
+        values = sorted(getattr(one, field) for one in self.settings if one.estimator == estimator)
+        on_it = {value: line._replace(**{field: value}) for value in values}
+        return {value: self.settings[one] for value, one in on_it.items() if one in self.settings}
+
+    def longest(self, estimator: str) -> list[Result]:
+        return list(self.along(estimator, "steps").values())[-1]
+
+
+def label(estimator: str) -> str:
+    return style(estimator)[0]
+
+
+def over(results: Sequence[Result], measure: Measure) -> Estimate:
+    return Estimate.over([measure(result) for result in results])
+
+
+def bits_per_dim(result: Result) -> float:
+    return float(result["evaluation"]["bits_per_dim"])
+
+
+def fitted(result: Result) -> float:
+    """VQ-VAE's bits/dim if its prior were the codes' frequencies: distortion + P·Σ_k H(usage_k)."""
+    nats = 0.0
+    for counts in result["evaluation"]["usage"]:
+        total = sum(counts)
+        nats -= sum(n / total * math.log(n / total) for n in counts if n)
+    return float(result["evaluation"]["distortion"]) + POSITIONS * nats / NATS
+
+
+def signal(result: Result) -> float:
+    """‖E g‖² / E‖g − E g‖² of the gradient after training, 1/variance: this, not the variance, has a mean over
+    seeds where the draws cannot tell E g from 0."""
+    if not result.get("probe"):
+        raise DvqError(
+            f"trial '{result['name']}' was computed without a look at its gradient, for another sweep; "
+            "with probe_draws in this one, compute it anew: FRESH=1"
+        )
+    return 1 / float(result["probe"][-1]["variance"])
+
+
+def claims(mini: Miniature) -> list[Claim]:
+    """The paper's findings; DvqError where a gradient was not looked at."""
+    return [*codebook_size(mini), *score_function(mini), *noise(mini), *rates(mini), *components(mini)]
+
+
+def codebook_size(mini: Miniature) -> Iterator[Claim]:
+    def lost(name: str, measure: Measure) -> Estimate:
+        *smaller, largest = (over(some, measure) for some in mini.along(name, "num_codes").values())
+        return largest - min(smaller, key=lambda one: one.mean)
+
+    told = f"bits/dim at C = {max(mini.along('vq-ema', 'num_codes'))} less the lowest at a smaller C: "
+    plain = {name: lost(name, bits_per_dim) for name in ESTIMATORS}
+    yield Claim(1, "VQ-VAE degrades as C grows", f"{told}{plain['vq-ema']}", (plain["vq-ema"],))
+    vq = lost("vq-ema", fitted)
+    yield Claim(
+        1, "the same with its prior fitted to the codes, as after long training", f"{told}{vq}", (vq,)
+    )
+    for name in ("gs-soft", "vimco"):
+        yield Claim(1, f"{label(name)} does not degrade", f"{told}{plain[name]}", (-plain[name],))
+    more = vq - plain["gs-soft"]
+    says = "VQ-VAE, its prior fitted, degrades more than GS-Soft"
+    yield Claim(1, says, f"difference of the two: {more}", (more,))
+
+
+def score_function(mini: Miniature) -> Iterator[Claim]:
+    for field, letter in (("num_codes", "C"), ("num_latents", "K")):
+        good, bad = mini.along("gs-soft", field), mini.along("vimco", field)
+        gaps = {at: over(bad[at], bits_per_dim) - over(good[at], bits_per_dim) for at in bad}
+        shown = ", ".join(f"{gap} at {letter} = {at}" for at, gap in gaps.items())
+        growth = gaps[max(gaps)] - gaps[min(gaps)]
+        says = f"VIMCO falls behind GS-Soft as {letter} grows"
+        yield Claim(2, says, f"bits/dim above GS-Soft's: {shown}; growth {growth}", (growth,))
+
+
+def noise(mini: Miniature) -> Iterator[Claim]:
+    power = {}  # a in variance ∝ L^a, from the smallest and the largest L
+    for name, grows in (("vimco", True), ("gs-soft", False)):
+        found = {at: over(some, signal) for at, some in mini.along(name, "num_latents").items()}
+        base = max(found) / min(found)
+        power[name] = found[min(found)].log(base) - found[max(found)].log(base)
+        shown = ", ".join(f"{1 / one.mean:.3g} at L = {POSITIONS * at}" for at, one in found.items())
+        says = f"the variance of {label(name)}'s gradient {'grows' if grows else 'does not grow'} with L"
+        evidence = power[name] if grows else -power[name]
+        yield Claim(2, says, f"variance {shown}; as L to the power {power[name]}", (evidence,))
+    more = power["vimco"] - power["gs-soft"]
+    yield Claim(2, "VIMCO's grows faster than GS-Soft's", f"difference of the powers: {more}", (more,))
+
+
+def rates(mini: Miniature) -> Iterator[Claim]:
+    def moved(name: str, term: str) -> Estimate:
+        return over(mini.longest(name), lambda result: result["curves"][-1][term] - result["curves"][0][term])
+
+    rate = {name: moved(name, "rate") for name in ESTIMATORS}
+    shown = {}
+    for name in ESTIMATORS:
+        points = mini.longest(name)[0]["curves"]
+        steps = f"from step {points[0]['step']} to {points[-1]['step']}"
+        shown[name] = f"{steps}: rate {rate[name]}, distortion {moved(name, 'distortion')}"
+    for name in ("gs-soft", "vimco"):
+        says = f"{label(name)} adds rate as its distortion falls"
+        yield Claim(3, says, shown[name], (rate[name], -moved(name, "distortion")))
+    less = rate["gs-soft"] - Estimate(abs(rate["vq-ema"].mean), rate["vq-ema"].error)
+    says = "VQ-VAE's rate stays: it moves less than GS-Soft's rises"
+    yield Claim(3, says, f"{shown['vq-ema']}; GS-Soft's rise less this move {less}", (less,))
+
+
+def components(mini: Miniature) -> Iterator[Claim]:
+    for name in ESTIMATORS:
+        some = mini.longest(name)
+        for key, which in (("components_95_mean", "all"), ("components_95_weighted_mean", "used")):
+            found = Estimate.over([result["analysis"][key] for result in some])
+            says = f"fewer than {FEW} components explain {label(name)}'s codes ({which})"
+            shown = f"95% of the variance in {found.mean:.1f} ± {found.error:.1f} components"
+            yield Claim(4, says, shown, (Estimate(FEW) - found,))
+
+
+@look
+def draw(mini: Miniature, path: Path) -> None:
+    """Write a PNG: bits/dim against C and K, the gradient's variance against L, the rate along training."""
+    results = [result for some in mini.settings.values() for result in some]
+    figure = new_figure(
+        "The paper's findings in miniature: mean and standard error over seeds", results, 10, 7.5
+    )
+    sizes, latents, variances, along = figure.subplots(2, 2).flat
+    for name in ESTIMATORS:
+        called, colour, marker = style(name)
+        drawn: dict[str, Any] = {"color": colour, "marker": marker, "label": called}
+        for axes, field in ((sizes, "num_codes"), (latents, "num_latents")):
+            bits = {at: over(some, bits_per_dim) for at, some in mini.along(name, field).items()}
+            if len(bits) > 1:
+                _curve(axes, bits, **drawn)
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(list(bits), labels=map(str, bits))
+        points = zip(*(result["curves"] for result in mini.longest(name)), strict=True)
+        _curve(along, {at[0]["step"]: Estimate.over([one["rate"] for one in at]) for at in points}, **drawn)
+        if name != "vq-ema":
+            found = {POSITIONS * at: some for at, some in mini.along(name, "num_latents").items()}
+            variances.plot(list(found), [1 / over(some, signal).mean for some in found.values()], **drawn)
+            dots = [(at, 1 / signal(one)) for at, some in found.items() for one in some]
+            variances.plot(
+                *zip(*(dot for dot in dots if dot[1] < DROWNED), strict=True), "o", ms=2, color=colour
+            )
+            variances.set_xticks(list(found), labels=map(str, found))
+    variances.set(
+        xscale="log", yscale="log", xlabel="L, latent variables", ylabel="variance / ‖mean gradient‖²"
+    )
+    sizes.set(xlabel="C, codes in a codebook", ylabel="bits/dim")
+    latents.set(xlabel="K, latent variables a position", ylabel="bits/dim")
+    along.set(xlabel="step", ylabel="rate [bits/dim]")
+    sizes.legend()
+    save_png(figure, path)
+
+
+def _curve(axes: Any, points: dict[int, Estimate], **drawn: Any) -> None:
+    means, errors = [one.mean for one in points.values()], [one.error for one in points.values()]
+    axes.errorbar(list(points), means, errors, capsize=3, **drawn)

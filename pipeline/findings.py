@@ -1,0 +1,67 @@
+"""Say what the sweep ``findings`` shows of the paper's findings: python -m pipeline.findings"""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import typer
+
+from components.store import Store
+from dvq import DvqError
+from dvq.config import Sweep
+from dvq.findings import OPEN, Claim, Miniature, bits_per_dim, claims, draw, label, over
+from pipeline import preflight
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def findings() -> None:
+    """Say what the finished sweep shows of the paper's findings, as Markdown, and draw it."""
+    with preflight.one_sentence():
+        found = preflight.find_sweep("findings")
+        store = preflight.set_environment()
+        mini = Miniature(found.base, finished(found, store))
+        told = claims(mini)
+    print(markdown(mini, told))
+    path = store.report(found.name) / "findings.png"
+    draw(mini, path)
+    print(f"\nfigure: {path}")
+
+
+def finished(sweep: Sweep, store: Store) -> list[dict[str, Any]]:
+    """The results of all its trials; DvqError if one is not finished."""
+    results = {name: store.results(trial.key()) for name, trial in sweep.trials().items()}
+    missing = [name for name, result in results.items() if not result]
+    if missing:
+        raise DvqError(
+            f"{len(missing)} of the {len(results)} trials of sweep '{sweep.name}' are not finished, the first "
+            f"is {missing[0]}; run the sweep: make findings"
+        )
+    return [{**result, "name": name} for name, result in results.items() if result]
+
+
+def markdown(mini: Miniature, told: Sequence[Claim]) -> str:
+    """The claims and the numbers of every setting, as two tables."""
+    seeds = sorted({len(some) for some in mini.settings.values()})
+    lines = [
+        f"Mean ± standard error over {' or '.join(map(str, seeds))} seeds; a difference under two standard "
+        f"errors says nothing: {OPEN}.\n",
+        "| | the paper | the miniature | |\n| --- | --- | --- | --- |",
+        *(f"| {one.number} | {one.says} | {one.shows} | {one.verdict()} |" for one in told),
+        "\n| estimator | C | K | steps | bits/dim | rate | distortion | perplexity |",
+        "| --- |" + " --- |" * 7,
+    ]
+    for (name, *size), some in sorted(mini.settings.items()):
+        bits = over(some, bits_per_dim)
+        rate, distortion, perplexity = (
+            fmean(result["evaluation"][term] for result in some)
+            for term in ("rate", "distortion", "perplexity")
+        )
+        numbers = f"{bits.mean:.3f} ± {bits.error:.3f} | {rate:.3f} | {distortion:.3f} | {perplexity:.1f}"
+        lines.append(f"| {label(name)} | {' | '.join(map(str, size))} | {numbers} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app()
