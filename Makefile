@@ -14,7 +14,7 @@ PORT ?= 5000
 TRIAL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help submit-sweep explain report ui test check components findings soak golden clean
+.PHONY: help submit-sweep explain report ui test check components findings bench soak golden clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -48,6 +48,9 @@ components: $(READY) ## compile the components to components/*/component.yaml
 
 findings: $(READY) ## the paper's findings in miniature: a sweep with seeds and error bars, some minutes
 	@$(PYTHON) -m pipeline.submit findings --jobs "$(JOBS)" && $(PYTHON) -m pipeline.findings
+
+bench: $(READY) ## training's speed and memory against the plain version, as ratios in one run
+	@$(PYTHON) tests/bench/training.py
 
 soak: $(READY) ## training killed 200 times, compared with training that was not
 	@DVQ_KILLS=200 $(PYTHON) -m pytest tests/dvq/test_resume.py -k killed
