@@ -46,7 +46,7 @@ check: $(READY) ## format, lint, types, compiled components
 components: $(READY) ## compile the components to components/*/component.yaml
 	@$(PYTHON) -m pipeline.compile
 
-findings: $(READY) ## the paper's findings in miniature: a sweep with seeds and error bars, some minutes
+findings: $(READY) ## the paper's findings in miniature: 45 small trials with seeds and error bars
 	@$(PYTHON) -m pipeline.submit findings --jobs "$(JOBS)" && $(PYTHON) -m pipeline.findings
 
 bench: $(READY) ## training's speed and memory against the plain version, as ratios in one run
