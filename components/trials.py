@@ -128,6 +128,7 @@ def evaluate(data: Path, model: Path, evaluation: Path) -> dict[str, Any]:
     trial, folder, trained = _open(model)
     result = read_json(folder / "evaluation.json")
     if trained and result is None:
+        from dvq import device
         from dvq import load as load_model
         from dvq.evaluate import evaluate as judge
 
@@ -135,7 +136,7 @@ def evaluate(data: Path, model: Path, evaluation: Path) -> dict[str, Any]:
             images, _ = load(data).evaluation(trial.split)
             result = {
                 "split": trial.split,
-                **judge(load_model(model), images, bound_samples=trial.bound_samples),
+                **judge(load_model(model).to(device.pick()), images, bound_samples=trial.bound_samples),
             }
             write_json(folder / "evaluation.json", result)
     evaluation.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ code. The codebooks come first, (K, N, ·), as their batched products want it.
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -32,6 +32,39 @@ class Sample(NamedTuple):
 def per_image(terms: Tensor, images: int) -> Tensor:
     """Sums over an image's latent variables: (K, B·P) → (B,)."""
     return terms.unflatten(1, (images, -1)).sum((0, 2))
+
+
+def code_sums(terms: Tensor, codes: Tensor, count: int) -> Tensor:
+    """Σ of the terms of each code: (K, N, D), (K, N) → (K, C, D)."""
+    if terms.is_cuda:
+        return ordered_code_sums(terms, codes, count)
+    sums = terms.new_zeros(len(terms), count, terms.shape[-1])
+    return sums.scatter_add_(1, codes.unsqueeze(-1).expand_as(terms), terms)
+
+
+def ordered_code_sums(terms: Tensor, codes: Tensor, count: int) -> Tensor:
+    """The same for a GPU, where ``scatter_add_`` adds in an order that changes from run to run: products with
+    the codes' one-hot rows, one codebook at a time."""
+    every = torch.arange(count, device=codes.device).unsqueeze(1)
+    return torch.stack([(every == z).to(t.dtype) @ t for z, t in zip(codes, terms, strict=True)])
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        ctx.count = table.shape[1]
+        return table.gather(1, codes.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return code_sums(grad.contiguous(), ctx.saved_tensors[0], ctx.count), None
+
+
+def look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """table[k, codes]: (K, C, D), (K, N) → (K, N, D); its gradient is :func:`code_sums`."""
+    found: Tensor = _LookUp.apply(table, codes)  # type: ignore[no-untyped-call]
+    return found
 
 
 class Codebooks(nn.Module):
@@ -62,12 +95,15 @@ class Codebooks(nn.Module):
 
     def vectors(self, codes: Tensor) -> Tensor:
         """M[k, codes]: (K, N) → (K, N, D)."""
-        index = codes.unsqueeze(-1).expand(-1, -1, self.codebook.shape[-1])
-        return self.codebook.gather(1, index)
+        return look_up(self.codebook, codes)
 
     def log_prior(self) -> Tensor:
         """log p(z_k = c), (K, C)."""
         return self.prior_logits.log_softmax(-1)
+
+    def log_p_each(self, codes: Tensor) -> Tensor:
+        """log p(z) [nats] of each latent variable: (K, N) → (K, N)."""
+        return look_up(self.log_prior().unsqueeze(-1), codes).squeeze(-1)
 
     @torch.no_grad()
     def prior_sample(self, n: int, generator: Generator) -> Tensor:
@@ -93,9 +129,11 @@ class Categorical(Codebooks):
         """l, less ‖v‖², which the softmax does not see: (K, N, D) → (K, N, C)."""
         return logits_of(v, self.codebook, self.scale)
 
-    def relax(self, v: Tensor, temperature: float, hard: bool, generator: Generator) -> tuple[Tensor, Tensor]:
+    def relax(
+        self, v: Tensor, temperature: "float | Tensor", hard: bool, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
         """What the decoder sees of a Gumbel-Softmax sample, (K, N, D), and the rate [nats], summed over all."""
-        if self.plain or v.is_cuda:
+        if self.plain:
             logits = self.logits(v)
             return plain_relax(logits, self.codebook, self.log_prior(), temperature, hard, generator)
         return fast_relax(v, self.codebook, self.prior_logits, self.scale, temperature, hard, generator)
@@ -116,13 +154,13 @@ class Categorical(Codebooks):
 
     def log_p(self, codes: Tensor, images: int) -> Tensor:
         """log p(z) [nats an image]: (K, N) → (B,)."""
-        return per_image(self.log_prior().gather(1, codes), images)
+        return per_image(self.log_p_each(codes), images)
 
     def sample(self, v: Tensor, generator: Generator) -> Sample:
         logits = self.logits(v)
         codes = self.draw(logits, generator)
         log_q = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-        log_ratio = log_q - self.log_prior().gather(1, codes)
+        log_ratio = log_q - self.log_p_each(codes)
         return Sample(self.vectors(codes), self.kl(logits), log_ratio, codes)
 
 
@@ -184,7 +222,7 @@ class Nearest(Codebooks):
 
     def rate(self, codes: Tensor) -> Tensor:
         """−log p(z) [nats]: (K, N) → (K, N)."""
-        return -self.log_prior().gather(1, codes)
+        return -self.log_p_each(codes)
 
     def sample(self, v: Tensor, generator: Generator) -> Sample:  # noqa: ARG002
         codes = self.codes(v)
@@ -204,9 +242,8 @@ class Nearest(Codebooks):
         have only their counts kept.
         """
         n = torch.zeros_like(self.counts).scatter_add_(1, codes, torch.ones_like(codes, dtype=v.dtype))
-        s = torch.zeros_like(self.sums).scatter_add_(1, codes.unsqueeze(-1).expand_as(v), v)
         self.counts.lerp_(n, 1 - self.decay)
-        self.sums.lerp_(s, 1 - self.decay)
+        self.sums.lerp_(code_sums(v, codes, self.counts.shape[1]), 1 - self.decay)
         if not self.trained:
             total = self.counts.sum(1, keepdim=True)
             smoothed = (self.counts + self.EPSILON) / (total + self.counts.shape[1] * self.EPSILON) * total
@@ -268,7 +305,7 @@ def kmeans(v: Tensor, codes: int, generator: Generator, iterations: int = 10) ->
     centers = v.gather(1, order.unsqueeze(-1).expand(-1, -1, d))
     for _ in range(iterations):
         nearest = torch.cdist(v, centers).argmin(-1)  # (K, N)
-        sums = torch.zeros_like(centers).scatter_add_(1, nearest.unsqueeze(-1).expand_as(v), v)
+        sums = code_sums(v, nearest, codes)
         counts = torch.zeros_like(centers[..., 0]).scatter_add_(1, nearest, torch.ones_like(v[..., 0]))
         centers = torch.where(counts.unsqueeze(-1) > 0, sums / counts.clamp(min=1).unsqueeze(-1), centers)
     return centers

@@ -48,7 +48,7 @@ class Residual(nn.Module):
             nn.ReLU(),
             nn.Conv2d(f, f, 3, padding=1, bias=bias),
             _norm(trial),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(f, f, 1, bias=bias),
             _norm(trial),
         )
@@ -58,7 +58,15 @@ class Residual(nn.Module):
         return out
 
 
-class Encoder(nn.Module):
+class _Network(nn.Module):
+    mixed = False
+    """whether the convolutions are in bfloat16 in training"""
+
+    def autocast(self, like: Tensor) -> torch.autocast:
+        return torch.autocast(like.device.type, torch.bfloat16, enabled=self.mixed and self.training)
+
+
+class Encoder(_Network):
     """Images (B, 32, 32, 3) uint8 → v (K, N, D): two 4×4 convolutions of stride 2, then residual blocks."""
 
     def __init__(self, trial: "Trial", encodings: int) -> None:
@@ -68,7 +76,7 @@ class Encoder(nn.Module):
         self.body = nn.Sequential(
             nn.Conv2d(3, f, 4, stride=2, padding=1, bias=bias),
             _norm(trial),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(f, f, 4, stride=2, padding=1, bias=bias),
             _norm(trial),
             *(Residual(trial) for _ in range(trial.residual_blocks)),
@@ -80,11 +88,12 @@ class Encoder(nn.Module):
         x = (
             images.to(next(self.parameters()).dtype).div_(127.5).sub_(1).permute(0, 3, 1, 2)
         )  # (B, 3, 32, 32), stored NHWC
-        v: Tensor = self.body(x).permute(0, 2, 3, 1)  # (B, 8, 8, K·D)
+        with self.autocast(x):
+            v: Tensor = self.body(x).permute(0, 2, 3, 1).to(x.dtype)  # (B, 8, 8, K·D)
         return v.reshape(len(images) * POSITIONS, self.num_latents, -1).transpose(0, 1)  # (K, N, D)
 
 
-class Decoder(nn.Module):
+class Decoder(_Network):
     """Code vectors (K, N, D) → 256 logits for each sub-pixel, by the encoder mirrored."""
 
     def __init__(self, trial: "Trial") -> None:
@@ -97,13 +106,13 @@ class Decoder(nn.Module):
             nn.ReLU(),
             nn.ConvTranspose2d(f, f, 4, stride=2, padding=1, bias=bias),
             _norm(trial),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
         self.last: nn.Module
         self.head: nn.Linear | None
         if trial.output_head == "1x1":
             up = nn.ConvTranspose2d(f, f, 4, stride=2, padding=1, bias=bias)
-            self.last = nn.Sequential(up, _norm(trial), nn.ReLU())
+            self.last = nn.Sequential(up, _norm(trial), nn.ReLU(inplace=True))
             self.head = nn.Linear(f, 3 * VALUES)
         else:
             self.last = nn.ConvTranspose2d(f, 3 * VALUES, 4, stride=2, padding=1)
@@ -113,7 +122,8 @@ class Decoder(nn.Module):
         """What the head sees, (B, 32·32, F); the logits themselves, (B, 32·32, 768), where there is no head."""
         k, n, d = vectors.shape
         h = vectors.transpose(0, 1).reshape(n // POSITIONS, GRID, GRID, k * d).permute(0, 3, 1, 2)
-        h = self.last(self.body(h)).permute(0, 2, 3, 1)  # (B, 32, 32, F)
+        with self.autocast(h):
+            h = self.last(self.body(h)).permute(0, 2, 3, 1)  # (B, 32, 32, F)
         return h.flatten(1, 2)
 
     def forward(self, vectors: Tensor) -> Tensor:
@@ -128,7 +138,7 @@ class Decoder(nn.Module):
         """
         hidden, pixels = self.hidden(vectors), images.flatten(1, 2)
         if self.head is None:
-            nll = plain_nll(hidden, pixels)
+            nll = plain_nll(hidden.to(vectors.dtype), pixels)
             weights = weigh(nll.detach().sum(1)) if weigh else torch.ones_like(nll[:, 0])
             return (nll.sum(1) * weights).sum(), nll.detach()
         head = self.head.weight, self.head.bias
@@ -153,6 +163,10 @@ class Model(nn.Module):
         self.encoder = Encoder(trial, latents.encodings)
         self.decoder = Decoder(trial)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def mix(self, mixed: bool) -> None:
+        """Whether to train with the convolutions, and the factors of the head's product, in bfloat16."""
+        self.encoder.mixed = self.decoder.mixed = mixed
 
     def distortion(
         self, vectors: Tensor, images: Tensor, weigh: Weigh | None = None

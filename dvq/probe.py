@@ -66,17 +66,17 @@ def probe(model: "Model", images: Tensor, draws: int, generator: Generator, step
 def _seen_logits(latents: Categorical) -> "Iterator[list[Tensor]]":
     """The logits that the estimator's loss makes, kept for their gradient."""
     seen: list[Tensor] = []
-    plain = latents.logits
+    make, plain = latents.logits, latents.plain
 
     def logits(v: Tensor) -> Tensor:
-        seen.append(plain(v))
+        seen.append(make(v))
         return seen[-1]
 
     latents.logits, latents.plain = logits, True  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        latents.plain = False
+        latents.plain = plain
         del latents.logits  # the class's method is seen again
 
 

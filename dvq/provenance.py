@@ -12,7 +12,9 @@ import torch
 def provenance(device: str, threads: int) -> dict[str, Any]:
     """What decides the numbers beside the configuration: code, library, kernels, machine."""
     name = (
-        torch.cuda.get_device_name() if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
+        torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else torch.backends.cpu.get_cpu_capability()
     )
     return {
         "commit": os.environ.get("DVQ_COMMIT") or _commit(),

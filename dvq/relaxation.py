@@ -1,17 +1,27 @@
 """The Gumbel-Softmax relaxation and the posterior's KL: the equations as they stand, and a faster form."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+TILE = {"cpu": 2**18, "cuda": 2**23}  # logits that stay in the cache (1 MiB; 32 MiB)
+SMALLEST = 1e-30  # u is never 0, and its logarithm finite
+
+
+def exponential(like: Tensor, generator: Generator, out: Tensor | None = None) -> Tensor:
+    """Exp(1) noise −log u of ``like``'s shape."""
+    # not empty_like: the order of the noise must not hang on strides
+    u = like.new_empty(like.shape) if out is None else out
+    if u.is_cuda:  # which of the two is cheaper depends on the device
+        return u.exponential_(generator=generator)
+    return u.uniform_(SMALLEST, 1, generator=generator).log_().neg_()
+
 
 def gumbel(like: Tensor, generator: Generator) -> Tensor:
     """Gumbel(0, 1) noise −log(−log u) of ``like``'s shape."""
-    u = like.new_empty(like.shape)  # not empty_like: the order of the noise must not hang on strides
-    if u.is_cuda:  # an exponential is −log u; which of the two is cheaper depends on the device
-        return u.exponential_(generator=generator).log_().neg_()
-    return u.uniform_(generator=generator).log_().neg_().log_().neg_()
+    return exponential(like, generator).log_().neg_()
 
 
 def logits_of(v: Tensor, codebook: Tensor, scale: float) -> Tensor:
@@ -32,7 +42,12 @@ def onehot(y: Tensor) -> Tensor:
 
 
 def plain_relax(
-    logits: Tensor, codebook: Tensor, log_prior: Tensor, temperature: float, hard: bool, generator: Generator
+    logits: Tensor,
+    codebook: Tensor,
+    log_prior: Tensor,
+    temperature: float | Tensor,
+    hard: bool,
+    generator: Generator,
 ) -> tuple[Tensor, Tensor]:
     """What the decoder sees of a relaxed sample, and the rate.
 
@@ -50,7 +65,11 @@ def plain_relax(
 
 
 class _Relaxed(torch.autograd.Function):
-    """One codebook at a time, so that its (N, C) matrices stay in the cache; the backward pass in closed form."""
+    """In tiles that stay in the cache, with the backward pass in closed form.
+
+    The relaxed sample needs no Gumbel noise: with E = −log u ~ Exp(1), y ∝ exp((l − log E)/τ) = (exp(l)/E)^(1/τ).
+    Between the passes only y and two numbers a row are kept; q is made again.
+    """
 
     @staticmethod
     def forward(
@@ -59,50 +78,75 @@ class _Relaxed(torch.autograd.Function):
         codebook: Tensor,
         prior_logits: Tensor,
         scale: float,
-        temperature: float,
+        temperature: float | Tensor,
         hard: bool,
         generator: Generator,
     ) -> tuple[Tensor, Tensor]:
         log_prior = prior_logits.log_softmax(-1)
-        shape = (*v.shape[:2], codebook.shape[1])
-        y, kl_gradient = v.new_empty(shape), v.new_empty(shape)
-        vectors, q_sums, total = torch.empty_like(v), torch.empty_like(log_prior), v.new_zeros(())
-        for k in range(len(v)):
-            norms = codebook[k].square().sum(-1)
-            logits = torch.addmm(norms, v[k], codebook[k].T, beta=-scale, alpha=2 * scale)  # (N, C)
-            noisy = gumbel(logits, generator).add_(logits).div_(temperature)
-            torch.softmax(noisy, -1, out=y[k])
-            torch.mm(onehot(y[k]) if hard else y[k], codebook[k], out=vectors[k])
-            ratio = torch.log_softmax(logits, -1)  # log q
-            q = torch.exp(ratio, out=logits)
-            ratio -= log_prior[k]
-            kl = torch.linalg.vecdot(q, ratio)  # (N,)
-            total += kl.sum()
-            torch.sum(q, 0, out=q_sums[k])
-            torch.mul(ratio.sub_(kl.unsqueeze(1)), q, out=kl_gradient[k])  # ∂KL/∂l
-        ctx.save_for_backward(v, codebook, y, kl_gradient, q_sums, log_prior)
+        vectors, log_sum, kl = torch.empty_like(v), v.new_empty(v.shape[:2]), v.new_empty(v.shape[:2])
+        kept = []
+        for at, tile in _tiles(v, codebook.shape[1]):
+            m = codebook[at[0]]
+            logits = logits_of(tile, m, scale)
+            top = logits.amax(-1, keepdim=True)
+            logits -= top
+            weights = logits.exp()
+            total = weights.sum(-1)
+            log_total = total.log()
+            log_sum[at] = log_total + top.squeeze(-1)
+            # KL = (Σ w·l − Σ w·log p)/Σ w − log Σ w
+            mean_log_p = torch.bmm(weights, log_prior[at[0]].unsqueeze(-1)).squeeze(-1)
+            kl[at] = (torch.linalg.vecdot(weights, logits) - mean_log_p) / total - log_total
+            weights /= exponential(logits, generator, out=logits)
+            weights /= weights.amax(-1, keepdim=True)
+            y = weights.pow_(1 / temperature)
+            y /= y.sum(-1, keepdim=True)
+            vectors[at] = torch.bmm(onehot(y) if hard else y, m)
+            kept.append(y)
+        ctx.save_for_backward(v, codebook, log_sum, kl, log_prior, *kept)
         ctx.scale, ctx.temperature, ctx.hard = scale, temperature, hard
-        return vectors, total
+        return vectors, kl.sum()
 
     @staticmethod
     def backward(ctx: Any, g_z: Tensor, g_kl: Tensor) -> tuple[Tensor | None, ...]:
-        """With g_y = g_z Mᵀ:  g_l = (g_y − Σ g_y·y)·y/τ + g_kl ∂KL/∂l,  g_v = 2s g_l M,
+        """With g_y = g_z Mᵀ:  g_l = (g_y − Σ g_y·y)·y/τ + g_kl·q·(log q − log p − KL),  g_v = 2s g_l M,
         g_M = yᵀ g_z + 2s (g_lᵀ v − (Σ_n g_l)·M),  g_θ = g_kl (N softmax θ − Σ_n q)."""
-        v, codebook, y, kl_gradient, q_sums, log_prior = ctx.saved_tensors
-        g_v, g_m = torch.empty_like(v), torch.empty_like(codebook)
-        for k in range(len(v)):
-            seen = onehot(y[k]) if ctx.hard else y[k]
-            torch.mm(seen.T, g_z[k], out=g_m[k])
-            g_l = g_z[k] @ codebook[k].T  # g_y
-            g_l -= torch.linalg.vecdot(g_l, y[k]).unsqueeze(1)
-            g_l *= y[k]
-            g_l.mul_(1 / ctx.temperature).addcmul_(kl_gradient[k], g_kl)
-            torch.mm(g_l, codebook[k], out=g_v[k])
-            g_m[k].addmm_(g_l.T, v[k], alpha=2 * ctx.scale)
-            g_m[k].addcmul_(g_l.sum(0).unsqueeze(1), codebook[k], value=-2 * ctx.scale)
+        v, codebook, log_sum, kl, log_prior, *kept = ctx.saved_tensors
+        g_v, g_m = torch.empty_like(v), torch.zeros_like(codebook)
+        q_sums, l_sums = torch.zeros_like(log_prior), torch.zeros_like(log_prior)
+        for (at, tile), y in zip(_tiles(v, codebook.shape[1]), kept, strict=True):
+            ks, m, g = at[0], codebook[at[0]], g_z[at]
+            ratio = logits_of(tile, m, ctx.scale)
+            ratio -= log_sum[at].unsqueeze(-1)
+            q = ratio.exp()
+            q_sums[ks] += q.sum(1)
+            ratio -= log_prior[ks].unsqueeze(1)
+            ratio -= kl[at].unsqueeze(-1)
+            g_m[ks].baddbmm_((onehot(y) if ctx.hard else y).mT, g)
+            g_l = torch.bmm(g, m.mT)  # g_y
+            g_l -= torch.linalg.vecdot(g_l, y).unsqueeze(-1)
+            g_l *= y
+            g_l *= 1 / ctx.temperature
+            g_l.addcmul_(ratio, q.mul_(g_kl))
+            g_v[at] = torch.bmm(g_l, m)
+            g_m[ks].baddbmm_(g_l.mT, tile, alpha=2 * ctx.scale)
+            l_sums[ks] += g_l.sum(1)
         g_v *= 2 * ctx.scale
+        g_m.addcmul_(l_sums.unsqueeze(-1), codebook, value=-2 * ctx.scale)
         g_prior = g_kl * (v.shape[1] * log_prior.exp() - q_sums)
         return g_v, g_m, g_prior, None, None, None, None
+
+
+def _tiles(v: Tensor, codes: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Pieces of v (K, N, D) whose logits (·, ·, C) have TILE elements at most: some rows of a codebook, or
+    several codebooks whole. In the order of the noise."""
+    count, rows, _ = v.shape
+    tile = TILE["cuda" if v.is_cuda else "cpu"] // codes
+    several = max(1, tile // rows)
+    for k in range(0, count, several):
+        for start in range(0, rows, max(1, tile)):
+            at = slice(k, k + several), slice(start, start + max(1, tile))
+            yield at, v[at]
 
 
 def fast_relax(
@@ -110,7 +154,7 @@ def fast_relax(
     codebook: Tensor,
     prior_logits: Tensor,
     scale: float,
-    temperature: float,
+    temperature: float | Tensor,
     hard: bool,
     generator: Generator,
 ) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvq import DvqError, checkpoint, goodput
+from dvq import DvqError, checkpoint, device, goodput
 from dvq import events as diary
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
@@ -78,7 +78,7 @@ class Training:
 
     def _go_on(self, found: checkpoint.Checkpoint) -> None:
         self.trainer.restore(found.tensors)
-        self.terms = list(found.tensors.get("terms", ()))
+        self.terms = [terms.to(self.trainer.device) for terms in found.tensors.get("terms", ())]
         self.done, self.seconds = found.step, found.about["seconds"]
         self.seconds_at_point = found.about["seconds_at_point"]
         print(f"going on from step {self.done}", flush=True)
@@ -249,8 +249,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         document = json.loads((args.folder / "trial.json").read_text(encoding="utf-8"))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        train(make_trial(document["trial"]), load(args.data), args.folder, device)
+        train(make_trial(document["trial"]), load(args.data), args.folder, str(device.pick()))
     except Interrupted:
         return 128 + signal.SIGTERM
     except Exception as error:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dvq.latents import kmeans
 from dvq.model import POSITIONS, Model
+from dvq.recorded import Recorded
 from dvq.trial import Discrete, Trial
 
 
@@ -33,10 +35,14 @@ def minibatch(step: int, batch_size: int, images: int, seed: int) -> NDArray[np.
     return np.concatenate(parts)
 
 
+def noise_seed(seed: int, step: int) -> int:
+    """Likewise the seed of a step's random numbers: a function of the step alone."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
 def noise(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """The random numbers of a step, likewise a function of the step alone."""
-    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
+    """The random numbers of a step."""
+    return torch.Generator(device).manual_seed(noise_seed(seed, step))
 
 
 class Trainer:
@@ -47,10 +53,15 @@ class Trainer:
     ) -> None:
         torch.manual_seed(trial.seed)
         self.trial, self.images, self.device = trial, images, device
+        on_gpu = device.type == "cuda"
         self.model = Model(trial).to(device, dtype)
+        self.model.mix(on_gpu and trial.precision == "bfloat16")
         if isinstance(trial, Discrete) and trial.codebook_init == "kmeans":
             self._place_codebooks(trial)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=trial.learning_rate, fused=True)
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=trial.learning_rate, fused=True, capturable=on_gpu
+        )
+        self.recorded = Recorded(self) if on_gpu else None
 
     @torch.no_grad()
     def _place_codebooks(self, trial: Discrete) -> None:
@@ -66,21 +77,30 @@ class Trainer:
 
     def step(self, step: int) -> Tensor:
         """Train on minibatch ``step``; the surrogate, distortion and rate, (3,) [nats an image]."""
-        trial = self.trial
-        loss = trial.loss(self.model, self.minibatch(step), noise(trial.seed, step, self.device), step)
+        if self.recorded:
+            return self.recorded.step(step)
+        return self.advance(self.minibatch(step), noise(self.trial.seed, step, self.device), step)
+
+    def advance(self, images: Tensor, generator: torch.Generator, step: int | Tensor) -> Tensor:
+        """Train on ``images``."""
+        loss = self.trial.loss(self.model, images, generator, step)
         loss.surrogate.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return torch.stack([loss.surrogate.detach(), loss.distortion, loss.rate])
 
-    def state(self) -> dict[str, Tensor]:
-        """All that the next steps depend on, by name, on the CPU. There is no generator's state: the order of
-        the images and the noise are functions of the step."""
-        found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that the next steps depend on, by name."""
+        for name, tensor in self.model.state_dict().items():
+            yield f"model.{name}", tensor
         for i, parameter in enumerate(self.model.parameters()):
             for name, tensor in self.optimizer.state[parameter].items():
-                found[f"optimizer.{i}.{name}"] = tensor
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+                yield f"optimizer.{i}.{name}", tensor
+
+    def state(self) -> dict[str, Tensor]:
+        """:meth:`tensors`, on the CPU. There is no generator's state: the order of the images and the noise are
+        functions of the step."""
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from what :meth:`state` gave, bit for bit."""
@@ -91,5 +111,5 @@ class Trainer:
             for name in ("step", "exp_avg", "exp_avg_sq"):
                 saved = state[f"optimizer.{i}.{name}"]
                 # moments are stored as their parameter is (NHWC): the fused kernel walks both in one order
-                like = torch.zeros((), device=saved.device) if name == "step" else torch.zeros_like(parameter)
+                like = torch.zeros((), device=self.device) if name == "step" else torch.zeros_like(parameter)
                 self.optimizer.state[parameter][name] = like.copy_(saved)

@@ -13,8 +13,10 @@ from dvq.fingerprints import FINGERPRINTS, DataName
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
-    from dvq.latents import Codebooks
+    from dvq.latents import Categorical
     from dvq.model import Model
+
+    Step = int | Tensor
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -31,6 +33,12 @@ class Loss(NamedTuple):
     """scalar [nats an image], detached: the batch's mean −log p(x|z)"""
     rate: "Tensor"
     """scalar [nats an image], detached: the batch's mean KL(q(z|x) ‖ p(z))"""
+
+
+def progress(step: "Step", length: int) -> "float | Tensor":
+    """step / length, and 1 from there on."""
+    done = step / length
+    return min(1.0, done) if isinstance(done, float) else done.clamp(max=1)
 
 
 class Trial(BaseModel):
@@ -65,6 +73,10 @@ class Trial(BaseModel):
     steps: Count = 100_000
     batch_size: Count = 64
     learning_rate: Positive = 5e-4
+
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """of the convolutions and the head's factors in training on a GPU. Logits, likelihood, rate, optimizer and all
+    of evaluation are float32, as everything is on a CPU"""
 
     bound_samples: Count = 16
     """S of the importance-weighted bound L_S, which the final evaluation gives beside the ELBO"""
@@ -105,8 +117,10 @@ class Trial(BaseModel):
         """The latent variables' own parameters: one of the classes of ``dvq.latents``."""
 
     @abstractmethod
-    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: int) -> Loss:
-        """The surrogate and the ELBO's terms for uint8 ``images`` (B, 32, 32, 3) at training step ``step``."""
+    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:
+        """The surrogate and the ELBO's terms for uint8 ``images`` (B, 32, 32, 3) at training step ``step``,
+        which is a number, or a scalar on the device where the step is recorded once and replayed. So nothing
+        here may wait for the device (``item()``, ``nonzero()``, a branch on a tensor)."""
 
 
 class Warmed(Trial):
@@ -116,8 +130,9 @@ class Warmed(Trial):
     """steps over which the KL's weight in the surrogate rises linearly to 1; 0: it is 1 from the start, as
     in the paper. Evaluation always weighs it with 1."""
 
-    def kl_weight(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
+    def kl_weight(self, step: "Step") -> "float | Tensor":
+        """The KL's weight at a training step."""
+        return progress(step + 1, self.kl_warmup) if self.kl_warmup else 1.0
 
 
 class Discrete(Trial):
@@ -150,7 +165,7 @@ class Stochastic(Warmed, Discrete):
     """at each evaluation along training, look at the gradient's bias and variance with so many draws (2 or
     more; 0: off); it costs passes of the decoder and changes nothing"""
 
-    def latents(self) -> "Codebooks":
+    def latents(self) -> "Categorical":
         from dvq.latents import Categorical
 
         return Categorical(self)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from dvq.latents import Normal
     from dvq.model import Model
+    from dvq.trial import Step
 
 
 class Gaussian(Warmed):
@@ -29,7 +30,7 @@ class Gaussian(Warmed):
 
         return Normal(self)
 
-    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: int) -> Loss:
+    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:
         latents: Normal = model.latents
         sample = latents.sample(model.encoder(images), generator)
         distortion = model.distortion(sample.vectors, images)[0] / len(images)

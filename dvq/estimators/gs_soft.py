@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from dvq.trial import Loss, Positive, Stochastic
+from dvq.trial import Loss, Positive, Stochastic, progress
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from dvq.latents import Categorical
     from dvq.model import Model
+    from dvq.trial import Step
 
 
 class GSSoft(Stochastic):
@@ -32,17 +33,23 @@ class GSSoft(Stochastic):
     """τ falls to this, geometrically, over ``annealing_steps``; None: τ is constant, as in the paper"""
     annealing_steps: Annotated[int, Field(ge=1)] = 50_000
 
-    def temperature_at(self, step: int) -> float:
+    def temperature_at(self, step: "Step") -> "float | Tensor":
         """τ at a training step."""
         if self.final_temperature is None:
             return self.temperature
-        progress = min(1.0, step / self.annealing_steps)
-        return float(self.temperature * (self.final_temperature / self.temperature) ** progress)
+        ratio = self.final_temperature / self.temperature
+        return self.temperature * ratio ** progress(step, self.annealing_steps)
+
+    def latents(self) -> "Categorical":
+        latents = super().latents()
+        # the fast form takes exp(l) to the power 1/τ: what underflows there is lost where that is below 1
+        latents.plain = max(self.temperature, self.final_temperature or 0) > 1
+        return latents
 
     hard: ClassVar[bool] = False
     """whether the decoder sees one code"""
 
-    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: int) -> Loss:
+    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:
         latents: Categorical = model.latents
         v = model.encoder(images)  # (K, N, D)
         vectors, rate = latents.relax(v, self.temperature_at(step), self.hard, generator)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from dvq.latents import Scored
     from dvq.model import Model
+    from dvq.trial import Step
 
 
 class NVIL(Stochastic):
@@ -34,7 +35,7 @@ class NVIL(Stochastic):
 
         return Scored(self, decay=self.baseline_decay)
 
-    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: int) -> Loss:
+    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:
         latents: Scored = model.latents
         B, beta = len(images), self.kl_weight(step)
         v = model.encoder(images)

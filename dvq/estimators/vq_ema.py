@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from dvq.latents import Nearest
     from dvq.model import Model
+    from dvq.trial import Step
 
 
 class VQEMA(Discrete):
@@ -44,7 +45,7 @@ class VQEMA(Discrete):
         """A term of the surrogate that trains the codebooks; here an average trains them."""
         return 0.0
 
-    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: int) -> Loss:  # noqa: ARG002
+    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:  # noqa: ARG002
         latents: Nearest = model.latents
         v = model.encoder(images)  # (K, N, D)
         codes = latents.codes(v.detach())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvq import load
+from dvq import load, relaxation
 from dvq.config import estimators, trial
 from dvq.estimators.gs_soft import GSSoft
 from dvq.estimators.vimco import leave_one_out
@@ -41,6 +41,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"kl_warmup": 3},
     {"temperature": 1.0, "final_temperature": 0.2, "annealing_steps": 2},
     {"samples": 2},
+    {"backward": "one"},
+    {"temperature": 2.0},
     {"baseline_decay": 0.5},
     {"commitment": 1.0, "ema_decay": 0.9},
     {"revive_below": 1.0},
@@ -132,8 +134,12 @@ def test_gs_hard_decodes_codes_and_gs_soft_mixtures() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("hard", [False, True])
-def test_the_fast_relaxation_agrees_with_the_plain(hard: bool, dtype: torch.dtype, tolerance: float) -> None:
-    """In value and in every gradient, with weights on both outputs."""
+@pytest.mark.parametrize("tile", [5 * 7, 2**18])
+def test_the_fast_relaxation_agrees_with_the_plain(
+    hard: bool, dtype: torch.dtype, tolerance: float, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In value and in every gradient, with weights on both outputs, by tiles of rows and all at once."""
+    monkeypatch.setitem(relaxation.TILE, "cpu", tile)
     model = small("gs-soft", distance_scale=0.7).to(dtype)
     latents, weight = model.latents, torch.randn(2, 40, 3, dtype=dtype)
     with torch.no_grad():

@@ -1,0 +1,42 @@
+"""Which device a process computes on, and that it computes there the same each time."""
+
+import fcntl
+import itertools
+import os
+import tempfile
+from pathlib import Path
+from typing import IO
+
+import torch
+
+_held: list[IO[str]] = []
+
+
+def pick() -> torch.device:
+    """The CPU, or, of the GPUs that are visible, the one that the fewest of this user's processes hold.
+
+    So the trials of one sweep spread over a workstation's GPUs, and share one when there are more of them. The
+    place is held until the process ends, however it does.
+    """
+    count = torch.cuda.device_count()
+    if not count:
+        return torch.device("cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32 proper
+    return torch.device("cuda", take(count, Path(tempfile.gettempdir())))
+
+
+def take(count: int, folder: Path) -> int:
+    """One of ``count`` GPUs, by the locks in ``folder``: the first that the fewest hold."""
+    for share in itertools.count():
+        for gpu in range(count):
+            file = (folder / f"dvq-{os.getuid()}-gpu{gpu}-{share}.lock").open("w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                continue
+            _held.append(file)  # closed, and so released, by the process's end
+            return gpu
+    raise AssertionError
