@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from dvq.relaxation import categorical_kl, fast_relax, gumbel, logits_of, plain_relax
+from dvq.relaxation import SMALLEST, categorical_kl, fast_relax, logits_of, plain_relax
 
 if TYPE_CHECKING:
     from dvq.trial import Discrete, Stochastic, Trial
@@ -143,9 +143,17 @@ class Categorical(Codebooks):
         return categorical_kl(logits, self.log_prior())
 
     @torch.no_grad()
-    def draw(self, logits: Tensor, generator: Generator) -> Tensor:
-        """z ~ q(z|x), exactly, as the Gumbel maximum: (K, N, C) → (K, N)."""
-        return gumbel(logits, generator).add_(logits).argmax(-1)
+    def draw(self, logits: Tensor, generator: Generator, count: int = 1) -> Tensor:
+        """``count`` draws z ~ q(z|x): (K, N, C) → (count, K, N).
+
+        The first c with q(z ≤ c) ≥ u, one random number a draw (the Gumbel maximum takes one a category). It
+        is never one of probability 0: u > 0, and the sums rise only where q does. They do so on a GPU, which
+        adds in another order than from left to right, in float64.
+        """
+        q = logits.softmax(-1)
+        below = (q.double() if q.is_cuda else q).cumsum(-1)
+        u = below.new_empty(*q.shape[:2], count).uniform_(SMALLEST, 1, generator=generator)
+        return torch.searchsorted(below, u.mul_(below[..., -1:])).movedim(-1, 0)
 
     def log_q(self, logits: Tensor, codes: Tensor, images: int) -> Tensor:
         """log q(z|x) [nats an image]: (K, N, C), (K, N) → (B,)."""
@@ -158,7 +166,7 @@ class Categorical(Codebooks):
 
     def sample(self, v: Tensor, generator: Generator) -> Sample:
         logits = self.logits(v)
-        codes = self.draw(logits, generator)
+        codes = self.draw(logits, generator)[0]
         log_q = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         log_ratio = log_q - self.log_p_each(codes)
         return Sample(self.vectors(codes), self.kl(logits), log_ratio, codes)

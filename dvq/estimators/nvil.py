@@ -40,7 +40,7 @@ class NVIL(Stochastic):
         B, beta = len(images), self.kl_weight(step)
         v = model.encoder(images)
         logits = latents.logits(v)  # (K, N, C)
-        z = latents.draw(logits, generator)
+        z = latents.draw(logits, generator)[0]
         log_q, log_p = latents.log_q(logits, z, B), latents.log_p(z, B)  # (B,)
         total, nll = model.distortion(latents.vectors(z), images)
         w = beta * (log_p - log_q).detach() - nll

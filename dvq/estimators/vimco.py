@@ -41,7 +41,7 @@ class VIMCO(Stochastic):
         latents: Categorical = model.latents
         S, B, beta = self.samples, len(images), self.kl_weight(step)
         logits = latents.logits(model.encoder(images))  # (K, N, C)
-        codes = [latents.draw(logits, generator) for _ in range(S)]
+        codes = latents.draw(logits, generator, S)  # (S, K, N)
         log_q = torch.stack([latents.log_q(logits, z, B) for z in codes])  # (S, B)
         log_p = torch.stack([latents.log_p(z, B) for z in codes])
         log_ratio = beta * (log_p - log_q)
@@ -54,7 +54,7 @@ class VIMCO(Stochastic):
         self,
         model: "Model",
         images: "Tensor",
-        codes: "list[Tensor]",
+        codes: "Tensor",
         log_ratio: "Tensor",
         generator: "Generator",
     ) -> "tuple[Tensor, Tensor, Tensor, Tensor]":
@@ -79,7 +79,7 @@ class VIMCO(Stochastic):
                 nll = model.distortion(vectors, repeated)[1]
             w = log_ratio - nll.view(-1, B)
             chosen = gumbel(w, generator).add_(w).argmax(0)  # (B,), s ~ softmax(w)
-            each = torch.stack(codes).unflatten(2, (B, -1))  # (S, K, B, P)
+            each = codes.unflatten(2, (B, -1))  # (S, K, B, P)
             z = each.gather(0, chosen.view(1, 1, B, 1).expand_as(each[:1]))[0].flatten(1)  # (K, N)
             weighted = model.distortion(model.latents.vectors(z), images)[0]
         return weighted, w.softmax(0), leave_one_out(w), nll

@@ -136,3 +136,13 @@ def test_evaluation_leaves_the_model_as_it_was() -> None:
     evaluate(model, images(3))
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_draws_follow_the_posterior_and_never_take_a_code_of_probability_0() -> None:
+    latents: Any = Model(trial({"estimator": "gs-soft", "data": "cifar10-sample"})).latents
+    logits = torch.tensor([-1e9, 1.0, -1e9, 0.0, -1e9]).expand(1, 1000, 5)
+    z = latents.draw(logits, torch.Generator().manual_seed(0), 200)
+    assert z.shape == (200, 1, 1000)
+    share = torch.bincount(z.flatten(), minlength=5) / z.numel()
+    assert share[[0, 2, 4]].tolist() == [0, 0, 0]
+    assert share[1].item() == pytest.approx(1 / (1 + math.exp(-1)), abs=5e-3)  # five standard errors
