@@ -24,7 +24,9 @@ def pick() -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32 proper
-    return torch.device("cuda", take(count, Path(tempfile.gettempdir())))
+    device = torch.device("cuda", take(count, Path(tempfile.gettempdir())))
+    torch.cuda.set_device(device)
+    return device
 
 
 def take(count: int, folder: Path) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from dvq.relaxation import SMALLEST, categorical_kl, fast_relax, logits_of, plain_relax
+from dvq.relaxation import SMALLEST, categorical_kl, fast_relax, logits_of, plain_relax, tiles
 
 if TYPE_CHECKING:
     from dvq.trial import Discrete, Stochastic, Trial
@@ -88,10 +88,6 @@ class Codebooks(nn.Module):
             self.prior_logits = nn.Parameter(prior)
         else:
             self.register_buffer("prior_logits", prior)
-
-    def closeness(self, v: Tensor) -> Tensor:
-        """2 v·m − ‖m‖² = ‖v‖² − ‖v − m‖² of each code: (K, N, D) → (K, N, C)."""
-        return logits_of(v, self.codebook, 1.0)
 
     def vectors(self, codes: Tensor) -> Tensor:
         """M[k, codes]: (K, N) → (K, N, D)."""
@@ -225,8 +221,11 @@ class Nearest(Codebooks):
         self.register_buffer("sums", self.codebook.detach().clone())  # S
 
     def codes(self, v: Tensor) -> Tensor:
-        """The nearest code of each vector: (K, N, D) → (K, N)."""
-        return self.closeness(v).argmax(-1)
+        """The nearest code of each vector, with the largest 2 v·m − ‖m‖²: (K, N, D) → (K, N)."""
+        codes = torch.empty(v.shape[:2], dtype=torch.long, device=v.device)
+        for at, tile in tiles(v, self.codebook.shape[1]):
+            codes[at] = logits_of(tile, self.codebook[at[0]], 1.0).argmax(-1)
+        return codes
 
     def rate(self, codes: Tensor) -> Tensor:
         """−log p(z) [nats]: (K, N) → (K, N)."""

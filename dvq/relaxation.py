@@ -85,7 +85,7 @@ class _Relaxed(torch.autograd.Function):
         log_prior = prior_logits.log_softmax(-1)
         vectors, log_sum, kl = torch.empty_like(v), v.new_empty(v.shape[:2]), v.new_empty(v.shape[:2])
         kept = []
-        for at, tile in _tiles(v, codebook.shape[1]):
+        for at, tile in tiles(v, codebook.shape[1]):
             m = codebook[at[0]]
             logits = logits_of(tile, m, scale)
             top = logits.amax(-1, keepdim=True)
@@ -114,7 +114,7 @@ class _Relaxed(torch.autograd.Function):
         v, codebook, log_sum, kl, log_prior, *kept = ctx.saved_tensors
         g_v, g_m = torch.empty_like(v), torch.zeros_like(codebook)
         q_sums, l_sums = torch.zeros_like(log_prior), torch.zeros_like(log_prior)
-        for (at, tile), y in zip(_tiles(v, codebook.shape[1]), kept, strict=True):
+        for (at, tile), y in zip(tiles(v, codebook.shape[1]), kept, strict=True):
             ks, m, g = at[0], codebook[at[0]], g_z[at]
             ratio = logits_of(tile, m, ctx.scale)
             ratio -= log_sum[at].unsqueeze(-1)
@@ -137,7 +137,7 @@ class _Relaxed(torch.autograd.Function):
         return g_v, g_m, g_prior, None, None, None, None
 
 
-def _tiles(v: Tensor, codes: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+def tiles(v: Tensor, codes: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
     """Pieces of v (K, N, D) whose logits (·, ·, C) have TILE elements at most: some rows of a codebook, or
     several codebooks whole. In the order of the noise."""
     count, rows, _ = v.shape
