@@ -1,197 +1,247 @@
-"""Training's speed against the plain version of the same model: ``make bench``.
+"""Training's speed and memory against the plain version and vector-quantize-pytorch: ``make bench``.
 
-Process CPU time of a training step on one thread, the variants interleaved in rounds in one process, so that the
-machine's own changes of speed touch all alike. The plain version is the equations as one first writes them in
-PyTorch: NCHW, distances by a matrix product, ``gumbel_softmax``, ``cross_entropy`` on the whole logits.
+All variants make their steps in turn, round by round in one process, so that the machine's own changes of speed touch
+all alike: on a CPU process time of one step on one thread, on a GPU wall time of 20, synchronized. A ratio is made
+within a round. The share of the ceiling is the model's own FLOPs (PyTorch's counter on the plain version, forward and
+backward) in that time over the fastest large matrix product of the same run: float32 on one thread, bf16 on a GPU.
 """
 
 import argparse
+import functools
 import json
+import multiprocessing
+import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from plain import LIBRARY, PLAIN, Library, Plain
+from torch.utils.flop_counter import FlopCounterMode
 
 from dvq.config import trial
-from dvq.estimators.gs_soft import GSSoft
 from dvq.trainer import Trainer
 from dvq.trial import Trial
 
-SIZE: dict[str, Any] = {"features": 64, "num_latents": 8, "num_codes": 512, "code_dim": 16}
+SIZES = {
+    "F=64 K=8 C=512": {"features": 64, "num_latents": 8, "num_codes": 512, "code_dim": 16},
+    "F=64 K=16 C=512": {"features": 64, "num_latents": 16, "num_codes": 512, "code_dim": 16},
+    "F=256 K=8 C=128": {"features": 256, "num_latents": 8, "num_codes": 128, "code_dim": 32},
+    "F=256 K=16 C=512": {"features": 256, "num_latents": 16, "num_codes": 512, "code_dim": 32},
+}
 Step = Callable[[int], object]
 
 
-class Plain(nn.Module):
-    """GS-Soft or VQ-VAE with EMA, as one first writes it."""
-
-    def __init__(self, one: Trial) -> None:
-        super().__init__()
-        f, width = one.features, one.num_latents * one.code_dim
-        self.one, self.k, self.d = one, one.num_latents, one.code_dim
-        self.c = SIZE["num_codes"]
-
-        def residual() -> nn.Module:
-            return nn.Sequential(
-                nn.ReLU(), nn.Conv2d(f, f, 3, padding=1, bias=False), nn.BatchNorm2d(f),
-                nn.ReLU(), nn.Conv2d(f, f, 1, bias=False), nn.BatchNorm2d(f),
-            )  # fmt: skip
-
-        self.e1 = nn.Sequential(
-            nn.Conv2d(3, f, 4, 2, 1, bias=False), nn.BatchNorm2d(f), nn.ReLU(),
-            nn.Conv2d(f, f, 4, 2, 1, bias=False), nn.BatchNorm2d(f),
-        )  # fmt: skip
-        self.e2 = nn.ModuleList([residual(), residual()])
-        self.e3 = nn.Sequential(nn.ReLU(), nn.Conv2d(f, width, 1))
-        self.d1 = nn.Sequential(nn.Conv2d(width, f, 1, bias=False), nn.BatchNorm2d(f))
-        self.d2 = nn.ModuleList([residual(), residual()])
-        self.d3 = nn.Sequential(
-            nn.ReLU(), nn.ConvTranspose2d(f, f, 4, 2, 1, bias=False), nn.BatchNorm2d(f), nn.ReLU(),
-            nn.ConvTranspose2d(f, f, 4, 2, 1, bias=False), nn.BatchNorm2d(f), nn.ReLU(), nn.Conv2d(f, 768, 1),
-        )  # fmt: skip
-        book = torch.randn(self.k, self.c, self.d)
-        if isinstance(one, GSSoft):
-            self.book = nn.Parameter(book)
-        else:
-            self.register_buffer("book", book)
-            self.register_buffer("counts", torch.ones(self.k, self.c))
-            self.register_buffer("sums", book.clone())
-        self.prior = nn.Parameter(torch.zeros(self.k, self.c))
-
-    def loss(self, images: Tensor) -> Tensor:
-        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-        h = self.e1(x)
-        for block in self.e2:
-            h = h + block(h)
-        b = len(x)
-        v = self.e3(h).view(b, self.k, self.d, 64).permute(1, 0, 3, 2).reshape(self.k, b * 64, self.d)
-        distances = (
-            v.square().sum(-1, keepdim=True) - 2 * v @ self.book.mT + self.book.square().sum(-1)[:, None]
-        )
-        z, rest = self.soft(distances) if isinstance(self.one, GSSoft) else self.hard(v, distances)
-        h = self.d1(z.view(self.k, b, 64, self.d).permute(1, 0, 3, 2).reshape(b, -1, 8, 8))
-        for block in self.d2:
-            h = h + block(h)
-        logits = self.d3(h).view(b, 3, 256, 32, 32).transpose(1, 2)
-        nll = F.cross_entropy(logits, images.permute(0, 3, 1, 2).long(), reduction="sum")
-        return (nll + rest) / b
-
-    def soft(self, distances: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = (-distances).log_softmax(-1)
-        kl = (log_q.exp() * (log_q - self.prior.log_softmax(-1)[:, None])).sum()
-        return F.gumbel_softmax(-distances, tau=0.5) @ self.book, kl
-
-    def hard(self, v: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
-        codes = distances.argmin(-1)
-        chosen = F.one_hot(codes, self.c).float()
-        m = chosen @ self.book
-        with torch.no_grad():
-            self.counts.mul_(0.99).add_(chosen.sum(1), alpha=0.01)
-            self.sums.mul_(0.99).add_(chosen.mT @ v, alpha=0.01)
-            self.book.copy_(self.sums / (self.counts + 1e-5).unsqueeze(-1))
-        rate = -self.prior.log_softmax(-1).gather(1, codes).sum()
-        commitment = 0.25 * 3072 * len(v[0]) / 64 * F.mse_loss(v, m.detach())
-        return v + (m - v).detach(), rate + commitment
+def case(size: str, estimator: str, batch: int) -> tuple[Trial, np.ndarray]:
+    fields = {name: x for name, x in SIZES[size].items() if (estimator, name) != ("gaussian", "num_codes")}
+    one = trial({**fields, "estimator": estimator, "data": "cifar10-sample", "batch_size": batch})
+    return one, np.random.default_rng(0).integers(0, 256, (4 * batch, 32, 32, 3), dtype=np.uint8)
 
 
-def plain_step(one: Trial, images: np.ndarray) -> Step:
+def torch_step(make: Callable[[Trial], Plain], one: Trial, images: np.ndarray, device: torch.device) -> Step:
     torch.manual_seed(0)
-    model = Plain(one)
+    model = make(one).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=one.learning_rate)
 
     def step(at: int) -> None:
         start = at * one.batch_size % len(images)
-        model.loss(torch.from_numpy(images[start : start + one.batch_size])).backward()
+        model(torch.from_numpy(images[start : start + one.batch_size]).to(device)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def fast_step(one: Trial, images: np.ndarray) -> Step:
-    return Trainer(one, images, torch.device("cpu"), torch.float32).step
+def dvq_step(one: Trial, images: np.ndarray, device: torch.device) -> Step:
+    return Trainer(one, images, device, torch.float32).step
 
 
-VARIANTS = {"plain": plain_step, "dvq": fast_step}
+VARIANTS: dict[str, Callable[[Trial, np.ndarray, torch.device], Step]] = {
+    "plain": functools.partial(torch_step, Plain),
+    "library": functools.partial(torch_step, Library),
+    "dvq": dvq_step,
+}
 
 
-def measured(estimator: str, batch: int) -> tuple[Trial, np.ndarray]:
-    one = trial({**SIZE, "estimator": estimator, "data": "cifar10-sample", "batch_size": batch})
-    images = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (4 * batch, 32, 32, 3), dtype=np.uint8)
-    return one, images
+def variants(estimator: str) -> list[str]:
+    return [name for name in VARIANTS if name != "library" or estimator in LIBRARY]
 
 
-def compare(estimator: str, rounds: int, batch: int = 16) -> dict[str, Any]:
-    """Median CPU milliseconds a step of each variant, and the ratio to plain round by round."""
-    steps = {name: make(*measured(estimator, batch)) for name, make in VARIANTS.items()}
-    spent: dict[str, list[float]] = {name: [] for name in steps}
-    for at in range(rounds + 1):
-        for name, step in steps.items():
-            began = time.process_time()
-            step(at)
-            if at:  # the first warms up
-                spent[name].append(1000 * (time.process_time() - began))
-    ratios = [a / b for a, b in zip(spent["plain"], spent["dvq"], strict=True)]
-    return {
-        "estimator": estimator,
-        "milliseconds": {name: statistics.median(times) for name, times in spent.items()},
-        "images_per_second": {n: 1000 * batch / statistics.median(times) for n, times in spent.items()},
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-        "peak_mib_at_64": {name: peak(estimator, name) for name in steps},
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Process time on a CPU; wall time, to the end of what was launched, on a GPU."""
+    if device.type == "cpu":
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def ceiling(device: torch.device) -> float:
+    """FLOP/s of a large matrix product."""
+    n, dtype = (2048, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / seconds(lambda: a @ a, device)
+
+
+def flops(size: str, estimator: str, batch: int) -> int:
+    """The model's own, of forward and backward, an image."""
+    one, images = case(size, estimator, batch)
+    model = Plain(one)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.from_numpy(images[:batch])).mean().backward()
+    return counter.get_total_flops() // batch
+
+
+def measure(
+    size: str, estimators: list[str], rounds: int, batch: int, device: torch.device
+) -> tuple[dict[tuple[str, str], list[float]], float]:
+    """Seconds a step of each estimator's variants in each round, and the ceiling [FLOP/s]."""
+    steps = {
+        (estimator, name): VARIANTS[name](*case(size, estimator, batch), device)
+        for estimator in estimators
+        for name in variants(estimator)
     }
+    times: dict[tuple[str, str], list[float]] = {who: [] for who in steps}
+    count, best, at = 1 if device.type == "cpu" else 20, 0.0, 0
+    for turn in range(rounds + 1):  # the first warms up
+        print(f"{size}: round {turn} of {rounds}", file=sys.stderr)
+        best = max(best, ceiling(device))
+        for who, step in steps.items():
+            spent = seconds(lambda step=step, at=at: [step(at + i) for i in range(count)], device)
+            times[who] += [spent / count] if turn else []
+        at += count
+    return times, best
 
 
-def peak(estimator: str, name: str) -> float:
-    """Peak memory of two steps at batch 64, over what the process takes before them, in one of its own [MiB]."""
-    command = [sys.executable, __file__, "--peak", estimator, name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def _peak(estimator: str, name: str) -> float:
-    step = VARIANTS[name](*measured(estimator, 64))
-    status = Path("/proc/self/status")
-
-    def kib(field: str) -> int:
-        return int(status.read_text().split(f"{field}:")[1].split()[0])
-
+def peak(size: str, estimator: str, name: str, device: torch.device) -> float | None:
+    """Peak memory of two steps at batch 64, over what this process takes before them [MiB]; None where neither a
+    GPU nor Linux tells it."""
+    torch.set_num_threads(1)
+    step = VARIANTS[name](*case(size, estimator, 64), device)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        step(0), step(1)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if not Path("/proc/self/clear_refs").exists():
+        return None
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = kib("VmRSS")
-    for at in range(2):
-        step(at)
-    return (kib("VmHWM") - before) / 1024
+    before = resident("VmRSS")
+    step(0), step(1)
+    return (resident("VmHWM") - before) / 2**10
+
+
+def resident(field: str) -> int:
+    """This process's memory [KiB], as Linux tells it."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
+
+
+def peaks(size: str, estimators: list[str], device: torch.device) -> dict[tuple[str, str], float | None]:
+    """:func:`peak` of each variant, in a process of its own."""
+    print(f"{size}: peak memory", file=sys.stderr)
+    whom = [(estimator, name) for estimator in estimators for name in variants(estimator)]
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["dvq.trainer", "plain", "torch._dynamo"])  # seconds, once
+    workers = 2 if device.type == "cpu" else 1
+    with ProcessPoolExecutor(workers, processes, max_tasks_per_child=1) as pool:
+        found = [pool.submit(peak, size, *who, device) for who in whom]
+        return {who: one.result() for who, one in zip(whom, found, strict=True)}
+
+
+def compare(
+    size: str, estimators: list[str], rounds: int, batch: int, device: torch.device
+) -> dict[str, Any]:
+    """All that is told of one size."""
+    times, best = measure(size, estimators, rounds, batch, device)
+    memory = peaks(size, estimators, device)
+    found: dict[str, Any] = {"size": size, "ceiling_gflops": best / 1e9, "estimators": {}}
+    for estimator in estimators:
+        work = flops(size, estimator, 4)
+        found["estimators"][estimator] = {"gflop_an_image": work / 1e9, "variants": {}}
+        for name in variants(estimator):
+            spent = times[estimator, name]
+            ratios = [a / b for a, b in zip(spent, times[estimator, "dvq"], strict=True)]
+            speed = batch / statistics.median(spent)
+            found["estimators"][estimator]["variants"][name] = {
+                "seconds_a_step": spent,
+                "images_per_second": speed,
+                "share_of_ceiling": speed * work / best,
+                "dvq_is_faster_by": {
+                    "median": statistics.median(ratios),
+                    "min": min(ratios),
+                    "max": max(ratios),
+                },
+                "peak_mib_at_64": memory[estimator, name],
+            }
+    return found
+
+
+def markdown(about: dict[str, Any], sizes: list[dict[str, Any]]) -> str:
+    lines = [f"{about['device']}, torch {about['torch']}, batch {about['batch']}, {about['rounds']} rounds"]
+    for one in sizes:
+        lines += ["", f"**{one['size']}**, ceiling {one['ceiling_gflops']:.0f} GFLOP/s", ""]
+        lines += [
+            "| estimator | variant | images/s | dvq is faster by (min to max) | of the ceiling | peak MiB |"
+        ]
+        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        for estimator, found in one["estimators"].items():
+            for name, it in found["variants"].items():
+                ratio = it["dvq_is_faster_by"]
+                told = (
+                    f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+                    if name != "dvq"
+                    else ""
+                )
+                lines.append(
+                    f"| {estimator} | {name} | {it['images_per_second']:.1f} | {told} "
+                    f"| {it['share_of_ceiling']:.0%} | {it['peak_mib_at_64'] or 0:.0f} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    named = [line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")]
+    return f"{named[0] if named else platform.processor()}, one thread"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--peak", nargs=2)
+    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, help="16 on a CPU, 64 on a GPU")
+    parser.add_argument("--estimators", nargs="+", choices=PLAIN, default=list(PLAIN))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES)[:2])
+    parser.add_argument("--full", action="store_true", help="the sizes of 256 maps too")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="writes OUT.json and OUT.md")
     args = parser.parse_args()
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU on this machine")
     torch.set_num_threads(1)
-    if args.peak:
-        print(_peak(*args.peak))
-        return
-    results = [compare(estimator, args.rounds) for estimator in ("gs-soft", "vq-ema")]
-    print(
-        "| estimator | plain, images/s | dvq, images/s | ratio (min to max) | peak MiB at batch 64, plain / dvq |"
-    )
-    print("| --- | --- | --- | --- | --- |")
-    for one in results:
-        speed, ratio, memory = one["images_per_second"], one["ratio"], one["peak_mib_at_64"]
-        print(
-            f"| {one['estimator']} | {speed['plain']:.1f} | {speed['dvq']:.1f} "
-            f"| {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) "
-            f"| {memory['plain']:.0f} / {memory['dvq']:.0f} |"
-        )
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    batch = args.batch or (16 if args.device.type == "cpu" else 64)
+    about = {
+        "device": device_name(args.device),
+        "torch": torch.__version__,
+        "batch": batch,
+        "rounds": args.rounds,
+    }
+    chosen = list(SIZES) if args.full else args.sizes
+    sizes = [compare(size, args.estimators, args.rounds, batch, args.device) for size in chosen]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    json_path, md_path = args.out.with_suffix(".json"), args.out.with_suffix(".md")
+    json_path.write_text(json.dumps({**about, "sizes": sizes}, indent=1) + "\n", encoding="utf-8")
+    md_path.write_text(markdown(about, sizes), encoding="utf-8")
+    print(f"{markdown(about, sizes)}\nwritten: {json_path}, {md_path}")
 
 
 if __name__ == "__main__":

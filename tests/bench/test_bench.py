@@ -1,0 +1,84 @@
+"""What the benchmark compares with computes the same loss, where no noise is left: else its ratios mean nothing."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dvq.config import estimators, trial
+from dvq.model import Model
+from dvq.trial import Trial
+
+IMAGES = torch.randint(0, 256, (4, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+SMALL: dict[str, Any] = {"num_latents": 2, "num_codes": 5, "code_dim": 3, "features": 8}
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    import plain
+
+    return plain
+
+
+def certain(one: Trial) -> Model:
+    """A model whose posterior leaves nothing to chance."""
+    torch.manual_seed(0)
+    model = Model(one)
+    with torch.no_grad():
+        if one.estimator == "gaussian":
+            for part in (model.encoder.body[-1].weight, model.encoder.body[-1].bias):
+                part.unflatten(0, (2, 2, 3))[:, 1] = 0.0
+            model.encoder.body[-1].bias.unflatten(0, (2, 2, 3))[:, 1] = -20.0  # log σ
+        elif not one.estimator.startswith("vq"):
+            model.latents.codebook *= 1000
+    return model
+
+
+@torch.no_grad()
+def copy(model: Model, net: nn.Module) -> nn.Module:
+    """``net`` with ``model``'s weights."""
+    for ours, theirs in ((model.encoder, net.encoder), (model.decoder, net.decoder)):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            b.copy_(a.view_as(b))
+    if hasattr(model.latents, "codebook"):
+        net.book.copy_(model.latents.codebook)
+    if hasattr(model.latents, "baseline"):
+        net.baseline.load_state_dict(model.latents.baseline.state_dict())
+    return net
+
+
+def losses(model: Model, net: nn.Module) -> tuple[Tensor, Tensor]:
+    return model.trial.loss(model, IMAGES, torch.Generator(), 0).surrogate, net(IMAGES).mean()
+
+
+@pytest.mark.parametrize("estimator", sorted(estimators()))
+def test_the_plain_version_has_the_same_loss(estimator: str, plain: Any) -> None:
+    known = estimators()[estimator].model_fields
+    one = trial({"estimator": estimator, **{name: x for name, x in SMALL.items() if name in known}})
+    model = certain(one).eval()
+    found, right = losses(model, copy(model, plain.Plain(one)).eval())
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=0)
+
+
+def test_vector_quantize_pytorch_has_the_same_loss(plain: Any) -> None:
+    one = trial({"estimator": "vq-ema", **SMALL})
+    model = certain(one)
+    net = copy(model, plain.Library(one))
+    net.quantize.codebook = model.latents.codebook
+    torch.testing.assert_close(*losses(model, net), rtol=1e-5, atol=0)
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_measurement_of_every_variant() -> None:
+    import training
+
+    size, cpu = "F=64 K=8 C=512", torch.device("cpu")
+    times, ceiling = training.measure(size, ["vq-ema"], 2, 1, cpu)
+    assert [name for _, name in times] == ["plain", "library", "dvq"]
+    assert all(len(spent) == 2 and min(spent) > 0 for spent in times.values())
+    assert training.flops(size, "vq-ema", 1) / max(map(min, times.values())) < ceiling
+    assert sys.platform != "linux" or training.peak(size, "vq-ema", "dvq", cpu) > 10
