@@ -4,13 +4,22 @@ Shapes: B images, P = 64 positions, N = B·P, K latent variables a position, C c
 code. The codebooks come first, (K, N, ·), as their batched products want it.
 """
 
-import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
-from dvq.relaxation import SMALLEST, categorical_kl, fast_relax, logits_of, plain_relax, tiles
+from dvq.codes import code_sums, look_up
+from dvq.relaxation import (
+    categorical_kl,
+    fast_relax,
+    fast_score,
+    inverse_draw,
+    logits_of,
+    plain_relax,
+    plain_score,
+    tiles,
+)
 
 if TYPE_CHECKING:
     from dvq.trial import Discrete, Stochastic, Trial
@@ -30,41 +39,8 @@ class Sample(NamedTuple):
 
 
 def per_image(terms: Tensor, images: int) -> Tensor:
-    """Sums over an image's latent variables: (K, B·P) → (B,)."""
-    return terms.unflatten(1, (images, -1)).sum((0, 2))
-
-
-def code_sums(terms: Tensor, codes: Tensor, count: int) -> Tensor:
-    """Σ of the terms of each code: (K, N, D), (K, N) → (K, C, D)."""
-    if terms.is_cuda:
-        return ordered_code_sums(terms, codes, count)
-    sums = terms.new_zeros(len(terms), count, terms.shape[-1])
-    return sums.scatter_add_(1, codes.unsqueeze(-1).expand_as(terms), terms)
-
-
-def ordered_code_sums(terms: Tensor, codes: Tensor, count: int) -> Tensor:
-    """The same for a GPU, where ``scatter_add_`` adds in an order that changes from run to run: products with
-    the codes' one-hot rows, one codebook at a time."""
-    every = torch.arange(count, device=codes.device).unsqueeze(1)
-    return torch.stack([(every == z).to(t.dtype) @ t for z, t in zip(codes, terms, strict=True)])
-
-
-class _LookUp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, codes: Tensor) -> Tensor:
-        ctx.save_for_backward(codes)
-        ctx.count = table.shape[1]
-        return table.gather(1, codes.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return code_sums(grad.contiguous(), ctx.saved_tensors[0], ctx.count), None
-
-
-def look_up(table: Tensor, codes: Tensor) -> Tensor:
-    """table[k, codes]: (K, C, D), (K, N) → (K, N, D); its gradient is :func:`code_sums`."""
-    found: Tensor = _LookUp.apply(table, codes)  # type: ignore[no-untyped-call]
-    return found
+    """Sums over an image's latent variables: (…, K, B·P) → (…, B)."""
+    return terms.unflatten(-1, (images, -1)).sum((-3, -1))
 
 
 class Codebooks(nn.Module):
@@ -139,22 +115,16 @@ class Categorical(Codebooks):
         return categorical_kl(logits, self.log_prior())
 
     @torch.no_grad()
-    def draw(self, logits: Tensor, generator: Generator, count: int = 1) -> Tensor:
-        """``count`` draws z ~ q(z|x): (K, N, C) → (count, K, N).
+    def draw(self, logits: Tensor, generator: Generator) -> Tensor:
+        """z ~ q(z|x): (K, N, C) → (K, N)."""
+        return inverse_draw(logits, 1, generator).squeeze(-1)
 
-        The first c with q(z ≤ c) ≥ u, one random number a draw (the Gumbel maximum takes one a category). It
-        is never one of probability 0: u > 0, and the sums rise only where q does. They do so on a GPU, which
-        adds in another order than from left to right, in float64.
-        """
-        q = logits.softmax(-1)
-        below = (q.double() if q.is_cuda else q).cumsum(-1)
-        u = below.new_empty(*q.shape[:2], count).uniform_(SMALLEST, 1, generator=generator)
-        return torch.searchsorted(below, u.mul_(below[..., -1:])).movedim(-1, 0)
-
-    def log_q(self, logits: Tensor, codes: Tensor, images: int) -> Tensor:
-        """log q(z|x) [nats an image]: (K, N, C), (K, N) → (B,)."""
-        chosen = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
-        return per_image(chosen - logits.logsumexp(-1), images)
+    def score(self, v: Tensor, count: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """``count`` draws z ~ q(z|x), (count, K, N), their log q to differentiate, likewise [nats], and the rate
+        [nats], summed over all and detached."""
+        if self.plain:
+            return plain_score(self.logits(v), self.log_prior(), count, generator)
+        return fast_score(v, self.codebook, self.log_prior(), self.scale, count, generator)
 
     def log_p(self, codes: Tensor, images: int) -> Tensor:
         """log p(z) [nats an image]: (K, N) → (B,)."""
@@ -162,7 +132,7 @@ class Categorical(Codebooks):
 
     def sample(self, v: Tensor, generator: Generator) -> Sample:
         logits = self.logits(v)
-        codes = self.draw(logits, generator)[0]
+        codes = self.draw(logits, generator)
         log_q = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         log_ratio = log_q - self.log_p_each(codes)
         return Sample(self.vectors(codes), self.kl(logits), log_ratio, codes)
@@ -298,21 +268,3 @@ class Normal(nn.Module):
         rate = 0.5 * (mean.square() + (2 * rho).exp() - 1 - 2 * rho).sum(-1)
         log_ratio = 0.5 * (z.square() - noise.square() - 2 * rho).sum(-1)
         return Sample(z, rate, log_ratio)
-
-
-@torch.no_grad()
-def kmeans(v: Tensor, codes: int, generator: Generator, iterations: int = 10) -> Tensor:
-    """Lloyd's k-means of each codebook's encodings, from centers drawn among them: (K, N, D) → (K, C, D).
-
-    Centers beyond the number of encodings are copies of some, told apart by the training's own noise.
-    """
-    k, n, d = v.shape
-    order = torch.stack([torch.randperm(n, generator=generator, device=v.device) for _ in range(k)])
-    order = order.repeat(1, math.ceil(codes / n))[:, :codes]
-    centers = v.gather(1, order.unsqueeze(-1).expand(-1, -1, d))
-    for _ in range(iterations):
-        nearest = torch.cdist(v, centers).argmin(-1)  # (K, N)
-        sums = code_sums(v, nearest, codes)
-        counts = torch.zeros_like(centers[..., 0]).scatter_add_(1, nearest, torch.ones_like(v[..., 0]))
-        centers = torch.where(counts.unsqueeze(-1) > 0, sums / counts.clamp(min=1).unsqueeze(-1), centers)
-    return centers

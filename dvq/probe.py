@@ -93,7 +93,7 @@ def _reference(
     latents, (_, positions, codes) = model.latents, logits.shape
     distortion = torch.zeros_like(logits[k, p])
     for _ in range(draws):
-        vectors = latents.vectors(latents.draw(logits, generator)[0]).repeat(1, codes, 1)  # (K, C·P, D)
+        vectors = latents.vectors(latents.draw(logits, generator)).repeat(1, codes, 1)  # (K, C·P, D)
         vectors[k, p::positions] = latents.codebook[k]
         distortion += model.distortions(vectors, image.expand(codes, -1, -1, -1)).sum(1) / draws
     q = logits[k, p].softmax(-1)

@@ -36,6 +36,37 @@ def categorical_kl(logits: Tensor, log_prior: Tensor) -> Tensor:
     return (log_q.exp() * (log_q - log_prior.unsqueeze(1))).sum(-1)
 
 
+def inverse_draw(logits: Tensor, count: int, generator: Generator) -> Tensor:
+    """``count`` draws z ~ Cat(softmax l) for each row: (K, N, C) → (K, N, count).
+
+    The first c with q(z ≤ c) ≥ u, one random number a draw (the Gumbel maximum takes one a category). It is
+    never one of probability 0: u > 0, and the sums rise only where q does. They do so on a GPU, which adds in
+    another order than from left to right, in float64.
+    """
+    q = logits.softmax(-1)
+    below = (q.double() if q.is_cuda else q).cumsum(-1)
+    u = below.new_empty(*q.shape[:2], count).uniform_(SMALLEST, 1, generator=generator)
+    return torch.searchsorted(below, u.mul_(below[..., -1:]))
+
+
+def plain_score(
+    logits: Tensor, log_prior: Tensor, count: int, generator: Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``count`` draws z ~ q, log q(z) to differentiate, and the rate.
+
+    Args:
+        logits: (K, N, C); log_prior: (K, C).
+
+    Returns:
+        (count, K, N) integers; (count, K, N) [nats]; Σ KL(q ‖ p) over all latent variables, detached [nats].
+    """
+    with torch.no_grad():
+        codes = inverse_draw(logits, count, generator)
+        rate = categorical_kl(logits, log_prior).sum()
+    log_q = logits.gather(-1, codes) - logits.logsumexp(-1, keepdim=True)
+    return codes.movedim(-1, 0), log_q.movedim(-1, 0), rate
+
+
 def onehot(y: Tensor) -> Tensor:
     """1 at the largest y of each row."""
     return torch.zeros_like(y).scatter_(-1, y.argmax(-1, keepdim=True), 1.0)
@@ -135,6 +166,59 @@ class _Relaxed(torch.autograd.Function):
         g_m.addcmul_(l_sums.unsqueeze(-1), codebook, value=-2 * ctx.scale)
         g_prior = g_kl * (v.shape[1] * log_prior.exp() - q_sums)
         return g_v, g_m, g_prior, None, None, None, None
+
+
+class _Scored(torch.autograd.Function):
+    """Likewise for hard samples: between the passes only their codes and a number a row are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        v: Tensor,
+        codebook: Tensor,
+        log_prior: Tensor,
+        scale: float,
+        count: int,
+        generator: Generator,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (*v.shape[:2], count)
+        codes, log_q = torch.empty(shape, dtype=torch.long, device=v.device), v.new_empty(shape)
+        log_sum, rate = v.new_empty(v.shape[:2]), v.new_zeros(())
+        for at, tile in tiles(v, codebook.shape[1]):
+            logits = logits_of(tile, codebook[at[0]], scale)
+            log_sum[at] = logits.logsumexp(-1)
+            codes[at] = inverse_draw(logits, count, generator)
+            log_q[at] = logits.gather(-1, codes[at]) - log_sum[at].unsqueeze(-1)
+            rate += categorical_kl(logits, log_prior[at[0]]).sum()
+        ctx.save_for_backward(v, codebook, log_sum, codes)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(codes, rate)
+        return codes, log_q, rate
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, g_log_q: Tensor, __: Any) -> tuple[Tensor | None, ...]:
+        """g_l = Σ_s g_s·(onehot(z_s) − q),  g_v = 2s g_l M,  g_M = 2s (g_lᵀ v − (Σ_n g_l)·M)."""
+        v, codebook, log_sum, codes = ctx.saved_tensors
+        g_v, g_m = torch.empty_like(v), torch.zeros_like(codebook)
+        for at, tile in tiles(v, codebook.shape[1]):
+            m, g = codebook[at[0]], g_log_q[at]
+            g_l = logits_of(tile, m, ctx.scale).sub_(log_sum[at].unsqueeze(-1)).exp_()  # q
+            g_l *= -g.sum(-1, keepdim=True)
+            for s in range(g.shape[-1]):  # one by one: draws of one code would be added in any order
+                g_l.scatter_add_(-1, codes[at][..., s : s + 1], g[..., s : s + 1])
+            g_v[at] = torch.bmm(g_l, m)
+            g_m[at[0]].baddbmm_(g_l.mT, tile).addcmul_(g_l.sum(1).unsqueeze(-1), m, value=-1)
+        return g_v.mul_(2 * ctx.scale), g_m.mul_(2 * ctx.scale), None, None, None, None
+
+
+def fast_score(
+    v: Tensor, codebook: Tensor, log_prior: Tensor, scale: float, count: int, generator: Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as :func:`logits_of` and :func:`plain_score`, from the same random numbers."""
+    codes, log_q, rate = _Scored.apply(  # type: ignore[no-untyped-call]
+        v, codebook, log_prior.detach(), scale, count, generator
+    )
+    return codes.movedim(-1, 0), log_q.movedim(-1, 0), rate
 
 
 def tiles(v: Tensor, codes: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvq.latents import kmeans
+from dvq.codes import kmeans
 from dvq.model import POSITIONS, Model
 from dvq.recorded import Recorded
 from dvq.trial import Discrete, Trial

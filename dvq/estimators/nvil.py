@@ -36,15 +36,15 @@ class NVIL(Stochastic):
         return Scored(self, decay=self.baseline_decay)
 
     def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:
+        from dvq.latents import per_image
+
         latents: Scored = model.latents
         B, beta = len(images), self.kl_weight(step)
         v = model.encoder(images)
-        logits = latents.logits(v)  # (K, N, C)
-        z = latents.draw(logits, generator)[0]
-        log_q, log_p = latents.log_q(logits, z, B), latents.log_p(z, B)  # (B,)
+        (z,), each_log_q, rate = latents.score(v, 1, generator)  # (K, N)
+        log_q, log_p = per_image(each_log_q[0], B), latents.log_p(z, B)  # (B,)
         total, nll = model.distortion(latents.vectors(z), images)
         w = beta * (log_p - log_q).detach() - nll
         signal, fit = latents.signal(w, v.detach(), update=model.training)
         surrogate = total - (signal * log_q).sum() - beta * log_p.sum() + fit.sum()
-        rate = latents.kl(logits.detach()).sum() / B
-        return Loss(surrogate / B, nll.mean(), rate.detach())
+        return Loss(surrogate / B, nll.mean(), rate / B)

@@ -38,17 +38,17 @@ class VIMCO(Stochastic):
     def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:
         import torch
 
+        from dvq.latents import per_image
+
         latents: Categorical = model.latents
         S, B, beta = self.samples, len(images), self.kl_weight(step)
-        logits = latents.logits(model.encoder(images))  # (K, N, C)
-        codes = latents.draw(logits, generator, S)  # (S, K, N)
-        log_q = torch.stack([latents.log_q(logits, z, B) for z in codes])  # (S, B)
+        codes, each_log_q, rate = latents.score(model.encoder(images), S, generator)  # (S, K, N)
+        log_q = per_image(each_log_q, B)  # (S, B)
         log_p = torch.stack([latents.log_p(z, B) for z in codes])
         log_ratio = beta * (log_p - log_q)
         weighted, weights, signal, nll = self._decode(model, images, codes, log_ratio.detach(), generator)
         score = (signal * log_q).sum() + (weights * log_ratio).sum()
-        rate = latents.kl(logits.detach()).sum() / B
-        return Loss((weighted - score) / B, nll.mean(), rate.detach())
+        return Loss((weighted - score) / B, nll.mean(), rate / B)
 
     def _decode(
         self,
@@ -63,7 +63,7 @@ class VIMCO(Stochastic):
 
         from dvq.relaxation import gumbel
 
-        vectors = torch.cat([model.latents.vectors(z) for z in codes], 1)  # (K, S·N, D)
+        vectors = model.latents.vectors(codes.transpose(0, 1).flatten(1))  # (K, S·N, D)
         repeated, B = images.repeat(len(codes), 1, 1, 1), len(images)
         found: dict[str, Tensor] = {}
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dvq.codes import code_sums, ordered_code_sums
 from dvq.config import estimators, trial
 from dvq.device import take
 from dvq.evaluate import evaluate
-from dvq.latents import code_sums, ordered_code_sums
 from dvq.model import BITS_PER_DIM
 from dvq.recorded import Recorded
 from dvq.trainer import Trainer

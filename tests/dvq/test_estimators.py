@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dvq import load, relaxation
+from dvq.codes import kmeans
 from dvq.config import estimators, trial
 from dvq.estimators.gs_soft import GSSoft
 from dvq.estimators.vimco import leave_one_out
 from dvq.evaluate import evaluate
-from dvq.latents import Categorical, Nearest, kmeans
+from dvq.latents import Categorical, Nearest
 from dvq.model import Model, save
 from dvq.train import Trainer
 

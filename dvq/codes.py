@@ -1,0 +1,58 @@
+"""What is done code by code: looking codes up, summing what belongs to each, and k-means."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+
+def code_sums(terms: Tensor, codes: Tensor, count: int) -> Tensor:
+    """Σ of the terms of each code: (K, N, D), (K, N) → (K, C, D)."""
+    if terms.is_cuda:
+        return ordered_code_sums(terms, codes, count)
+    sums = terms.new_zeros(len(terms), count, terms.shape[-1])
+    return sums.scatter_add_(1, codes.unsqueeze(-1).expand_as(terms), terms)
+
+
+def ordered_code_sums(terms: Tensor, codes: Tensor, count: int) -> Tensor:
+    """The same for a GPU, where ``scatter_add_`` adds in an order that changes from run to run: products with
+    the codes' one-hot rows, one codebook at a time."""
+    every = torch.arange(count, device=codes.device).unsqueeze(1)
+    return torch.stack([(every == z).to(t.dtype) @ t for z, t in zip(codes, terms, strict=True)])
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        ctx.count = table.shape[1]
+        return table.gather(1, codes.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return code_sums(grad.contiguous(), ctx.saved_tensors[0], ctx.count), None
+
+
+def look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """table[k, codes]: (K, C, D), (K, N) → (K, N, D); its gradient is :func:`code_sums`."""
+    found: Tensor = _LookUp.apply(table, codes)  # type: ignore[no-untyped-call]
+    return found
+
+
+@torch.no_grad()
+def kmeans(v: Tensor, codes: int, generator: Generator, iterations: int = 10) -> Tensor:
+    """Lloyd's k-means of each codebook's encodings, from centers drawn among them: (K, N, D) → (K, C, D).
+
+    Centers beyond the number of encodings are copies of some, told apart by the training's own noise.
+    """
+    k, n, d = v.shape
+    order = torch.stack([torch.randperm(n, generator=generator, device=v.device) for _ in range(k)])
+    order = order.repeat(1, math.ceil(codes / n))[:, :codes]
+    centers = v.gather(1, order.unsqueeze(-1).expand(-1, -1, d))
+    for _ in range(iterations):
+        nearest = torch.cdist(v, centers).argmin(-1)  # (K, N)
+        sums = code_sums(v, nearest, codes)
+        counts = torch.zeros_like(centers[..., 0]).scatter_add_(1, nearest, torch.ones_like(v[..., 0]))
+        centers = torch.where(counts.unsqueeze(-1) > 0, sums / counts.clamp(min=1).unsqueeze(-1), centers)
+    return centers
