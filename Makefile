@@ -4,6 +4,7 @@ PYTHON3 ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
+SERVICES := $(VENV)/.services
 
 SWEEP ?= smoke
 ON ?= local
@@ -14,7 +15,7 @@ PORT ?= 5000
 TRIAL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help submit-sweep explain report ui test check components findings bench soak golden clean
+.PHONY: help submit-sweep explain report ui test test-services check components findings bench soak golden clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -36,6 +37,9 @@ ui: $(READY) ## MLflow's pages on this machine's sweeps, PORT=5000
 
 test: $(READY) ## every test that needs no daemon
 	@$(PYTHON) -m pytest -n auto --dist loadfile
+
+test-services: $(SERVICES) ## the tests against real servers and their faults
+	@$(PYTHON) -m pytest tests/services
 
 check: $(READY) ## format, lint, types, compiled components
 	@$(PYTHON) -m ruff format --check
@@ -74,4 +78,9 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -m pip --disable-pip-version-check install "$$(grep '^torch==' requirements.lock)"
 	@$(PYTHON) -m pip --disable-pip-version-check -qq install -r requirements.lock
 	@$(PYTHON) -m pip --disable-pip-version-check -qq install --no-deps --editable .
+	@touch $@
+
+$(SERVICES): requirements-services.lock $(READY)
+	@echo "installing the servers into $(VENV)"
+	@$(PYTHON) -m pip --disable-pip-version-check -qq install -r requirements-services.lock
 	@touch $@
