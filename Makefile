@@ -15,7 +15,7 @@ PORT ?= 5000
 TRIAL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help submit-sweep explain report ui test test-services check components findings bench soak golden clean
+.PHONY: help submit-sweep explain report replay ui local-ui stack-up stack-down test test-services check components findings bench soak golden clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -30,7 +30,20 @@ explain: $(READY) ## what a sweep would compute, and why; TRIAL=name: where that
 report: $(READY) ## write a sweep's report again, from the store
 	@$(PYTHON) -m pipeline.report "$(SWEEP)"
 
-ui: $(READY) ## MLflow's pages on this machine's sweeps, PORT=5000
+replay: $(READY) ## bring MLflow up to date with a sweep, from the store
+	@$(PYTHON) -m pipeline.replay "$(SWEEP)"
+
+stack-up: $(SERVICES) ## MLflow's server, PostgreSQL and S3 as services of this machine, which sweeps then use
+	@$(PYTHON) -m pipeline.stack up
+
+stack-down: $(READY) ## end them; what they keep stays
+	@$(PYTHON) -m pipeline.stack down
+
+ui: $(READY) ## MLflow's pages: the stack's, or on this machine's sweeps, PORT=5000
+	@$(PYTHON) -m pipeline.stack address || \
+	  { test $$? = 1 && $(MAKE) --no-print-directory local-ui; }
+
+local-ui:
 	@test -e outputs/mlflow.db || { echo "error: no sweep was run here yet: make submit-sweep" >&2; exit 2; }
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(PYTHON) -m mlflow ui \
 	  --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1

@@ -11,6 +11,7 @@ from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep, load_sweep
 from dvq.fingerprints import FINGERPRINTS
+from pipeline.stack import Stack
 
 SWEEPS = Path(__file__).parent / "sweeps"
 PLACES = ("local",)
@@ -55,6 +56,8 @@ def find_sweep(name: str) -> Sweep:
 def set_environment() -> Store:
     """Where tasks keep and track what they do, unless the environment says so already; the store."""
     home = outputs()
+    for name, value in Stack(home / "stack").environment().items():
+        os.environ.setdefault(name, value)
     place = os.environ.get("DVQ_STORE") or str(home / "store")
     if "://" in place:
         raise DvqError(f"DVQ_STORE = '{place}': the store is a folder; give a path")

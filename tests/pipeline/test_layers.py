@@ -31,6 +31,7 @@ ADAPTERS = {
     "components/store.py": {"boto3"},
     "components/tracking.py": {"mlflow", "PIL"},
     "components/pyfunc.py": {"mlflow", "torch"},
+    "pipeline/stack.py": {"psutil"},
 }
 """what one module may import besides"""
 
