@@ -37,11 +37,24 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, page)
+    track(sweep, store)
     tracking.report(sweep.name, path.parent, _note(results, failures), bool(failures))
+    if sweep.champion and results:
+        best = min(results, key=lambda one: one["evaluation"]["bits_per_dim"])
+        tracking.champion(sweep.champion, sweep.name, best)
     if failures:
         named = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise DvqError(f"{len(failures)} of {len(results) + len(failures)} trials failed: {named}")
     return path
+
+
+def track(sweep: Sweep, store: Store) -> list[str]:
+    """Send MLflow what it missed of the sweep's trials; those that it still lacks, by name."""
+    runs = {
+        name: tracking.TrialRun(store.trial(trial.key()), sweep.name)
+        for name, trial in sweep.trials().items()
+    }
+    return [name for name, run in runs.items() if not run.sync()]
 
 
 def _note(results: list[dict[str, Any]], failures: dict[str, str]) -> str:

@@ -86,15 +86,15 @@ def _train_in_child(folder: Path, data: Path, run: TrialRun) -> None:
                 code = child.wait(SYNC_SECONDS)
                 break
             except subprocess.TimeoutExpired:
-                run.sync()
+                run.sync_soon()
     finally:
         signal.signal(signal.SIGTERM, earlier)
     if code in INTERRUPTED:
-        run.sync()
+        run.finish()
         sys.exit(INTERRUPTED[-1])
     if code != 0 and state(folder).name != "failed":
         Events(folder).failure(death(code))
-    run.sync()
+    run.finish()
 
 
 def death(code: int) -> str:

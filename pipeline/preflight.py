@@ -1,12 +1,16 @@
 """What is looked at before any work: each wrong input is one sentence on standard error and exit status 2."""
 
+import base64
 import contextlib
 import os
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from components import tracking
 from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep, load_sweep
@@ -78,6 +82,42 @@ def check_place(place: str) -> None:
         raise DvqError(
             f"ON = '{place}': a sweep runs on this machine only, ON=local; docker and kfp are to come"
         )
+
+
+def check_tracking() -> str:
+    """Empty if MLflow's server answers, else a sentence; asked without MLflow, which takes seconds to import.
+
+    Raises:
+        DvqError: it refuses the name and password, or a password stands in its address.
+    """
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    if tracking.redacted(uri) != uri:
+        raise DvqError(
+            "MLFLOW_TRACKING_URI has a password in it, which logs would show; a server's goes into "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's to an MLflow server"
+        )
+    if not uri.startswith("http"):
+        return ""
+    request = urllib.request.Request(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1")
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
+    if user:
+        basic = base64.b64encode(f"{user}:{password}".encode()).decode()
+        request.add_header("Authorization", f"Basic {basic}")
+    try:
+        urllib.request.urlopen(request, timeout=5).close()
+    except urllib.error.HTTPError as error:
+        elsewhere = [
+            name for name in os.environ if name.startswith(("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_A"))
+        ]
+        if error.code != 401:
+            return f"MLflow at {uri} answers with status {error.code}"
+        if (
+            not elsewhere and not Path("~/.mlflow/credentials").expanduser().exists()
+        ):  # MLflow's other ways to log in
+            raise DvqError(tracking.REFUSED.format(uri)) from None
+    except OSError:
+        return f"MLflow at {uri} does not answer"
+    return ""
 
 
 def check_data(name: str, source: str, store: Store) -> None:

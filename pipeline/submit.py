@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from rich.console import Console
 
 from components.store import Store
 from dvq.config import Sweep
+from dvq.events import Tail
 from dvq.fingerprints import FINGERPRINTS, LABELS
 from dvq.trial import Trial
 from pipeline import local, preflight, results
-from pipeline.progress import FAILED, FINISHED, LOOK, Row, Tail, display
+from pipeline.progress import FAILED, FINISHED, LOOK, Row, display
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ERROR = re.compile(r"[\w.]*(Error|Exception): ")
@@ -80,6 +82,12 @@ def prepare(name: str, on: str, jobs: str, source: str) -> Job:
     folder = preflight.outputs() / "logs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sweep.name}"
     local.check(folder, arguments)
     preflight.check_data(data, source, store)
+    fault = preflight.check_tracking()
+    if fault:
+        print(
+            f"warning: {fault}; the sweep runs all the same, and make replay sends MLflow the rest",
+            file=sys.stderr,
+        )
     preflight.check_writable(store.root, "set DVQ_STORE to a folder that can")
     preflight.check_writable(folder, "run from a folder that can")
     return Job(sweep, trials, store, arguments, number, folder)

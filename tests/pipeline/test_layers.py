@@ -20,6 +20,7 @@ DVQ_IN_PIPELINE = {
     "dvq",
     "dvq.config",
     "dvq.data",
+    "dvq.events",
     "dvq.findings",
     "dvq.fingerprints",
     "dvq.report",
@@ -29,7 +30,8 @@ ADAPTERS = {
     "dvq/figures.py": {"matplotlib"},
     "dvq/style.py": {"matplotlib"},
     "components/store.py": {"boto3"},
-    "components/tracking.py": {"mlflow", "PIL"},
+    "components/runs.py": {"mlflow", "PIL"},
+    "components/tracking.py": {"mlflow"},
     "components/pyfunc.py": {"mlflow", "torch"},
     "pipeline/stack.py": {"psutil"},
 }
