@@ -24,20 +24,23 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
         raise DvqError("report: DVQ_STORE is not set; a report is made from the results in a store")
     sweep = Sweep.model_validate_json(sweep_json)
     results, analyses, failures = [], {}, {}
-    for name, trial in sweep.trials().items():
+    trials = sweep.trials()
+    store.look([trial.key() for trial in trials.values()], "results.json", "analysis.npz")
+    for name, trial in trials.items():
         found = store.results(trial.key())
         if found is None:
             state = store.state(trial.key())
             failures[name] = state.reason or f"it did not finish ({state.name}): see the log"
             continue
         results.append({**found, "name": name})
-        if (store.trial(trial.key()) / "analysis.npz").exists():
+        if store.has(trial.key(), "analysis.npz"):
             analyses[name] = Analysis.load(store.trial(trial.key()) / "analysis.npz")
     path = write(store.report(sweep.name), sweep.name, sweep.description, results, analyses, failures)
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, page)
     tracking.report(sweep.name, path.parent, _note(results, failures), bool(failures))
+    store.publish_report(sweep.name)
     if failures:
         named = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise DvqError(f"{len(failures)} of {len(results) + len(failures)} trials failed: {named}")
