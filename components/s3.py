@@ -91,7 +91,7 @@ class Connection:
 
         retrying = tenacity.Retrying(
             stop=lambda state: (state.seconds_since_start or 0) > self.patience,
-            wait=tenacity.wait_exponential_jitter(0.2, LONGEST_WAIT, jitter=0.2),
+            wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=LONGEST_WAIT, jitter=0.2),
             retry=tenacity.retry_if_exception(self.passes),
             before_sleep=self._say,
             reraise=True,
@@ -105,10 +105,11 @@ class Connection:
 
     def passes(self, error: BaseException) -> bool:
         """Whether the same may succeed later; credentials that have worked are given time too."""
-        from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
+        from botocore.exceptions import ClientError, EndpointConnectionError, HTTPClientError
+        from botocore.exceptions import IncompleteReadError as CutShortError
 
         if not isinstance(error, ClientError):
-            return isinstance(error, HTTPClientError | IncompleteReadError | ConnectionError)
+            return isinstance(error, EndpointConnectionError | HTTPClientError | CutShortError)
         status, code = _code(error)
         refused = self._worked and status in (401, 403) and code != "RequestTimeTooSkewed"
         return status >= 500 or status == 429 or code in PASSING | FULL or refused
@@ -129,7 +130,7 @@ class Connection:
         if isinstance(error, NoCredentialsError | PartialError):
             keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             return DvqError(f"{self.server}: there are no credentials; set {keys}")
-        if isinstance(error, BotoCoreError | ConnectionError):
+        if isinstance(error, BotoCoreError):
             name = type(error).__name__
             return DvqError(f"{self.server} does not answer ({name}); is it up, and AWS_ENDPOINT_URL right?")
         return error
