@@ -57,13 +57,16 @@ class Mirror:
         self._index, self._known = load_index(folder)
 
     def read(self) -> Manifest:
-        """The manifest as it is now; an empty one if there is none."""
-        try:
-            content, self._etag = self.bucket.get(f"{self.place}.json")
-            self.manifest = parse(content, f"{self.name}.json")
-        except MissingError:
-            self.manifest, self._etag = Manifest(), ""
+        """The manifest as it is now, which is what the rest is about; an empty one if there is none."""
+        self.manifest, self._etag = self._read()
         return self.manifest
+
+    def _read(self) -> tuple[Manifest, str]:
+        try:
+            content, etag = self.bucket.get(f"{self.place}.json")
+        except MissingError:
+            return Manifest(), ""
+        return parse(content, f"{self.name}.json"), etag
 
     def claim(self) -> None:
         """Become the owner, and remove from the folder what the mirror has otherwise; while another owner is at
@@ -133,15 +136,15 @@ class Mirror:
     def _publish(self, new: Manifest) -> None:
         """Replace the manifest, if it is still the one that was seen last."""
         try:
-            self._etag = self.bucket.put(f"{self.place}.json", new.content(), self._etag)
+            etag = self.bucket.put(f"{self.place}.json", new.content(), self._etag)
         except ChangedError:
-            found = self.read()
+            found, etag = self._read()
             if found != new:  # else it was stored, and the answer was lost
                 raise OvertakenError(
                     f"{self.name}: overtaken by {found.by or 'its removal'} while {here()} stood still or could "
                     "not reach it; what this process made since then is not published"
                 ) from None
-        self.manifest = new
+        self.manifest, self._etag = new, etag
 
     def _reconcile(self) -> None:
         """Remove local files that the manifest has otherwise, unless the folder is ahead of it."""

@@ -104,15 +104,16 @@ class Connection:
         return result
 
     def passes(self, error: BaseException) -> bool:
-        """Whether the same may succeed later; credentials that have worked are given time too."""
+        """Whether the same may succeed later; a bucket and credentials that were right before are given time too."""
         from botocore.exceptions import ClientError, EndpointConnectionError, HTTPClientError
         from botocore.exceptions import IncompleteReadError as CutShortError
 
         if not isinstance(error, ClientError):
             return isinstance(error, EndpointConnectionError | HTTPClientError | CutShortError)
         status, code = _code(error)
-        refused = self._worked and status in (401, 403) and code != "RequestTimeTooSkewed"
-        return status >= 500 or status == 429 or code in PASSING | FULL or refused
+        if self._worked and (status in (401, 403) or code == "NoSuchBucket"):
+            return code != "RequestTimeTooSkewed"
+        return status >= 500 or status == 429 or code in PASSING | FULL
 
     def _say(self, state: Any) -> None:
         if not self._said:
