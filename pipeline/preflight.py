@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from components import tracking
+from components import datasets, tracking
 from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep, load_sweep
@@ -63,11 +63,15 @@ def set_environment() -> Store:
     for name, value in Stack(home / "stack").environment().items():
         os.environ.setdefault(name, value)
     place = os.environ.get("DVQ_STORE") or str(home / "store")
-    if "://" in place:
-        raise DvqError(f"DVQ_STORE = '{place}': the store is a folder; give a path")
-    os.environ["DVQ_STORE"] = str(Path(place).absolute())
+    if "://" in place and not place.startswith("s3://"):
+        raise DvqError("DVQ_STORE: the store is a folder or s3://bucket/prefix; give one of these")
+    os.environ["DVQ_STORE"] = place if place.startswith("s3://") else str(Path(place).absolute())
+    os.environ["DVQ_CACHE"] = str(Path(os.environ.get("DVQ_CACHE") or home / "cache").absolute())
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
-    return Store(os.environ["DVQ_STORE"])
+    store = Store.from_environment()
+    assert store
+    store.check()
+    return store
 
 
 def whole_number(name: str, text: str) -> int:
@@ -124,7 +128,11 @@ def check_data(name: str, source: str, store: Store) -> None:
     """DvqError unless the dataset is in the store or can be prepared from ``source``."""
     from dvq import data
 
-    if not data.is_prepared(name, store.data(FINGERPRINTS[name])):
+    if store.has_data(name, FINGERPRINTS[name]):
+        return
+    if source.startswith("s3://"):
+        datasets.check(source)
+    else:
         data.check_source(name, source)
 
 

@@ -25,14 +25,12 @@ def replay(
         if fault:
             raise DvqError(f"{fault}; start it and replay again")
         tracking.ensure()
-    trials = found.trials()
-    for folder in (*(store.trial(trial.key()) for trial in trials.values()), store.report(found.name)):
-        tracking.forget(folder, found.name)
-    lacking = reports.track(found, store)
+    lacking, count = reports.track(found, store, anew=True), len(found.trials())
+    tracking.forget(store.report(found.name), found.name)
     with contextlib.suppress(DvqError):  # the report is written, and names the trials that failed
         reports.report(found.model_dump_json())
     uri = tracking.redacted(os.environ["MLFLOW_TRACKING_URI"])
-    print(f"{len(trials) - len(lacking)} of {len(trials)} trials are up to date in MLflow at {uri}")
+    print(f"{count - len(lacking)} of {count} trials are up to date in MLflow at {uri}")
     raise SystemExit(1 if lacking else 0)
 
 

@@ -72,7 +72,7 @@ def s3(data: Path, ports: Mapping[str, int], secret: Mapping[str, str]) -> Servi
     ]
     command += [f"-bucket={BUCKETS}", *QUIET, *(f"-{name}={ports[name]}" for name in WEED)]
     address = endpoint(ports)
-    return Service(command, {**_keys(secret), "GOMEMLIMIT": "512MiB"}, lambda: answers(f"{address}/healthz"))
+    return Service(command, {**keys(secret), "GOMEMLIMIT": "512MiB"}, lambda: answers(f"{address}/healthz"))
 
 
 def endpoint(ports: Mapping[str, int]) -> str:
@@ -80,8 +80,13 @@ def endpoint(ports: Mapping[str, int]) -> str:
     return f"http://{HOST}:{ports['s3.port']}"
 
 
-def _keys(secret: Mapping[str, str]) -> dict[str, str]:
-    return {"AWS_ACCESS_KEY_ID": secret["access_key"], "AWS_SECRET_ACCESS_KEY": secret["secret_key"]}
+def keys(secret: Mapping[str, str]) -> dict[str, str]:
+    """What lets one into S3."""
+    return {
+        "AWS_ACCESS_KEY_ID": secret["access_key"],
+        "AWS_SECRET_ACCESS_KEY": secret["secret_key"],
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
 
 
 def postgres(data: Path, port: int) -> Service:
@@ -146,8 +151,7 @@ def mlflow(ports: Mapping[str, int], secret: Mapping[str, str]) -> Service:
     ]
     command += ["--allowed-hosts", f"{HOST}:{port},localhost:{port}"]
     environment = {
-        **_keys(secret),
-        "AWS_DEFAULT_REGION": "us-east-1",
+        **keys(secret),
         "MLFLOW_S3_ENDPOINT_URL": endpoint(ports),
         "MLFLOW_BACKEND_STORE_URI": f"postgresql://mlflow:{secret['password']}@{HOST}:{ports['postgres']}/postgres",
         "MLFLOW_ARTIFACTS_DESTINATION": "s3://mlflow",

@@ -20,10 +20,11 @@ from typing import Any
 import typer
 
 from dvq import DvqError
-from pipeline.services import HOST, PORTS, Service, create_database, endpoint, services
+from pipeline.services import HOST, PORTS, Service, create_database, endpoint, keys, services
 
 START, STOP = 180, 20
 """Seconds for a service to answer, and to end."""
+STORE = "s3://dvq/store"
 MARK = "DVQ_STACK"
 """What tells a service's process: this variable of its environment names the stack's folder."""
 
@@ -63,7 +64,11 @@ class Stack:
                 f"the stack was started, and {', '.join(dead)} of it died: make stack-up starts it again with all "
                 "that it keeps, make stack-down lets sweeps run without it"
             )
-        return {"MLFLOW_TRACKING_URI": self.address} if self.pids else {}
+        if not self.pids:
+            return {}
+        store = {"DVQ_STORE": STORE, "AWS_ENDPOINT_URL": endpoint(self.ports), **keys(self.secret)}
+        # A store of the user's is left alone, and so is S3 of the user's, which the images may come from.
+        return {"MLFLOW_TRACKING_URI": self.address} | ({} if store.keys() & os.environ.keys() else store)
 
     def whole(self) -> bool:
         """Whether all services run and answer."""

@@ -90,7 +90,7 @@ def test_a_wrong_argument(
     assert said in refusal("tiny.yaml", *arguments)
 
 
-@pytest.mark.parametrize("place", ["tiny.yaml/store", "s3://bucket/store"])
+@pytest.mark.parametrize("place", ["tiny.yaml/store", "gs://bucket/store", "s3://Not_A_Bucket/store"])
 def test_a_store_that_cannot_be_written(
     refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 
 from tests.services.proxy import Proxy
@@ -72,7 +73,13 @@ class SeaweedFS:
             self._process = subprocess.Popen(
                 command, env={**os.environ, **keys, "GOMEMLIMIT": "512MiB"}, stdout=log, stderr=log
             )
-        wait_for(lambda: answers(f"{self.address}/healthz"))
+        wait_for(lambda: answers(f"{self.address}/healthz") and self._has_bucket())
+
+    def _has_bucket(self) -> bool:
+        """It is made a moment after the first answers."""
+        keys = {"aws_access_key_id": self.access_key, "aws_secret_access_key": self.secret_key}
+        client = boto3.client("s3", endpoint_url=self.address, region_name="us-east-1", **keys)
+        return self.bucket in [one["Name"] for one in client.list_buckets()["Buckets"]]
 
     def kill(self) -> None:
         """SIGKILL, as a power cut would."""

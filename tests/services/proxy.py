@@ -13,6 +13,15 @@ from dataclasses import dataclass, field
 from http.client import responses
 
 PIECE = 1 << 16
+EXPECT = re.compile(rb"(?i)\r\nexpect: *100-continue\r\n")
+
+
+@dataclass
+class Flow:
+    """What of the server's answers reaches the client."""
+
+    left: int | None = None
+    """bytes after which the connection breaks"""
 
 
 @dataclass
@@ -26,12 +35,13 @@ class Exchange:
     """bytes of body that follow the head"""
     client: socket.socket
     server: socket.socket
+    flow: Flow
     proxy: "Proxy"
 
     def forward(self, fraction: float = 1.0, rate: float = 0.0) -> None:
         """Send the head and ``fraction`` of the body to the server, ``rate`` bytes a second if given."""
-        self.server.sendall(self.head)
-        if "100-continue" in self.head.decode("latin-1").lower():
+        self.server.sendall(EXPECT.sub(b"\r\n", self.head))
+        if EXPECT.search(self.head):
             self.client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         left = int(self.length * fraction)
         while left:
@@ -95,6 +105,16 @@ def slow(rate: float) -> Fault:
     return lambda exchange: exchange.forward(rate=rate)
 
 
+def answer_up_to(size: int) -> Fault:
+    """The request goes through; the connection breaks after ``size`` bytes of the answer, or before any."""
+
+    def fault(exchange: Exchange) -> None:
+        exchange.flow.left = size
+        exchange.forward()
+
+    return fault
+
+
 def calling(function: Callable[[], object]) -> Fault:
     """``function`` is called, then the request goes through."""
 
@@ -156,10 +176,11 @@ class Proxy:
             with server:
                 for one in (client, server):
                     one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=_pump, args=(server, client), daemon=True).start()
+                flow = Flow()
+                threading.Thread(target=_pump, args=(server, client, flow), daemon=True).start()
                 try:
                     while head := _head(client):
-                        self._exchange(head, client, server)
+                        self._exchange(head, client, server, flow)
                 except OSError:  # this connection ends here
                     for one in (client, server):
                         try:
@@ -167,11 +188,11 @@ class Proxy:
                         except OSError:
                             continue
 
-    def _exchange(self, head: bytes, client: socket.socket, server: socket.socket) -> None:
+    def _exchange(self, head: bytes, client: socket.socket, server: socket.socket, flow: Flow) -> None:
         text = head.decode("latin-1")
         line = text.partition(" HTTP/")[0]
         sized = re.search(r"(?im)^content-length: *(\d+)", text)
-        exchange = Exchange(line, head, int(sized[1]) if sized else 0, client, server, self)
+        exchange = Exchange(line, head, int(sized[1]) if sized else 0, client, server, flow, self)
         with self._lock:
             self.requests.append(line)
             rule = next((one for one in self._rules if one.times > 0 and one.pattern.search(line)), None)
@@ -192,11 +213,17 @@ def _head(client: socket.socket) -> bytes:
     return head
 
 
-def _pump(source: socket.socket, target: socket.socket) -> None:
+def _pump(source: socket.socket, target: socket.socket, flow: Flow) -> None:
     """Pass on what the server answers."""
     try:
         while piece := source.recv(PIECE):
+            if flow.left is not None:
+                piece = piece[: flow.left]
+                flow.left -= len(piece)
             target.sendall(piece)
+            if flow.left == 0:
+                break
         target.shutdown(socket.SHUT_RDWR)
+        source.shutdown(socket.SHUT_RDWR)
     except OSError:
         return
