@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param
 from mlflow.exceptions import MlflowException
 
 from components.store import read_json
@@ -32,9 +32,11 @@ class Run:
         self, server: "MlflowClient", folder: Path, experiment: str, document: dict[str, Any]
     ) -> None:
         run = _find_or_create(server, experiment_id(server, experiment), document, folder)
+        if not run.data.params:
+            _send_inputs(server, run.info.run_id, document["trial"])
         self.server, self.folder, self.id = server, folder, run.info.run_id
         self._status, self._reason = run.info.status, run.data.tags.get("dvq.failure", "")
-        self._has_model = bool(run.outputs and run.outputs.model_outputs)
+        self._has_model = _model(server, run) is not None
         # The points of a name come in the order of their steps, and of training that goes on after an interruption
         # the same come again: what is new lies beyond the last. Only here has MLflow the steps of the last points.
         self._last = {metric.key: metric.step for metric in run.data._metric_objs}
@@ -83,10 +85,15 @@ class Run:
         return [Metric(name, event["values"][name], at, step) for name in new]
 
     def _send_image(self, event: dict[str, Any]) -> None:
+        """As MLflow's log_image, but by the same names each time: what was cut off is replaced, not doubled."""
         from PIL import Image
 
-        with Image.open(self.folder / event["path"]) as image:
-            self.server.log_image(self.id, image.convert("RGB"), key=event["name"], step=event["step"])
+        at = f"step+{event['step']}+timestamp+{round(event['time'] * 1000)}+{self.id}"
+        with tempfile.TemporaryDirectory() as scratch, Image.open(self.folder / event["path"]) as image:
+            for name in (f"{event['name']}+{at}.png", f"{event['name']}+{at}+compressed.webp"):
+                image.convert("RGB").save(Path(scratch) / name)
+                self.server.log_artifact(self.id, str(Path(scratch) / name), "images")
+        self.server.set_tag(self.id, "mlflow.loggedImages", "True")
         self._images.add((event["name"], event["step"]))
 
     def _set_status(self, status: str) -> None:
@@ -134,8 +141,7 @@ def _find_or_create(
         if run.data.tags.get("dvq.attempt") == document["attempt"]:
             return run
         server.delete_run(run.info.run_id)
-    trial = document["trial"]
-    label = LABELS[trial["data"]]
+    label = LABELS[document["trial"]["data"]]
     tags = {
         "dvq.key": document["key"],
         "dvq.attempt": document["attempt"],
@@ -143,17 +149,21 @@ def _find_or_create(
         "mlflow.note.content": f"`{document['name']}` on {label}",
     }
     first = next(Tail(folder).fresh(), {"time": time.time()})
-    run = server.create_run(experiment, round(first["time"] * 1000), tags, run_name=document["name"])
-    _send_inputs(server, run.info.run_id, trial)
-    return run
+    return server.create_run(experiment, round(first["time"] * 1000), tags, run_name=document["name"])
 
 
 def _send_inputs(server: "MlflowClient", run_id: str, trial: dict[str, Any]) -> None:
-    """The trial's fields as parameters, and its data by fingerprint."""
-    server.log_batch(run_id, params=[Param(key, str(value)) for key, value in trial.items()])
+    """The trial's data by fingerprint, and then, in one request, its fields as parameters."""
     name, fingerprint = trial["data"], FINGERPRINTS[trial["data"]]
     dataset = Dataset(name, fingerprint[:16], "code", "{}", profile=f'{{"label": "{LABELS[name]}"}}')
     server.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    server.log_batch(run_id, params=[Param(key, str(value)) for key, value in trial.items()])
+
+
+def _model(server: "MlflowClient", run: "Found") -> str | None:
+    """The id of the run's model, if it is there whole."""
+    ids = [one.model_id for one in run.outputs.model_outputs] if run.outputs else []
+    return next((one for one in ids if server.get_logged_model(one).status == LoggedModelStatus.READY), None)
 
 
 def _send_model(run_id: str, model: Path) -> None:
@@ -219,8 +229,7 @@ def crown(server: "MlflowClient", model: str, experiment: str, best: dict[str, A
     }
     found = _versions(server, model, lineage["dvq.attempt"])
     if not found:
-        uri = f"models:/{run.outputs.model_outputs[0].model_id}"
-        found = [mlflow.register_model(uri, model, tags=lineage).version]
+        found = [mlflow.register_model(f"models:/{_model(server, run)}", model, tags=lineage).version]
     server.set_registered_model_alias(model, "champion", found[0])
 
 

@@ -149,7 +149,10 @@ def mlflow(ports: Mapping[str, int], secret: Mapping[str, str]) -> Service:
         "--workers",
         "1",
     ]
-    command += ["--allowed-hosts", f"{HOST}:{port},localhost:{port}"]
+    command += [
+        "--allowed-hosts",
+        f"{HOST}:*,localhost:*",
+    ]  # another Host header is another site's page, rebound
     environment = {
         **keys(secret),
         "MLFLOW_S3_ENDPOINT_URL": endpoint(ports),
