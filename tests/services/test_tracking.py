@@ -1,7 +1,10 @@
 """Tracking against a real MLflow server on PostgreSQL and S3, and against its faults: nothing is lost or doubled."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +15,11 @@ import numpy as np
 import pytest
 
 from components import tracking
-from components.store import begin, read_json, write_json
+from components.store import begin, read_json, state, write_json
 from components.tracking import TrialRun
 from dvq import events
 from dvq.config import trial
+from dvq.data import prepare
 from dvq.events import Events
 from dvq.figures import save_png
 from dvq.model import Model, save
@@ -251,10 +255,48 @@ def test_eight_writers_at_once_lose_nothing(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("server")
 def test_an_interrupted_trial_is_killed_and_runs_again_when_it_goes_on(tmp_path: Path) -> None:
     diary = train(tmp_path / "trial")
-    for state, status in (("interrupted", "KILLED"), ("training", "RUNNING"), ("interrupted", "KILLED")):
-        diary.state(state)
+    for name, status in (("interrupted", "KILLED"), ("training", "RUNNING"), ("interrupted", "KILLED")):
+        diary.state(name)
         assert TrialRun(tmp_path / "trial", "interrupted").sync()
         assert [run.info.status for run in runs("interrupted")] == [status]
     finish(tmp_path / "trial", diary)
     assert TrialRun(tmp_path / "trial", "interrupted").sync()
     assert end_state("interrupted")["status"] == "FINISHED"
+
+
+TRAIN = "import json, sys; from pathlib import Path; from components import trials\n"
+TRAIN += "trials.train('estimator=gs-soft', sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), 'sigterm')"
+
+
+def test_sigterm_while_the_server_hangs(
+    server: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training ends with its checkpoint, and goes on: as without tracking."""
+    base = {
+        "data": "cifar10-sample",
+        "features": 4,
+        "num_codes": 4,
+        "code_dim": 3,
+        "batch_size": 8,
+        "log_every": 1,
+    }
+    one = trial({**base, "estimator": "gs-soft"})
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    folder = tmp_path / "store" / "trials" / one.key()
+    prepare("cifar10-sample", "", tmp_path / "data")
+    met = server.at(r".*", hang, times=1000)
+    command = [sys.executable, "-c", TRAIN, json.dumps(base), str(tmp_path / "data"), str(tmp_path / "model")]
+    process = subprocess.Popen(command)
+    try:
+        wait_for(lambda: met.is_set() and stored(folder).get("train/rate"), 60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(tracking.LAST + 10) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+    assert state(folder).name == "interrupted"
+    assert state(folder).step > 0
+    server.clear()
+    assert TrialRun(folder, "sigterm").sync()
+    (run,) = runs("sigterm")
+    assert (run.info.status, points(run)) == ("KILLED", stored(folder))
