@@ -4,6 +4,7 @@ PYTHON3 ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
+SERVICES := $(VENV)/.services
 
 SWEEP ?= smoke
 ON ?= local
@@ -15,7 +16,7 @@ TRIAL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help submit-sweep explain report ui test check components findings bench soak golden clean
+.PHONY: help submit-sweep explain report replay ui local-ui stack-up stack-down test test-services check components findings bench soak golden clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -30,13 +31,29 @@ explain: $(READY) ## what a sweep would compute, and why; TRIAL=name: where that
 report: $(READY) ## write a sweep's report again, from the store
 	@$(PYTHON) -m pipeline.report "$(SWEEP)"
 
-ui: $(READY) ## MLflow's pages on this machine's sweeps, PORT=5000
+replay: $(READY) ## bring MLflow up to date with a sweep, from the store
+	@$(PYTHON) -m pipeline.replay "$(SWEEP)"
+
+stack-up: $(SERVICES) ## MLflow's server, PostgreSQL and S3 as services of this machine, which sweeps then use
+	@$(PYTHON) -m pipeline.stack up
+
+stack-down: $(READY) ## end them; what they keep stays
+	@$(PYTHON) -m pipeline.stack down
+
+ui: $(READY) ## MLflow's pages: the stack's, or on this machine's sweeps, PORT=5000
+	@$(PYTHON) -m pipeline.stack address || \
+	  { test $$? = 1 && $(MAKE) --no-print-directory local-ui; }
+
+local-ui:
 	@test -e outputs/mlflow.db || { echo "error: no sweep was run here yet: make submit-sweep" >&2; exit 2; }
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(PYTHON) -m mlflow ui \
 	  --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
 test: $(READY) ## every test that needs no daemon
 	@$(PYTHON) -m pytest -n auto --dist loadfile
+
+test-services: $(SERVICES) ## the tests against real servers and their faults
+	@$(PYTHON) -m pytest tests/services
 
 check: $(READY) ## format, lint, types, compiled components
 	@$(PYTHON) -m ruff format --check
@@ -75,4 +92,9 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -m pip --disable-pip-version-check install "$$(grep '^torch==' requirements.lock)"
 	@$(PYTHON) -m pip --disable-pip-version-check -qq install -r requirements.lock
 	@$(PYTHON) -m pip --disable-pip-version-check -qq install --no-deps --editable .
+	@touch $@
+
+$(SERVICES): requirements-services.lock $(READY)
+	@echo "installing the servers into $(VENV)"
+	@$(PYTHON) -m pip --disable-pip-version-check -qq install -r requirements-services.lock
 	@touch $@

@@ -1,12 +1,16 @@
 """The store: what was prepared and computed, in folders by fingerprint and key, so that nothing is done twice.
 
-``DVQ_STORE`` names it. Without one, components work alone: they keep nothing and find nothing.
+``DVQ_STORE`` names it: a folder, or s3://bucket/prefix, of which a folder is then the cache (components/remote.py).
+Without one, components work alone: they keep nothing and find nothing.
 """
 
+import fcntl
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +32,39 @@ class State:
     """where training would go on, by the trial's checkpoints"""
 
 
+@dataclass
+class Work:
+    """A trial's folder while this process, and no other, works on it."""
+
+    folder: Path
+    lock: int | None = None
+    """the lock's descriptor: the processes that inherit it hold the lock too"""
+    lost: DvqError | None = None
+    """why the trial is this worker's no longer"""
+
+    def check(self) -> None:
+        """Raise what took the trial away."""
+        if self.lost:
+            raise self.lost
+
+
 class Store:
     """A folder of trials, data and reports."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
+        self.place = str(self.root)
+        """where it is, as one names it"""
 
     @classmethod
     def from_environment(cls) -> "Store | None":
         """The store that ``DVQ_STORE`` names, if it names one."""
-        root = os.environ.get("DVQ_STORE")
-        return cls(root) if root else None
+        place = os.environ.get("DVQ_STORE", "")
+        if "://" in place:
+            from components.remote import RemoteStore
+
+            return RemoteStore(place)
+        return cls(place) if place else None
 
     def trial(self, key: str) -> Path:
         return self.root / "trials" / key
@@ -49,28 +75,103 @@ class Store:
     def report(self, sweep: str) -> Path:
         return self.root / "reports" / sweep
 
+    def check(self) -> None:
+        """DvqError if the store cannot be reached."""
+
+    def look(self, keys: Iterable[str], *names: str) -> None:
+        """See how these trials are now, with these files of theirs; what is asked below is as of then."""
+
+    @contextmanager
+    def working(self, key: str) -> Iterator[Work]:
+        """Work on a trial, alone: waits while another process does; what is done is kept."""
+        told = f"trial {key}: another process on this machine is at work on it; waiting for it"
+        with locked(self._lock(key), lambda: print(told, flush=True)) as lock:
+            yield Work(self.trial(key), lock)
+
+    def remove(self, key: str) -> None:
+        """Remove a trial; DvqError if a process is at work on it."""
+
+        def refuse() -> None:
+            raise DvqError(f"trial {key} is being computed by another process; stop that first")
+
+        with locked(self._lock(key), refuse):
+            shutil.rmtree(self.trial(key), ignore_errors=True)
+
+    def _lock(self, key: str) -> Path:
+        return self.root / "trials" / f".{key}.lock"
+
+    def has_data(self, name: str, fingerprint: str) -> bool:
+        """Whether the store has the prepared dataset."""
+        from dvq.data import is_prepared
+
+        return is_prepared(name, self.data(fingerprint))
+
+    def fetch_data(self, fingerprint: str) -> None:
+        """Bring the prepared dataset to its folder, if it is elsewhere."""
+
+    def publish_data(self, fingerprint: str) -> None:
+        """Give others the prepared dataset that is in its folder."""
+
+    def publish_report(self, sweep: str) -> None:
+        """Give others the report that is in its folder."""
+
     def state(self, key: str) -> State:
         return state(self.trial(key))
 
+    def has(self, key: str, part: str) -> bool:
+        """Whether the trial has this file or folder."""
+        return (self.trial(key) / part).exists()
+
+    def steps(self, key: str) -> list[int]:
+        """The steps of the trial's checkpoints, ascending."""
+        return checkpoint.steps(self.trial(key))
+
+    def family(self, trial: Trial) -> list[str]:
+        """The keys of the trials of the same family."""
+        return [folder.name for folder in (self.root / "trials").glob(f"{trial.family()}-*")]
+
     def reached(self, trial: Trial) -> int:
         """The step that the trial would go on from: its own last checkpoint's, or a shorter one's."""
-        own = max(checkpoint.steps(self.trial(trial.key())), default=0)
-        shorter = self.shorter(trial)
+        own = max(self.steps(trial.key()), default=0)
+        shorter = self._shorter(trial)
         return own or (shorter[0] if shorter else 0)
 
-    def shorter(self, trial: Trial) -> tuple[int, Path] | None:
-        """The latest step that a trial of the same family has a checkpoint of and this one can go on from, and
-        that trial's folder."""
+    def shorter(self, trial: Trial) -> Path | None:
+        """The folder of the trial of the same family that this one can go on from, the furthest one's."""
+        found = self._shorter(trial)
+        return self.bring(found[1]) if found else None
+
+    def bring(self, key: str) -> Path:
+        """The trial's folder, with all that the store has of it."""
+        return self.trial(key)
+
+    def _shorter(self, trial: Trial) -> tuple[int, str] | None:
+        """The latest step that another trial of the family has a checkpoint of and this one can go on from, and
+        that trial's key."""
         found = []
-        for folder in (self.root / "trials").glob(f"{trial.family()}-*"):
-            reached = [step for step in checkpoint.steps(folder) if step <= trial.steps]
-            if reached and folder.name != trial.key():
-                found.append((reached[-1], folder))
+        for key in self.family(trial):
+            reached = [step for step in self.steps(key) if step <= trial.steps]
+            if reached and key != trial.key():
+                found.append((reached[-1], key))
         return max(found, default=None)
 
     def results(self, key: str) -> dict[str, Any] | None:
         """The finished trial's results.json."""
-        return read_json(self.trial(key) / "results.json")
+        return read_json(self.trial(key) / "results.json") if self.has(key, "results.json") else None
+
+
+@contextmanager
+def locked(path: Path, busy: Callable[[], None]) -> Iterator[int]:
+    """Hold the lock that is the file ``path``; ``busy`` is called before waiting for one that another process
+    holds. The system gives it back when the last process that has it ends, however it does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
 
 
 def state(folder: Path) -> State:

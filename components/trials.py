@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.store import FORMAT, Store, begin, read_json, state, write_json
+from components.store import FORMAT, Store, Work, begin, read_json, state, write_json
 from components.tracking import TrialRun
 from dvq import DvqError, events
 from dvq.config import Point, Sweep, point, short_name
@@ -35,8 +35,10 @@ def unfinished(sweep: Sweep) -> list[Point]:
     Raises:
         DvqError: no trial, one that is wrong, or one that stands in the sweep twice.
     """
-    sweep.trials()
+    trials = sweep.trials().values()
     store = Store.from_environment()
+    if store:
+        store.look([trial.key() for trial in trials], "tracked.json")
     return [point for point in sweep.points() if not (store and _done(store, sweep, point))]
 
 
@@ -45,10 +47,15 @@ def _done(store: Store, sweep: Sweep, point: Point) -> bool:
     return store.state(key).name == "finished" and TrialRun(store.trial(key), sweep.name).settled()
 
 
-def _folder(trial: Trial) -> Path:
-    """The trial's folder in the store; without a store, one that is forgotten."""
+@contextmanager
+def _working(trial: Trial) -> Iterator[Work]:
+    """Work on the trial's folder in the store; without a store, in one that is forgotten."""
     store = Store.from_environment()
-    return store.trial(trial.key()) if store else Path(tempfile.mkdtemp(prefix="dvq-trial-"))
+    if store is None:
+        yield Work(Path(tempfile.mkdtemp(prefix="dvq-trial-")))
+    else:
+        with store.working(trial.key()) as work:
+            yield work
 
 
 def train(overrides: str, base: str, data: Path, model: Path, experiment: str) -> None:
@@ -58,27 +65,36 @@ def train(overrides: str, base: str, data: Path, model: Path, experiment: str) -
     """
     at = point(overrides)
     trial = make_trial({**json.loads(base), **at}, where=f"trial '{overrides}'")
-    folder = _folder(trial)
-    if not (folder / "model").exists():
-        store = Store.from_environment()
-        shorter = store.shorter(trial) if store else None
-        try:
-            begin(folder, trial, short_name(trial, at), shorter[1] if shorter else None)
-            _train_in_child(folder, data, TrialRun(folder, experiment))
-        except DvqError as error:
-            Events(folder).failure(str(error))
-    model.mkdir(parents=True, exist_ok=True)
-    if (folder / "model").exists():
-        shutil.copytree(folder / "model", model, dirs_exist_ok=True)
-    else:
-        write_json(model / "trial.json", values(trial))
+    with _working(trial) as work:
+        folder = work.folder
+        if not (folder / "model").exists():
+            shorter = _shorter(trial)
+            try:
+                begin(folder, trial, short_name(trial, at), shorter)
+                _train_in_child(work, data, TrialRun(folder, experiment))
+            except DvqError as error:
+                work.check()
+                Events(folder).failure(str(error))
+        model.mkdir(parents=True, exist_ok=True)
+        if (folder / "model").exists():
+            shutil.copytree(folder / "model", model, dirs_exist_ok=True)
+        else:
+            write_json(model / "trial.json", values(trial))
 
 
-def _train_in_child(folder: Path, data: Path, run: TrialRun) -> None:
+def _shorter(trial: Trial) -> Path | None:
+    store = Store.from_environment()
+    if store is None:
+        return None
+    store.look([trial.key()])
+    return store.shorter(trial)
+
+
+def _train_in_child(work: Work, data: Path, run: TrialRun) -> None:
     """A process of its own, so that any death of it can be told and recorded. SIGTERM is passed on to it, and
-    its last checkpoint waited for."""
-    command = [sys.executable, "-m", "dvq.train", str(folder), "--data", str(data)]
-    child = subprocess.Popen(command)
+    its last checkpoint waited for. It holds the folder's lock too, in case that it outlives this one."""
+    command = [sys.executable, "-m", "dvq.train", str(work.folder), "--data", str(data)]
+    child = subprocess.Popen(command, pass_fds=() if work.lock is None else (work.lock,))
     earlier = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
         while True:
@@ -86,15 +102,19 @@ def _train_in_child(folder: Path, data: Path, run: TrialRun) -> None:
                 code = child.wait(SYNC_SECONDS)
                 break
             except subprocess.TimeoutExpired:
-                run.sync()
+                work.check()
+                run.sync_soon()
     finally:
         signal.signal(signal.SIGTERM, earlier)
+        if work.lost:
+            child.kill()
+            child.wait()
     if code in INTERRUPTED:
-        run.sync()
+        run.finish()
         sys.exit(INTERRUPTED[-1])
-    if code != 0 and state(folder).name != "failed":
-        Events(folder).failure(death(code))
-    run.sync()
+    if code != 0 and state(work.folder).name != "failed":
+        Events(work.folder).failure(death(code))
+    run.finish()
 
 
 def death(code: int) -> str:
@@ -117,28 +137,29 @@ def _step(folder: Path, name: str) -> Iterator[None]:
         diary.failure(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
-def _open(model: Path) -> tuple[Trial, Path, bool]:
-    """The trial of a model's artifact, its folder, and whether it was trained (rather than failed)."""
+def _open(model: Path) -> tuple[Trial, bool]:
+    """The trial of a model's artifact, and whether it was trained (rather than failed)."""
     trial = make_trial(read_json(model / "trial.json") or {}, where=str(model))
-    return trial, _folder(trial), (model / "model.safetensors").exists()
+    return trial, (model / "model.safetensors").exists()
 
 
 def evaluate(data: Path, model: Path, evaluation: Path) -> dict[str, Any]:
     """Evaluate the model on every image of the trial's split; ``evaluation`` and the store get the result."""
-    trial, folder, trained = _open(model)
-    result = read_json(folder / "evaluation.json")
-    if trained and result is None:
-        from dvq import device
-        from dvq import load as load_model
-        from dvq.evaluate import evaluate as judge
+    trial, trained = _open(model)
+    with _working(trial) as work:
+        result = read_json(work.folder / "evaluation.json")
+        if trained and result is None:
+            from dvq import device
+            from dvq import load as load_model
+            from dvq.evaluate import evaluate as judge
 
-        with _step(folder, "evaluating"):
-            images, _ = load(data).evaluation(trial.split)
-            result = {
-                "split": trial.split,
-                **judge(load_model(model).to(device.pick()), images, bound_samples=trial.bound_samples),
-            }
-            write_json(folder / "evaluation.json", result)
+            with _step(work.folder, "evaluating"):
+                images, _ = load(data).evaluation(trial.split)
+                result = {
+                    "split": trial.split,
+                    **judge(load_model(model).to(device.pick()), images, bound_samples=trial.bound_samples),
+                }
+                write_json(work.folder / "evaluation.json", result)
     evaluation.parent.mkdir(parents=True, exist_ok=True)
     write_json(evaluation, result or {})
     return {name: value for name, value in (result or {}).items() if isinstance(value, int | float)}
@@ -146,20 +167,22 @@ def evaluate(data: Path, model: Path, evaluation: Path) -> dict[str, Any]:
 
 def analyze(data: Path, model: Path, evaluation: Path, analysis: Path, experiment: str) -> None:
     """Analyze the codebooks and publish the trial's results, last of all; ``analysis`` gets all that is made."""
-    _, folder, trained = _open(model)
+    trial, trained = _open(model)
     judged = read_json(evaluation)
-    if trained and judged and not (folder / "results.json").exists():
-        with _step(folder, "analyzing"):
-            _analyze(load(data), model, judged, folder, read_json(folder / "trial.json") or {})
-        if (folder / "results.json").exists():
-            Events(folder).state("finished")
-    analysis.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", "analysis.npz"):
-        if (folder / name).exists():
-            shutil.copy(folder / name, analysis / name)
-    if (folder / "figures").exists():
-        shutil.copytree(folder / "figures", analysis / "figures", dirs_exist_ok=True)
-    TrialRun(folder, experiment).sync()
+    with _working(trial) as work:
+        folder = work.folder
+        if trained and judged and not (folder / "results.json").exists():
+            with _step(folder, "analyzing"):
+                _analyze(load(data), model, judged, folder, read_json(folder / "trial.json") or {})
+            if (folder / "results.json").exists():
+                Events(folder).state("finished")
+        analysis.mkdir(parents=True, exist_ok=True)
+        for name in ("results.json", "analysis.npz"):
+            if (folder / name).exists():
+                shutil.copy(folder / name, analysis / name)
+        if (folder / "figures").exists():
+            shutil.copytree(folder / "figures", analysis / "figures", dirs_exist_ok=True)
+        TrialRun(folder, experiment).sync()
 
 
 def _analyze(

@@ -82,6 +82,8 @@ class Sweep(BaseModel):
     grid: dict[str, list[Any]] = {}
     include: list[Point] = []
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    champion: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
+    """the registered model in MLflow whose alias ``champion`` the sweep's best trial gets; empty for none"""
 
     def points(self) -> list[Point]:
         """What each trial sets over ``base``, in the file's order."""
@@ -114,6 +116,11 @@ class Sweep(BaseModel):
                 )
             keys[one.key()] = name
             named[name] = one
+            if self.champion and one.split != "tune":
+                raise DvqError(
+                    f"sweep '{self.name}': a champion is not chosen on test images, which trial '{name}' uses; "
+                    "set split: tune in 'base'"
+                )
         if not named:
             raise DvqError(
                 f"sweep '{self.name}': the grid is empty; give 'grid' or 'include' at least one trial"

@@ -9,6 +9,7 @@ file, so that no two ever write to one. A line is ``{"kind": …, "time": second
 - ``image``: ``step``, ``name`` and ``path`` (relative to the trial's folder) of a picture
 """
 
+import contextlib
 import json
 import os
 import time
@@ -49,6 +50,33 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+class Tail:
+    """The lines that were appended to a trial's events since the last look, each read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._directory = folder / "events"
+        self._read: dict[Path, int] = {}  # bytes
+
+    def fresh(self) -> Iterator[dict[str, Any]]:
+        read, self._read = self._read, {}  # files that are gone are forgotten: a new attempt begins anew
+        for path in sorted(self._directory.glob("*.jsonl")):
+            text = _text_from(path, read.get(path, 0))
+            whole = text[: text.rfind(b"\n") + 1]  # the rest is still being written
+            self._read[path] = read.get(path, 0) + len(whole)
+            for line in whole.splitlines():
+                with contextlib.suppress(ValueError):  # the end of a line, if the file was replaced meanwhile
+                    yield json.loads(line)
+
+
+def _text_from(path: Path, start: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read()
+    except FileNotFoundError:  # the trial starts again
+        return b""
 
 
 def sizes(folder: Path) -> dict[str, int]:

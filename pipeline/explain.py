@@ -26,16 +26,17 @@ def explain(
         found = preflight.find_sweep(sweep)
         store = preflight.set_environment()
         trials = found.trials()
+        store.look([one.key() for one in trials.values()], *(["results.json"] if trial else []))
         if trial:
             print(ledger(trial, trials, store))
             return
     width, todo = max(map(len, trials)), 0
     for name, one in trials.items():
-        state, trained = store.state(one.key()), (store.trial(one.key()) / "model").exists()
+        state, trained = store.state(one.key()), store.has(one.key(), "model")
         reached = store.reached(one)
         todo += state.name != "finished"
         print(f"{name:{width}}  {_told(state, trained, reached)}")
-    print(f"{todo} of {len(trials)} trials to compute; the store is {store.root}")
+    print(f"{todo} of {len(trials)} trials to compute; the store is {store.place}")
 
 
 def _told(state: State, trained: bool, reached: int) -> str:

@@ -31,6 +31,7 @@ def findings() -> None:
 
 def finished(sweep: Sweep, store: Store) -> list[dict[str, Any]]:
     """The results of all its trials; DvqError if one is not finished."""
+    store.look([trial.key() for trial in sweep.trials().values()], "results.json")
     results = {name: store.results(trial.key()) for name, trial in sweep.trials().items()}
     missing = [name for name, result in results.items() if not result]
     if missing:

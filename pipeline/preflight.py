@@ -1,16 +1,21 @@
 """What is looked at before any work: each wrong input is one sentence on standard error and exit status 2."""
 
+import base64
 import contextlib
 import os
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from components import datasets, tracking
 from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep, load_sweep
 from dvq.fingerprints import FINGERPRINTS
+from pipeline.stack import Stack
 
 SWEEPS = Path(__file__).parent / "sweeps"
 PLACES = ("local",)
@@ -55,12 +60,18 @@ def find_sweep(name: str) -> Sweep:
 def set_environment() -> Store:
     """Where tasks keep and track what they do, unless the environment says so already; the store."""
     home = outputs()
+    for name, value in Stack(home / "stack").environment().items():
+        os.environ.setdefault(name, value)
     place = os.environ.get("DVQ_STORE") or str(home / "store")
-    if "://" in place:
-        raise DvqError(f"DVQ_STORE = '{place}': the store is a folder; give a path")
-    os.environ["DVQ_STORE"] = str(Path(place).absolute())
+    if "://" in place and not place.startswith("s3://"):
+        raise DvqError("DVQ_STORE: the store is a folder or s3://bucket/prefix; give one of these")
+    os.environ["DVQ_STORE"] = place if place.startswith("s3://") else str(Path(place).absolute())
+    os.environ["DVQ_CACHE"] = str(Path(os.environ.get("DVQ_CACHE") or home / "cache").absolute())
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
-    return Store(os.environ["DVQ_STORE"])
+    store = Store.from_environment()
+    assert store
+    store.check()
+    return store
 
 
 def whole_number(name: str, text: str) -> int:
@@ -77,11 +88,51 @@ def check_place(place: str) -> None:
         )
 
 
+def check_tracking() -> str:
+    """Empty if MLflow's server answers, else a sentence; asked without MLflow, which takes seconds to import.
+
+    Raises:
+        DvqError: it refuses the name and password, or a password stands in its address.
+    """
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    if tracking.redacted(uri) != uri:
+        raise DvqError(
+            "MLFLOW_TRACKING_URI has a password in it, which logs would show; a server's goes into "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's to an MLflow server"
+        )
+    if not uri.startswith("http"):
+        return ""
+    request = urllib.request.Request(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1")
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
+    if user:
+        basic = base64.b64encode(f"{user}:{password}".encode()).decode()
+        request.add_header("Authorization", f"Basic {basic}")
+    try:
+        urllib.request.urlopen(request, timeout=5).close()
+    except urllib.error.HTTPError as error:
+        elsewhere = [
+            name for name in os.environ if name.startswith(("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_A"))
+        ]
+        if error.code != 401:
+            return f"MLflow at {uri} answers with status {error.code}"
+        if (
+            not elsewhere and not Path("~/.mlflow/credentials").expanduser().exists()
+        ):  # MLflow's other ways to log in
+            raise DvqError(tracking.REFUSED.format(uri)) from None
+    except OSError:
+        return f"MLflow at {uri} does not answer"
+    return ""
+
+
 def check_data(name: str, source: str, store: Store) -> None:
     """DvqError unless the dataset is in the store or can be prepared from ``source``."""
     from dvq import data
 
-    if not data.is_prepared(name, store.data(FINGERPRINTS[name])):
+    if store.has_data(name, FINGERPRINTS[name]):
+        return
+    if source.startswith("s3://"):
+        datasets.check(source)
+    else:
         data.check_source(name, source)
 
 

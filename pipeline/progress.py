@@ -3,12 +3,9 @@
 Both are drawn from the events that the tasks append to the trials' folders in the store.
 """
 
-import contextlib
-import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,39 +13,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from dvq.events import Tail
 from dvq.trial import Trial
 
 WAITING, FINISHED, FAILED = "waiting", "finished", "failed"
 STYLES = {WAITING: "dim", FINISHED: "green", FAILED: "red"}
 LOOK = 0.5
 """Seconds between two looks at the events."""
-
-
-class Tail:
-    """The lines that were appended to a trial's events since the last look, each read once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._directory = folder / "events"
-        self._read: dict[Path, int] = {}  # bytes
-
-    def fresh(self) -> Iterator[dict[str, Any]]:
-        read, self._read = self._read, {}  # files that are gone are forgotten: a new attempt begins anew
-        for path in sorted(self._directory.glob("*.jsonl")):
-            text = _text_from(path, read.get(path, 0))
-            whole = text[: text.rfind(b"\n") + 1]  # the rest is still being written
-            self._read[path] = read.get(path, 0) + len(whole)
-            for line in whole.splitlines():
-                with contextlib.suppress(ValueError):  # the end of a line, if the file was replaced meanwhile
-                    yield json.loads(line)
-
-
-def _text_from(path: Path, start: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            return file.read()
-    except FileNotFoundError:  # the trial starts again
-        return b""
 
 
 @dataclass

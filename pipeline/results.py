@@ -21,6 +21,7 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
     """Print the finished trials sorted by bits/dim, and the others with their reasons; these, by name."""
     from dvq import report
 
+    store.look([trial.key() for trial in trials.values()], "results.json")
     found = {name: store.results(trial.key()) for name, trial in trials.items()}
     finished = [{**one, "name": name} for name, one in found.items() if one]
     failures = {name: _reason(store, trials[name]) for name, one in found.items() if not one}

@@ -5,9 +5,9 @@ python -m pipeline.submit SWEEP [--on local] [--jobs 2] [--data SOURCE] [--fresh
 
 import json
 import re
-import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ from rich.console import Console
 
 from components.store import Store
 from dvq.config import Sweep
+from dvq.events import Tail
 from dvq.fingerprints import FINGERPRINTS, LABELS
 from dvq.trial import Trial
 from pipeline import local, preflight, results
-from pipeline.progress import FAILED, FINISHED, LOOK, Row, Tail, display
+from pipeline.progress import FAILED, FINISHED, LOOK, Row, display
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ERROR = re.compile(r"[\w.]*(Error|Exception): ")
@@ -55,8 +56,9 @@ def submit(
     """Run a sweep; what the store has is not computed again."""
     with preflight.one_sentence():
         job = prepare(sweep, on, jobs, data)
-    if fresh:
-        remove(job)
+        job.store.look([trial.key() for trial in job.trials.values()], "results.json")
+        if fresh:
+            remove(job)
     raise SystemExit(run(job, Console()))
 
 
@@ -80,17 +82,25 @@ def prepare(name: str, on: str, jobs: str, source: str) -> Job:
     folder = preflight.outputs() / "logs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sweep.name}"
     local.check(folder, arguments)
     preflight.check_data(data, source, store)
-    preflight.check_writable(store.root, "set DVQ_STORE to a folder that can")
+    fault = preflight.check_tracking()
+    if fault:
+        print(
+            f"warning: {fault}; the sweep runs all the same, and make replay sends MLflow the rest",
+            file=sys.stderr,
+        )
+    preflight.check_writable(
+        store.root, "set DVQ_STORE, or DVQ_CACHE for a store in S3, to a folder that can"
+    )
     preflight.check_writable(folder, "run from a folder that can")
     return Job(sweep, trials, store, arguments, number, folder)
 
 
 def remove(job: Job) -> None:
     """Remove the sweep's trials from the store, and say which."""
-    removed = [name for name, trial in job.trials.items() if job.store.trial(trial.key()).exists()]
+    removed = [name for name, trial in job.trials.items() if job.store.has(trial.key(), "trial.json")]
     for name in removed:
-        shutil.rmtree(job.store.trial(job.trials[name].key()))
-    print(f"removed from {job.store.root}: {', '.join(removed) or 'nothing'}")
+        job.store.remove(job.trials[name].key())
+    print(f"removed from {job.store.place}: {', '.join(removed) or 'nothing'}")
 
 
 def run(job: Job, console: Console) -> int:

@@ -12,20 +12,13 @@ def prepare_data(name: str, source: str, data: Output[Dataset]):
 
     Args:
         name: "cifar10", or "cifar10-sample", which is bundled.
-        source: cifar-10-python.tar.gz or a folder that holds it or its batches, an address of it, or "" for
-            the official one; the sample needs none.
+        source: cifar-10-python.tar.gz or a folder that holds it or its batches, an address of it
+            (https://…, s3://bucket/key), or "" for the official one; the sample needs none.
         data: train_images.npy, train_labels.npy, test_images.npy, test_labels.npy and data.json.
     """
     from pathlib import Path
 
-    from components.store import Store
-    from dvq import data as images
-    from dvq.fingerprints import FINGERPRINTS
+    from components import datasets
 
-    store, path = Store.from_environment(), Path(data.path)
-    folder = store.data(FINGERPRINTS[name]) if store else path
-    images.prepare(name, source, folder, images.print_progress())
-    if store:
-        images.link(folder, path)
-    info = images.load(path).info
+    info = datasets.prepare(name, source, Path(data.path))
     data.metadata.update({key: info[key] for key in ("label", "fingerprint", "train", "tune", "test")})

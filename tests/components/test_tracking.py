@@ -149,7 +149,9 @@ def test_a_tracking_fault_is_said_and_never_raised(
 
     monkeypatch.setattr(tracking, "client", down)
     tracking.TrialRun(folder, "sweep").sync()
-    assert "could not be brought up to date; the trial goes on" in capsys.readouterr().out
+    assert (
+        "trial trial is not up to date in MLflow (no server); make replay mends it" in capsys.readouterr().out
+    )
     assert state(folder).name == "interrupted"
 
 

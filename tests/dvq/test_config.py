@@ -42,6 +42,7 @@ def test_a_wrong_trial_is_one_sentence(values: dict[str, Any], says: str) -> Non
         ({"grid": {"estimator": ["gs-soft"], "seed": [1]}}, "name the seeds in 'seeds'"),
         ({"base": {"seed": 1}, "grid": {"estimator": ["gs-soft"]}}, "name the seeds in 'seeds'"),
         ({"grid": {"estimator": ["gs-soft"], "ema_decay": [0.9]}}, "gs-soft has no 'ema_decay'"),
+        ({"grid": {"estimator": ["gs-soft"]}, "champion": "best"}, "split: tune"),
     ],
 )
 def test_a_wrong_sweep_is_one_sentence(sweep: dict[str, Any], says: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from components.store import Store
 from dvq.config import load_sweep
-from pipeline import explain, local, report, submit
+from pipeline import explain, local, preflight, report, submit
 
 GRID = {"estimator": ["gs-soft"]}
 Refusal = Callable[..., str]
@@ -90,13 +90,31 @@ def test_a_wrong_argument(
     assert said in refusal("tiny.yaml", *arguments)
 
 
-@pytest.mark.parametrize("place", ["tiny.yaml/store", "s3://bucket/store"])
+@pytest.mark.parametrize("place", ["tiny.yaml/store", "gs://bucket/store", "s3://Not_A_Bucket/store"])
 def test_a_store_that_cannot_be_written(
     refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     write_sweep(grid=GRID)
     monkeypatch.setenv("DVQ_STORE", place)
     assert "DVQ_STORE" in refusal("tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    "address", ["http://me:secret@127.0.0.1:1", "postgresql://me:secret@127.0.0.1/mlflow"]
+)
+def test_a_password_in_an_address(
+    address: str, refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sweep(grid=GRID)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    said = refusal("tiny.yaml")
+    assert "MLFLOW_TRACKING_PASSWORD" in said
+    assert "secret" not in said
+
+
+def test_a_tracking_server_that_is_down_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert preflight.check_tracking() == "MLflow at http://127.0.0.1:1 does not answer"
 
 
 def test_a_path_that_kfp_cannot_run_from(

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from dvq import events as diary
 from dvq.config import trial as make_trial
-from dvq.events import Events
-from pipeline.progress import LiveTable, PlainLines, Row, Tail, clock, sweep_seconds_left, table
+from dvq.events import Events, Tail
+from pipeline.progress import LiveTable, PlainLines, Row, clock, sweep_seconds_left, table
 
 TRIAL = make_trial({"estimator": "gs-soft", "steps": 100, "batch_size": 10})
 

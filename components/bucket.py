@@ -1,0 +1,223 @@
+"""Objects in an S3 bucket, checked from end to end: S3 compares what it gets with its SHA-256, and what it gives is
+compared again."""
+
+import base64
+import hashlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from components.s3 import THREADS, ChangedError, Connection, MissingError
+from dvq import DvqError
+
+PART = 16 << 20
+"""Bytes of a part of a multipart upload; what is not larger goes in one piece."""
+CHUNK = 1 << 20
+Progress = Callable[[int, int], None]
+T, R = TypeVar("T"), TypeVar("R")
+
+
+class DamagedError(DvqError):
+    """An object's bytes are not those that were stored."""
+
+
+class Bucket(Connection):
+    """A bucket; keys are relative to the prefix."""
+
+    def __init__(self, url: str, named: str = "DVQ_STORE") -> None:
+        super().__init__(url, named)
+        self._uploads: dict[str, _Upload] = {}
+
+    def check(self) -> None:
+        """DvqError unless the bucket can be listed now, with these credentials."""
+        patience, self.patience = self.patience, 0.0
+        try:
+            self.call("list_objects_v2", Prefix=self.prefix, MaxKeys=1)
+        finally:
+            self.patience = patience
+
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """``function`` of every item, several at a time."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(function, items))
+
+    def get(self, key: str) -> tuple[bytes, str]:
+        """A small object's content and its ETag; MissingError if there is none."""
+
+        def attempt() -> tuple[bytes, str]:
+            answer = self.client.get_object(Bucket=self.name, Key=self.prefix + key)
+            return answer["Body"].read(), answer["ETag"]
+
+        return self.patiently(attempt)
+
+    def size(self, key: str) -> tuple[int, str]:
+        """An object's size [bytes] and its ETag; MissingError if there is none."""
+        answer = self.call("head_object", Key=self.prefix + key)
+        return answer["ContentLength"], answer["ETag"]
+
+    def put(self, key: str, content: bytes, etag: str | None = None) -> str:
+        """Store an object; its ETag.
+
+        Args:
+            key: its name.
+            content: all of it.
+            etag: only if the object is still the one with this ETag, or, for "", if there is none.
+
+        Raises:
+            ChangedError: the condition does not hold.
+        """
+        condition = {} if etag is None else {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+        checksum = _checksum(content)
+        try:
+            answer = self.call(
+                "put_object", Key=self.prefix + key, Body=content, ChecksumSHA256=checksum, **condition
+            )
+        except MissingError:
+            raise ChangedError from None
+        return str(answer["ETag"])
+
+    def upload(self, path: Path, key: str) -> tuple[str, int]:
+        """Store a file; its SHA-256 in hexadecimal digits, and its size.
+
+        Of a large file that this process could not store before, only the missing parts are sent.
+        """
+        size = path.stat().st_size
+        if size <= PART:
+            content = path.read_bytes()
+            self.put(key, content)
+            return hashlib.sha256(content).hexdigest(), len(content)
+        unfinished = self._uploads.get(key) or _Upload(self, key)
+        self._uploads[key] = unfinished
+        unfinished.send(path, size)
+        del self._uploads[key]
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest(), size
+
+    def download(
+        self,
+        key: str,
+        path: Path,
+        size: int,
+        sha256: str = "",
+        etag: str = "",
+        progress: Progress | None = None,
+    ) -> None:
+        """Fetch an object to ``path``, whole or not at all; what an earlier attempt got of it is not fetched again.
+
+        Args:
+            key: its name.
+            path: where; what is there is replaced.
+            size: its size [bytes].
+            sha256: its SHA-256, if that is known.
+            etag: else its ETag, for it to be the same all the time.
+            progress: told about it.
+
+        Raises:
+            DamagedError: its bytes are not those of the SHA-256, or not so many, twice.
+        """
+        partial = path.with_name(f".{path.name}.{(sha256 or etag).strip(chr(34))[:16]}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for last in (False, True):
+            self._append(key, partial, size, etag, progress or (lambda *_: None))
+            with partial.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found == (sha256 or found) and partial.stat().st_size == size:
+                partial.replace(path)
+                return
+            partial.unlink()
+            told = f"{self}/{key} is damaged: its SHA-256 is {found} instead of {sha256}"
+            if last:
+                raise DamagedError(told)
+            print(f"{told}; fetching it again", flush=True)
+
+    def _append(self, key: str, partial: Path, size: int, etag: str, progress: Progress) -> None:
+        """Fetch what ``partial`` lacks; where the connection breaks, go on from there."""
+        partial.touch()
+        condition = {"IfMatch": etag} if etag else {}
+
+        def attempt() -> bool:
+            """Whether the server has more: what came before a connection broke is progress, no failure."""
+            start = partial.stat().st_size
+            part = {"Range": f"bytes={start}-", **condition} if start else condition
+            answer = self.client.get_object(Bucket=self.name, Key=self.prefix + key, **part)
+            try:
+                with partial.open("ab") as file:
+                    for chunk in answer["Body"].iter_chunks(CHUNK):
+                        file.write(chunk)
+                        progress(file.tell(), size)
+            except Exception as error:
+                if partial.stat().st_size == start or not self.passes(error):
+                    raise
+                return True
+            return False
+
+        try:
+            while partial.stat().st_size < size and self.patiently(attempt):
+                continue
+        except ChangedError:
+            partial.unlink()
+            raise DvqError(f"{self}/{key} was replaced while it was fetched; try again") from None
+
+    def list(self, prefix: str, delimiter: str = "") -> dict[str, str]:
+        """The ETags by key of the objects under ``prefix``, up to a delimiter; a thousand names a request."""
+        found: dict[str, str] = {}
+        following: dict[str, str] = {}
+        while True:
+            page = self.call("list_objects_v2", Prefix=self.prefix + prefix, Delimiter=delimiter, **following)
+            for one in page.get("Contents", ()):
+                found[one["Key"].removeprefix(self.prefix)] = one["ETag"]
+            if not page.get("IsTruncated"):
+                return found
+            following = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove these objects."""
+        left = [{"Key": self.prefix + key} for key in keys]
+        for start in range(0, len(left), 1000):
+            self.call("delete_objects", Delete={"Objects": left[start : start + 1000], "Quiet": True})
+
+    def give_up(self, prefix: str) -> None:
+        """End the multipart uploads under ``prefix`` that nobody finished."""
+        for one in self.call("list_multipart_uploads", Prefix=self.prefix + prefix).get("Uploads", ()):
+            try:
+                self.call("abort_multipart_upload", Key=one["Key"], UploadId=one["UploadId"])
+            except MissingError:
+                continue
+
+
+class _Upload:
+    """A multipart upload that knows which parts the server has acknowledged."""
+
+    def __init__(self, bucket: Bucket, key: str) -> None:
+        self._bucket, self._key = bucket, bucket.prefix + key
+        self._id = ""
+        self._parts: dict[int, dict[str, Any]] = {}
+
+    def send(self, path: Path, size: int) -> None:
+        """Send what is missing, several parts at a time, and complete the object."""
+        bucket, where = self._bucket, {"Key": self._key}
+        if not self._id:
+            self._id = bucket.call("create_multipart_upload", **where, ChecksumAlgorithm="SHA256")["UploadId"]
+
+        def one(number: int) -> None:
+            with path.open("rb") as file:
+                file.seek((number - 1) * PART)
+                content = file.read(PART)
+            told = {"PartNumber": number, "ChecksumSHA256": _checksum(content)}
+            answer = bucket.call("upload_part", **where, UploadId=self._id, Body=content, **told)
+            self._parts[number] = {**told, "ETag": answer["ETag"]}
+
+        numbers = range(1, -(-size // PART) + 1)
+        try:
+            bucket.each(one, [number for number in numbers if number not in self._parts])
+            parts = {"Parts": [self._parts[number] for number in numbers]}
+            bucket.call("complete_multipart_upload", **where, UploadId=self._id, MultipartUpload=parts)
+        except MissingError:  # completed, and the answer was lost; or given up by another worker
+            self._id, self._parts = "", {}
+            bucket.call("head_object", **where)
+
+
+def _checksum(content: bytes) -> str:
+    """SHA-256 as S3 writes it."""
+    return base64.b64encode(hashlib.sha256(content).digest()).decode()

@@ -1,0 +1,61 @@
+"""What prepare_data does: a prepared dataset from the store, or made and given to it."""
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from components.bucket import Bucket
+from components.s3 import MissingError
+from components.store import Store, locked
+from dvq import DvqError, data
+from dvq.fingerprints import FINGERPRINTS
+
+
+def prepare(name: str, source: str, path: Path) -> dict[str, Any]:
+    """Make ``path`` hold the dataset ``name``; its data.json."""
+    store, fingerprint = Store.from_environment(), FINGERPRINTS[name]
+    folder = store.data(fingerprint) if store else path
+    if store:
+        store.fetch_data(fingerprint)
+    if not data.is_prepared(name, folder):
+        _make(name, source, folder)
+    if store:
+        store.publish_data(fingerprint)
+        data.link(folder, path)
+    return data.load(path).info
+
+
+def _make(name: str, source: str, folder: Path) -> None:
+    progress = data.print_progress()
+    if not source.startswith("s3://"):
+        data.prepare(name, source, folder, progress)
+        return
+    bucket, key = _object(source)
+    size, etag = _found(bucket, key)
+    archive = folder.parent / f".{PurePosixPath(key).name}"
+    with locked(
+        archive.with_name(f"{archive.name}.lock"), lambda: None
+    ):  # one process fetches, and the others wait
+        if not data.is_prepared(name, folder):
+            bucket.download(key, archive, size, etag=etag, progress=progress)
+            data.prepare(name, str(archive), folder)
+            archive.unlink()
+
+
+def check(source: str) -> None:
+    """DvqError unless there is such an object in S3; that it is the official archive is told by its MD5 later."""
+    bucket, key = _object(source)
+    bucket.patience = 0.0
+    _found(bucket, key)
+
+
+def _object(source: str) -> tuple[Bucket, str]:
+    bucket = Bucket(source, "DATA")
+    key, bucket.prefix = bucket.prefix.rstrip("/"), ""
+    return bucket, key
+
+
+def _found(bucket: Bucket, key: str) -> tuple[int, str]:
+    try:
+        return bucket.size(key)
+    except MissingError:
+        raise DvqError(f"DATA={bucket}/{key}: there is no such object in {bucket.server}") from None

@@ -1,0 +1,125 @@
+"""What a mirrored folder holds: the manifest, in the bucket, and the index, in the folder."""
+
+import json
+import os
+import socket
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dvq import DvqError
+
+FORMAT = 1
+INDEX = ".mirror.json"
+"""In the folder: which push it was last equal to, and what its files were then."""
+
+
+class Piece(NamedTuple):
+    """A piece of a file, most often all of it."""
+
+    object: str
+    """its key behind the folder's place"""
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A folder as it was pushed last."""
+
+    owner: str = ""
+    """the worker that pushed it"""
+    push: int = 0
+    """how many pushes of the owner's there were before"""
+    active: bool = False
+    """whether the owner is still at work"""
+    by: str = ""
+    """where the owner is, in words"""
+    state: dict[str, Any] = field(default_factory=dict)
+    """of a trial, as ``components.store.State`` has it"""
+    files: dict[str, list[Piece]] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def content(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
+    def objects(self) -> set[str]:
+        return {piece.object for pieces in self.files.values() for piece in pieces}
+
+
+class Known(NamedTuple):
+    """A local file that is equal to stored pieces for as long as its size and time [ns] are these."""
+
+    pieces: list[Piece]
+    size: int
+    time: int
+
+
+def parse(content: bytes, named: str) -> Manifest:
+    """The manifest in ``content``; DvqError if it is damaged or of another format."""
+    try:
+        found = json.loads(content)
+        if found["format"] != FORMAT:
+            raise ValueError(f"format {found['format']} instead of {FORMAT}")
+        files = {path: [Piece(*one) for one in pieces] for path, pieces in found["files"].items()}
+        return Manifest(**{**found, "files": files})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DvqError(f"{named} is damaged ({error}); compute anew (FRESH=1)") from None
+
+
+def load_index(folder: Path) -> tuple[Manifest, dict[str, Known]]:
+    """The index: owner and number of the last push, and the files as they were then."""
+    try:
+        found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        known = {
+            path: Known([Piece(*piece) for piece in pieces], *stamp)
+            for path, (pieces, *stamp) in found["files"].items()
+        }
+        return Manifest(found["owner"], found["push"]), known
+    except (OSError, ValueError, KeyError, TypeError):
+        return Manifest(), {}
+
+
+def save_index(folder: Path, manifest: Manifest, known: dict[str, Known]) -> None:
+    """Write the index; a reader sees the whole file or the one before."""
+    content = {"owner": manifest.owner, "push": manifest.push, "files": known}
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{INDEX}.partial"
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    partial.replace(folder / INDEX)
+
+
+def paths(folder: Path) -> list[str]:
+    """The paths of a folder's files, checkpoints before images, without those that are hidden or being written."""
+    found: list[str] = []
+    for place, folders, names in os.walk(folder):  # which leaves out what is removed meanwhile
+        folders[:] = sorted(name for name in folders if _whole(name))
+        found += [
+            (Path(place) / name).relative_to(folder).as_posix() for name in sorted(names) if _whole(name)
+        ]
+    return found
+
+
+def _whole(name: str) -> bool:
+    return not name.startswith(".") and not name.endswith(".partial")
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """A file's size and time [ns], which change when it is written; −1 if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def here() -> str:
+    """Where this is, in words."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def new_owner() -> str:
+    """A name that no other worker has, and that sorts by time."""
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:8]}"

@@ -1,0 +1,249 @@
+"""A folder mirrored in S3: each push is visible as a whole or not at all, and only one worker at a time can push.
+
+``<place>.json``, the manifest, names the folder's files and the objects that hold them, each with its SHA-256. An
+object is written once, as ``<place>/<owner>-<push>/<path>``, a name that no other worker uses; then the manifest is
+replaced, on the condition (If-Match) that it is still the one that this worker left. Who takes a folder over
+replaces the manifest too: the earlier owner's condition fails from then on, however late it wakes.
+
+What grows (events) is stored in pieces that are merged as they become many, so that it is not sent again and again.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from components.bucket import Bucket, DamagedError
+from components.manifest import (
+    Known,
+    Manifest,
+    Piece,
+    here,
+    load_index,
+    new_owner,
+    parse,
+    paths,
+    save_index,
+    stamp,
+)
+from components.s3 import ChangedError, MissingError
+from dvq import DvqError
+
+SILENCE = 120.0
+"""Seconds without a push after which an owner that is at work counts as dead."""
+POLL = 5.0
+"""Seconds between two looks at whether another owner is still at work."""
+GROWS = "events/"
+
+
+class OvertakenError(DvqError):
+    """Another worker has taken the folder over."""
+
+
+class Mirror:
+    """The folder ``folder`` and its mirror at ``place`` of a bucket.
+
+    ``describe`` gives what the manifest says of the folder's state.
+    """
+
+    def __init__(
+        self, bucket: Bucket, place: str, folder: Path, describe: Callable[[Path], dict[str, Any]]
+    ) -> None:
+        self.bucket, self.place, self.folder, self._describe = bucket, place, folder, describe
+        self.name = f"{bucket}/{place}"
+        self.manifest, self._etag = Manifest(), ""
+        self._index, self._known = load_index(folder)
+
+    def read(self) -> Manifest:
+        """The manifest as it is now, which is what the rest is about; an empty one if there is none."""
+        self.manifest, self._etag = self._read()
+        return self.manifest
+
+    def _read(self) -> tuple[Manifest, str]:
+        try:
+            content, etag = self.bucket.get(f"{self.place}.json")
+        except MissingError:
+            return Manifest(), ""
+        return parse(content, f"{self.name}.json"), etag
+
+    def claim(self) -> None:
+        """Become the owner, and remove from the folder what the mirror has otherwise; while another owner is at
+        work, wait for its end or its silence."""
+        silent, seen = 0.0, ""
+        while True:
+            found = self.read()
+            silent = silent + POLL if self._etag == seen else 0.0
+            if not found.active or found.owner == self._index.owner or silent >= SILENCE:
+                self._reconcile()
+                try:
+                    self._publish(replace(found, owner=new_owner(), push=0, active=True, by=here()))
+                    break
+                except OvertakenError:
+                    continue
+            if not seen:
+                print(f"{self.name}: {found.by} is at work on it; waiting for it", flush=True)
+            seen = self._etag
+            time.sleep(POLL)
+        self._remember(self.manifest)
+        self._clean()
+
+    def look(self, manifest: Manifest) -> None:
+        """Take ``manifest`` for the mirror's, without becoming its owner; the folder loses what differs."""
+        self.manifest = manifest
+        self._reconcile()
+        self._remember(manifest)
+
+    def fetch(self, wanted: Callable[[str], bool] = lambda _: True) -> None:
+        """Bring the files whose path is ``wanted`` to the folder, where it lacks them."""
+        missing = [path for path in self.manifest.files if wanted(path) and not (self.folder / path).exists()]
+        if missing:
+            self.bucket.each(self._fetch, missing)
+            self._remember(self._index)
+
+    def push(self, active: bool = True) -> None:
+        """Make the mirror what the folder is; ``active``: and stay at work.
+
+        Raises:
+            OvertakenError: another worker took the folder over; nothing of this push is visible.
+        """
+        before, number = self.manifest.objects(), self.manifest.push + 1
+        files = self._upload(f"{self.manifest.owner}-{number:06d}")
+        new = replace(
+            self.manifest, push=number, active=active, state=self._describe(self.folder), files=files
+        )
+        self._remember(new)  # before it is there, so that the folder never seems older than its mirror
+        self._publish(new)
+        self._delete(before - new.objects())
+
+    def publish_once(self) -> None:
+        """Store the folder, unless the mirror has one already."""
+        if self.read().owner:
+            return
+        owner = new_owner()
+        new = Manifest(owner, by=here(), files=self._upload(f"{owner}-{0:06d}"))
+        try:
+            self._publish(new)
+        except OvertakenError:  # another worker was faster
+            self._delete(new.objects())
+
+    def remove(self) -> None:
+        """Remove all of the mirror; a worker that is at it is refused from then on."""
+        self.bucket.delete([f"{self.place}.json"])
+        self.bucket.delete(self.bucket.list(f"{self.place}/"))
+
+    def _publish(self, new: Manifest) -> None:
+        """Replace the manifest, if it is still the one that was seen last."""
+        try:
+            etag = self.bucket.put(f"{self.place}.json", new.content(), self._etag)
+        except ChangedError:
+            found, etag = self._read()
+            if found != new:  # else it was stored, and the answer was lost
+                raise OvertakenError(
+                    f"{self.name}: overtaken by {found.by or 'its removal'} while {here()} stood still or could "
+                    "not reach it; what this process made since then is not published"
+                ) from None
+        self.manifest, self._etag = new, etag
+
+    def _reconcile(self) -> None:
+        """Remove local files that the manifest has otherwise, unless the folder is ahead of it."""
+        files, known = self.manifest.files, self._known
+        ahead = self._index.owner == self.manifest.owner and self.manifest.push <= self._index.push
+        self._known = {
+            path: one
+            for path, one in known.items()
+            if one.pieces == files.get(path) and stamp(self.folder / path) == one[1:]
+        }
+        for path in () if ahead else paths(self.folder):
+            if path not in self._known:
+                (self.folder / path).unlink()
+
+    def _clean(self) -> None:
+        """Remove what workers before left behind: objects in no manifest, uploads that nobody finished."""
+        self.bucket.give_up(f"{self.place}/")
+        found = {key.removeprefix(f"{self.place}/") for key in self.bucket.list(f"{self.place}/")}
+        self._delete(found - self.manifest.objects())
+
+    def _delete(self, objects: set[str]) -> None:
+        self.bucket.delete(f"{self.place}/{name}" for name in sorted(objects))
+
+    def _fetch(self, path: str) -> None:
+        target, pieces = self.folder / path, self.manifest.files[path]
+        try:
+            self._join(target, pieces)
+        except DamagedError as error:
+            if not path.startswith("checkpoints/"):
+                raise DvqError(f"{error}; compute the trial anew (FRESH=1)") from None
+            print(f"{error}; this checkpoint is left out", flush=True)
+            del self.manifest.files[path]
+            return
+        except OSError as error:
+            raise DvqError(
+                f"{target} cannot be written ({error.strerror}); make room, or set DVQ_CACHE"
+            ) from None
+        self._known[path] = Known(pieces, *stamp(target))
+
+    def _join(self, target: Path, pieces: list[Piece]) -> None:
+        """Fetch a file's pieces and make it of them, whole or not at all."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        parts = [target.with_name(f".{target.name}.{number}") for number in range(len(pieces))]
+        for part, one in zip(parts, pieces, strict=True):
+            self.bucket.download(f"{self.place}/{one.object}", part, one.size, one.sha256)
+        if len(parts) != 1:
+            joined = target.with_name(f".{target.name}.joined")
+            joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+            for part in parts:
+                part.unlink()
+            parts = [joined]
+        parts[0].replace(target)
+
+    def _upload(self, name: str) -> dict[str, list[Piece]]:
+        """Store what changed in objects under ``name``; the files as the manifest is to have them.
+
+        Files that are not here were never fetched, and stay as they are. The folder is listed before anything is
+        read, and what grows is read last: so it holds all that a listed checkpoint counts on.
+        """
+        here_now = paths(self.folder)
+        files = {path: pieces for path, pieces in self.manifest.files.items() if path not in self._known}
+        self._known = {path: one for path, one in self._known.items() if path in here_now}
+        for path in sorted(here_now, key=lambda path: path.startswith(GROWS)):
+            now = stamp(self.folder / path)
+            if path in self._known and self._known[path][1:] == now:
+                continue
+            try:
+                store = self._append if path.startswith(GROWS) else self._store
+                self._known[path] = Known(store(path, f"{name}/{path}"), *now)
+            except FileNotFoundError:  # an old checkpoint, removed meanwhile
+                self._known.pop(path, None)
+        return files | {path: one.pieces for path, one in self._known.items()}
+
+    def _store(self, path: str, name: str) -> list[Piece]:
+        return [Piece(name, *self.bucket.upload(self.folder / path, f"{self.place}/{name}"))]
+
+    def _append(self, path: str, name: str) -> list[Piece]:
+        """Store the whole lines that were appended, together with pieces that are not twice as large."""
+        content = (self.folder / path).read_bytes()
+        content = content[: content.rfind(b"\n") + 1]
+        kept: list[Piece] = []
+        start = 0
+        for piece in self._known[path].pieces if path in self._known else ():
+            if _sha256(content[start : start + piece.size]) != piece.sha256:
+                break
+            kept.append(piece)
+            start += piece.size
+        while start < len(content) and kept and kept[-1].size < 2 * (len(content) - start):
+            start -= kept.pop().size
+        if start == len(content):
+            return kept
+        self.bucket.put(f"{self.place}/{name}", content[start:])
+        return [*kept, Piece(name, _sha256(content[start:]), len(content) - start)]
+
+    def _remember(self, manifest: Manifest) -> None:
+        """The folder is equal to ``manifest``, or ahead of it."""
+        self._index = manifest
+        save_index(self.folder, manifest, self._known)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,191 @@
+"""The store in S3: everything happens in a folder, the cache, and each trial's folder is mirrored in the bucket.
+
+``DVQ_CACHE`` names the folder that holds the caches. What is in the bucket:
+
+- ``trials/<key>.json``, a trial's manifest, and ``trials/<key>/…``, its objects
+- ``data/<fingerprint>.json`` and ``data/<fingerprint>/…``, likewise, a prepared dataset
+- ``reports/<sweep>/…``, a report as it is
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from components.bucket import Bucket
+from components.manifest import Manifest, parse, paths
+from components.mirror import Mirror, OvertakenError
+from components.s3 import MissingError
+from components.store import State, Store, Work, locked, state
+from dvq import DvqError, checkpoint
+from dvq.trial import Trial
+
+LOOK = 2.0
+"""Seconds between two looks for a new checkpoint, which is pushed at once."""
+HEARTBEAT = 30.0
+"""Seconds between two pushes otherwise; less than components.mirror.SILENCE."""
+LEAVING = 3.0
+"""Seconds of patience with S3 in a process that was told to end."""
+
+
+class _BusyError(Exception):
+    """Another process of this machine is at work on the folder."""
+
+
+class RemoteStore(Store):
+    """A bucket, and the folder that is its cache."""
+
+    def __init__(self, url: str) -> None:
+        self.bucket = Bucket(url)
+        cache = os.environ.get("DVQ_CACHE") or Path.home() / ".cache" / "dvq"
+        super().__init__(Path(cache) / self.bucket.name / self.bucket.prefix)
+        self.place = str(self.bucket)
+        self._listed: dict[str, str] = {}  # the manifests' ETags by trial
+        self._manifests: dict[str, Manifest] = {}
+
+    def check(self) -> None:
+        self.bucket.check()
+
+    def look(self, keys: Iterable[str], *names: str) -> None:
+        """Of a manifest that did not change since the last look of any process nothing is asked again."""
+        found = self.bucket.list("trials/", "/")
+        self._listed = {Path(name).stem: etag for name, etag in found.items() if name.endswith(".json")}
+        asked = set(keys)
+        families = {key.rpartition("-")[0] for key in asked}
+        wanted = [key for key in self._listed if key.rpartition("-")[0] in families]
+        self._manifests = dict(zip(wanted, self.bucket.each(self._manifest, wanted), strict=True))
+        if names:
+            having = [key for key in sorted(asked) if any(self.has(key, name) for name in names)]
+            self.bucket.each(lambda key: self._bring(key, names.__contains__), having)
+
+    def _manifest(self, key: str) -> Manifest:
+        """A trial's manifest, from the cache if the bucket has the same."""
+        cached, named = self.root / "manifests" / f"{key}.json", f"{self.place}/trials/{key}.json"
+        with suppress(OSError, ValueError):
+            etag, _, content = cached.read_bytes().partition(b"\n")
+            if etag.decode() == self._listed[key]:
+                return parse(content, named)
+        try:
+            content, etag_now = self.bucket.get(f"trials/{key}.json")
+        except MissingError:  # removed since it was listed
+            return Manifest()
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = cached.with_name(f".{key}.{os.getpid()}")
+        partial.write_bytes(etag_now.encode() + b"\n" + content)
+        partial.replace(cached)
+        return parse(content, named)
+
+    def _bring(self, key: str, wanted: Callable[[str], bool]) -> Path:
+        """Fetch a trial's files; not those of one that this machine works on, whose folder is ahead."""
+
+        def busy() -> None:
+            raise _BusyError
+
+        with suppress(_BusyError), locked(self._lock(key), busy):
+            mirror = self._mirror(key)
+            mirror.look(self._manifests[key])
+            try:
+                mirror.fetch(wanted)
+            except MissingError:  # of files that were replaced since
+                mirror.look(mirror.read())
+                mirror.fetch(wanted)
+        return self.trial(key)
+
+    def bring(self, key: str) -> Path:
+        return self._bring(key, lambda _: True)
+
+    def _mirror(self, key: str) -> Mirror:
+        return Mirror(self.bucket, f"trials/{key}", self.trial(key), lambda folder: asdict(state(folder)))
+
+    @contextmanager
+    def working(self, key: str) -> Iterator[Work]:
+        with super().working(key) as work:
+            mirror = self._mirror(key)
+            mirror.claim()
+            trained = any(path.startswith("model/") for path in mirror.manifest.files)
+            mirror.fetch(lambda path: not (trained and path.startswith("checkpoints/")))
+            with _pushing(mirror, work):
+                yield work
+
+    def remove(self, key: str) -> None:
+        super().remove(key)
+        self._mirror(key).remove()
+        self._manifests.pop(key, None)
+
+    def state(self, key: str) -> State:
+        found = self._manifests.get(key)
+        return State(**(found.state if found and found.state else {"name": "new"}))
+
+    def has(self, key: str, part: str) -> bool:
+        files = self._manifests.get(key, Manifest()).files
+        return part in files or any(path.startswith(f"{part}/") for path in files)
+
+    def steps(self, key: str) -> list[int]:
+        files = self._manifests.get(key, Manifest()).files
+        return sorted(int(path.split("/")[1]) for path in files if path.endswith("/checkpoint.json"))
+
+    def family(self, trial: Trial) -> list[str]:
+        return [key for key in self._manifests if key.startswith(f"{trial.family()}-")]
+
+    def has_data(self, name: str, fingerprint: str) -> bool:
+        return bool(self._dataset(fingerprint).read().owner) or super().has_data(name, fingerprint)
+
+    def _dataset(self, fingerprint: str) -> Mirror:
+        return Mirror(self.bucket, f"data/{fingerprint}", self.data(fingerprint), lambda _: {})
+
+    def fetch_data(self, fingerprint: str) -> None:
+        folder = self.data(fingerprint)
+        with locked(folder.parent / f".{fingerprint}.fetch", lambda: None):
+            mirror = self._dataset(fingerprint)
+            if mirror.read().owner:
+                mirror.fetch()
+
+    def publish_data(self, fingerprint: str) -> None:
+        self._dataset(fingerprint).publish_once()
+
+    def publish_report(self, sweep: str) -> None:
+        folder = self.report(sweep)
+        for path in paths(folder):
+            self.bucket.upload(folder / path, f"reports/{sweep}/{path}")
+
+
+@contextmanager
+def _pushing(mirror: Mirror, work: Work) -> Iterator[None]:
+    """Push each new checkpoint, a heartbeat in between, and in the end all. In between a fault of S3 stops nothing;
+    in the end it is raised."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_push_along, args=(mirror, work, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        mirror.bucket.patience = LEAVING
+        ended.set()
+        thread.join()
+        if not work.lost:
+            with suppress(DvqError, OSError):
+                mirror.push(active=False)
+        raise
+    ended.set()
+    thread.join()
+    work.check()
+    mirror.push(active=False)
+
+
+def _push_along(mirror: Mirror, work: Work, ended: threading.Event) -> None:
+    pushed, reached = time.monotonic(), max(checkpoint.steps(work.folder), default=0)
+    while not ended.wait(LOOK):
+        now = max(checkpoint.steps(work.folder), default=0)
+        if now == reached and time.monotonic() - pushed < HEARTBEAT:
+            continue
+        try:
+            mirror.push()
+        except OvertakenError as error:
+            work.lost = error
+            return
+        except (DvqError, OSError) as error:
+            print(f"{error}; the work goes on, and this is tried again", flush=True)
+        pushed, reached = time.monotonic(), now

@@ -1,0 +1,242 @@
+"""What MLflow gets: a trial's run with its curves, results and model, a sweep's ``report`` run, and its champion."""
+
+import re
+import shutil
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param
+from mlflow.exceptions import MlflowException
+
+from components.store import read_json
+from components.tracking import experiment_id
+from dvq.events import Tail
+from dvq.fingerprints import FINGERPRINTS, LABELS
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as Found
+
+BATCH = 500  # metrics in a request; MLflow takes 1,000
+REQUIREMENTS = ("torch", "numpy", "pydantic", "pyyaml", "safetensors", "mlflow")
+"""of the logged model"""
+
+
+class Run:
+    """A trial's run: asked once what it has, then sent what is new."""
+
+    def __init__(
+        self, server: "MlflowClient", folder: Path, experiment: str, document: dict[str, Any]
+    ) -> None:
+        run = _find_or_create(server, experiment_id(server, experiment), document, folder)
+        if not run.data.params:
+            _send_inputs(server, run.info.run_id, document["trial"])
+        self.server, self.folder, self.id = server, folder, run.info.run_id
+        self._status, self._reason = run.info.status, run.data.tags.get("dvq.failure", "")
+        self._has_model = _model(server, run) is not None
+        # The points of a name come in the order of their steps, and of training that goes on after an interruption
+        # the same come again: what is new lies beyond the last. Only here has MLflow the steps of the last points.
+        self._last = {metric.key: metric.step for metric in run.data._metric_objs}
+        sent = (
+            re.match(r"images/(.+)\+step\+(\d+)\+.+\+compressed", one.path)
+            for one in self._artifacts("images")
+        )
+        self._images = {(found[1], int(found[2])) for found in sent if found}
+        self._tail = Tail(folder)
+        self._told: dict[str, Any] = {"time": time.time()}  # the last event of a state or a failure
+
+    def _artifacts(self, path: str) -> list[Any]:
+        return list(self.server.list_artifacts(self.id, path))
+
+    def sync(self) -> bool:
+        """Send what is new in the trial's folder; whether that was all of a finished trial."""
+        if self._status == "FINISHED":
+            return True
+        finished = (self.folder / "results.json").exists()
+        self._send_events()
+        self._set_status(_status(self._told))
+        if finished:
+            self._send_results()
+            self._set_status("FINISHED")
+        return finished
+
+    def _send_events(self) -> None:
+        batch: list[Metric] = []
+        for event in self._tail.fresh():
+            if event["kind"] == "metrics":
+                batch += self._new_points(event)
+            elif event["kind"] == "image" and (event["name"], event["step"]) not in self._images:
+                self._send_image(event)
+            elif event["kind"] in ("state", "failure"):
+                self._told = event
+            if len(batch) >= BATCH:
+                self.server.log_batch(self.id, metrics=batch[:BATCH])
+                batch = batch[BATCH:]
+        if batch:
+            self.server.log_batch(self.id, metrics=batch)
+
+    def _new_points(self, event: dict[str, Any]) -> list[Metric]:
+        step, at = event["step"], round(event["time"] * 1000)
+        new = [name for name in event["values"] if step > self._last.get(name, -1)]
+        self._last.update(dict.fromkeys(new, step))
+        return [Metric(name, event["values"][name], at, step) for name in new]
+
+    def _send_image(self, event: dict[str, Any]) -> None:
+        """As MLflow's log_image, but by the same names each time: what was cut off is replaced, not doubled."""
+        from PIL import Image
+
+        at = f"step+{event['step']}+timestamp+{round(event['time'] * 1000)}+{self.id}"
+        with tempfile.TemporaryDirectory() as scratch, Image.open(self.folder / event["path"]) as image:
+            for name in (f"{event['name']}+{at}.png", f"{event['name']}+{at}+compressed.webp"):
+                image.convert("RGB").save(Path(scratch) / name)
+                self.server.log_artifact(self.id, str(Path(scratch) / name), "images")
+        self.server.set_tag(self.id, "mlflow.loggedImages", "True")
+        self._images.add((event["name"], event["step"]))
+
+    def _set_status(self, status: str) -> None:
+        reason = self._told["reason"] if status == "FAILED" else ""
+        if (status, reason) == (self._status, self._reason):
+            return
+        if reason:
+            self.server.set_tag(self.id, "dvq.failure", reason)
+        elif self._reason:  # it is tried again
+            self.server.delete_tag(self.id, "dvq.failure")
+        if status == "RUNNING":
+            self.server.update_run(self.id, status=status)
+        else:
+            self.server.set_terminated(self.id, status, round(1000 * self._told["time"]))
+        self._status, self._reason = status, reason
+
+    def _send_results(self) -> None:
+        """The finished trial's results, figures and model."""
+        results = read_json(self.folder / "results.json") or {}
+        for name, value in results.get("provenance", {}).items():
+            self.server.set_tag(self.id, f"dvq.{name}", value)
+        for artifact in ("results.json", "evaluation.json", "analysis.npz"):
+            self.server.log_artifact(self.id, str(self.folder / artifact))
+        self.server.log_artifacts(self.id, str(self.folder / "figures"), "figures")
+        if not self._has_model:
+            _send_model(self.id, self.folder / "model")
+            self._has_model = True
+
+
+def _status(event: dict[str, Any]) -> str:
+    if event.get("kind") == "failure":
+        return "FAILED"
+    return "KILLED" if event.get("state") == "interrupted" else "RUNNING"
+
+
+def _find(server: "MlflowClient", experiment: str, key: str) -> "list[Found]":
+    return list(server.search_runs([experiment], f"tags.`dvq.key` = '{key}'"))
+
+
+def _find_or_create(
+    server: "MlflowClient", experiment: str, document: dict[str, Any], folder: Path
+) -> "Found":
+    """The run of this attempt at the trial; runs of attempts that the store no longer knows are deleted."""
+    for run in _find(server, experiment, document["key"]):
+        if run.data.tags.get("dvq.attempt") == document["attempt"]:
+            return run
+        server.delete_run(run.info.run_id)
+    label = LABELS[document["trial"]["data"]]
+    tags = {
+        "dvq.key": document["key"],
+        "dvq.attempt": document["attempt"],
+        "dvq.data": label,
+        "mlflow.note.content": f"`{document['name']}` on {label}",
+    }
+    first = next(Tail(folder).fresh(), {"time": time.time()})
+    return server.create_run(experiment, round(first["time"] * 1000), tags, run_name=document["name"])
+
+
+def _send_inputs(server: "MlflowClient", run_id: str, trial: dict[str, Any]) -> None:
+    """The trial's data by fingerprint, and then, in one request, its fields as parameters."""
+    name, fingerprint = trial["data"], FINGERPRINTS[trial["data"]]
+    dataset = Dataset(name, fingerprint[:16], "code", "{}", profile=f'{{"label": "{LABELS[name]}"}}')
+    server.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    server.log_batch(run_id, params=[Param(key, str(value)) for key, value in trial.items()])
+
+
+def _model(server: "MlflowClient", run: "Found") -> str | None:
+    """The id of the run's model, if it is there whole."""
+    ids = [one.model_id for one in run.outputs.model_outputs] if run.outputs else []
+    return next((one for one in ids if server.get_logged_model(one).status == LoggedModelStatus.READY), None)
+
+
+def _send_model(run_id: str, model: Path) -> None:
+    """The model as a pyfunc made from code and safetensors: nothing in it is a pickle."""
+    import mlflow
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    import dvq
+
+    images = Schema([TensorSpec(np.dtype(np.uint8), (-1, 32, 32, 3))])
+    method = ParamSchema([ParamSpec("method", "string", "encode")])
+    with tempfile.TemporaryDirectory() as scratch:
+        code = Path(scratch) / "dvq"
+        shutil.copytree(
+            Path(dvq.__file__).parent, code, ignore=shutil.ignore_patterns("sample", "__pycache__")
+        )
+        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MLflow wants type hints or examples where a signature is given
+            mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("pyfunc.py")),
+                artifacts={"model": str(model)},
+                code_paths=[str(code)],
+                signature=ModelSignature(inputs=images, params=method),
+                pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
+            )
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package).partition("+")[0]
+
+
+def send_report(server: "MlflowClient", experiment: str, folder: Path, note: str, failed: bool) -> None:
+    """The sweep's ``report`` run, anew: its figures, its page and its table; ``note`` is shown first."""
+    experiment = experiment_id(server, experiment)
+    for old in server.search_runs([experiment], "tags.`dvq.report` = 'true'"):
+        server.delete_run(old.info.run_id)
+    tags = {"dvq.report": "true", "mlflow.note.content": note}
+    run = server.create_run(experiment, tags=tags, run_name="report")
+    server.log_artifacts(run.info.run_id, str(folder))
+    server.set_terminated(run.info.run_id, "FAILED" if failed else "FINISHED")
+
+
+def crown(server: "MlflowClient", model: str, experiment: str, best: dict[str, Any]) -> None:
+    """Give the registered model ``model`` the alias champion on the trial whose results are ``best``; the version
+    says where it comes from."""
+    import mlflow
+
+    (run,) = _find(server, experiment_id(server, experiment), best["key"])
+    lineage = {
+        "dvq.sweep": experiment,
+        "dvq.trial": best["name"],
+        "dvq.key": best["key"],
+        "dvq.attempt": run.data.tags["dvq.attempt"],
+        "dvq.data": best["data"]["label"],
+        "dvq.fingerprint": best["data"]["fingerprint"],
+        "dvq.commit": best["provenance"]["commit"],
+        f"dvq.{best['evaluation']['split']}_bits_per_dim": f"{best['evaluation']['bits_per_dim']:.6f}",
+    }
+    found = _versions(server, model, lineage["dvq.attempt"])
+    if not found:
+        found = [mlflow.register_model(f"models:/{_model(server, run)}", model, tags=lineage).version]
+    server.set_registered_model_alias(model, "champion", found[0])
+
+
+def _versions(server: "MlflowClient", model: str, attempt: str) -> list[str]:
+    """The versions that were made of this attempt."""
+    try:
+        found = server.search_model_versions(f"name = '{model}'")
+    except MlflowException:  # no such model yet
+        return []
+    return [str(one.version) for one in found if one.tags.get("dvq.attempt") == attempt]

@@ -1,0 +1,161 @@
+"""A connection to S3 by boto3: operations that outlast a server's restart, and errors of one sentence.
+
+Endpoint, region and credentials are those of the usual AWS variables and files; none of them is ever told.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from dvq import DvqError
+
+PATIENCE = 300.0
+"""Seconds for which an operation is tried again while the server does not answer, or says that it cannot."""
+LONGEST_WAIT = 5.0
+"""Seconds between two attempts, at most."""
+THREADS = 8
+"""Operations at once."""
+PASSING = {"RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "SlowDown"}
+FULL = {"XMinioStorageFull", "QuotaExceeded", "507"}
+URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*?))?/*")
+R = TypeVar("R")
+
+
+class ChangedError(Exception):
+    """The object is not the one that a condition named."""
+
+
+class MissingError(DvqError):
+    """There is no such object."""
+
+
+class Connection:
+    """What leads to a bucket, and to a prefix in it."""
+
+    def __init__(self, url: str, named: str = "DVQ_STORE") -> None:
+        found = URL.fullmatch(url)
+        if not found:
+            raise DvqError(f"{named} = '{url}': give s3://bucket/prefix, the bucket's name as S3 allows it")
+        self.name, self.prefix = found[1], f"{found[2]}/" if found[2] else ""
+        self.patience = PATIENCE
+        self._worked = self._said = False
+
+    def __str__(self) -> str:
+        return f"s3://{self.name}/{self.prefix}".rstrip("/")
+
+    @cached_property
+    def client(self) -> Any:
+        """boto3's client, which threads may share; its import takes a third of a second."""
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        config = Config(
+            signature_version="s3v4",
+            s3={"addressing_style": "path" if "AWS_ENDPOINT_URL" in os.environ else "auto"},
+            retries={"mode": "standard", "total_max_attempts": 1},  # the SDK's own give up within a second
+            connect_timeout=3,
+            read_timeout=30,
+            max_pool_connections=2 * THREADS,
+            tcp_keepalive=True,
+            request_checksum_calculation="when_required",  # SHA-256 is given and checked instead of CRC-32
+            response_checksum_validation="when_required",
+        )
+        try:
+            session = boto3.Session()
+            return session.client("s3", region_name=session.region_name or "us-east-1", config=config)
+        except (BotoCoreError, ValueError) as error:
+            raise DvqError(f"{self}: the AWS_* settings cannot be used ({type(error).__name__})") from None
+
+    @property
+    def server(self) -> str:
+        """``S3 at host:port``, without what an address may hold of credentials."""
+        return f"S3 at {urlsplit(self.client.meta.endpoint_url).netloc.rpartition('@')[2]}"
+
+    def call(self, operation: str, **arguments: Any) -> Any:
+        """An operation of boto3's client on the bucket, tried again while it may pass."""
+        operate = getattr(self.client, operation)
+        return self.patiently(lambda: operate(Bucket=self.name, **arguments))
+
+    def patiently(self, attempt: Callable[[], R]) -> R:
+        """What ``attempt`` returns, made again while its error may pass.
+
+        Raises:
+            ChangedError: a condition does not hold.
+            DvqError: all else that S3 refuses, or that did not pass.
+        """
+        import tenacity
+
+        retrying = tenacity.Retrying(
+            stop=lambda state: (state.seconds_since_start or 0) > self.patience,
+            wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=LONGEST_WAIT, jitter=0.2),
+            retry=tenacity.retry_if_exception(self.passes),
+            before_sleep=self._say,
+            reraise=True,
+        )
+        try:
+            result = retrying(attempt)
+        except Exception as error:
+            raise self._sentence(error) from None
+        self._worked, self._said = True, False
+        return result
+
+    def passes(self, error: BaseException) -> bool:
+        """Whether the same may succeed later; a bucket and credentials that were right before are given time too."""
+        from botocore.exceptions import ClientError, EndpointConnectionError, HTTPClientError
+        from botocore.exceptions import IncompleteReadError as CutShortError
+
+        if not isinstance(error, ClientError):
+            return isinstance(error, EndpointConnectionError | HTTPClientError | CutShortError)
+        status, code = _code(error)
+        if self._worked and (status in (401, 403) or code == "NoSuchBucket"):
+            return code != "RequestTimeTooSkewed"
+        return status >= 500 or status == 429 or code in PASSING | FULL
+
+    def _say(self, state: Any) -> None:
+        if not self._said:
+            self._said = True
+            told = self._sentence(state.outcome.exception())
+            print(f"{told}; trying again for {self.patience:.0f} s", flush=True)
+
+    def _sentence(self, error: BaseException) -> BaseException:
+        """The error in one sentence, which holds no credentials; one that is a bug as it is."""
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+        from botocore.exceptions import PartialCredentialsError as PartialError
+
+        if isinstance(error, ClientError):
+            return self._answered(*_code(error))
+        if isinstance(error, NoCredentialsError | PartialError):
+            keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            return DvqError(f"{self.server}: there are no credentials; set {keys}")
+        if isinstance(error, BotoCoreError):
+            name = type(error).__name__
+            return DvqError(f"{self.server} does not answer ({name}); is it up, and AWS_ENDPOINT_URL right?")
+        return error
+
+    def _answered(self, status: int, code: str) -> Exception:
+        about = f"for bucket '{self.name}' ({status} {code})"
+        if status == 412:
+            return ChangedError()
+        if code == "NoSuchBucket":
+            return DvqError(f"{self.server} has no bucket '{self.name}'; create it, or name another")
+        if status == 404:
+            return MissingError(f"{self.server} does not have what was asked {about}")
+        if code == "RequestTimeTooSkewed":
+            return DvqError(f"{self.server} refuses: this machine's clock is wrong {about}; set the clock")
+        if code in FULL:
+            return DvqError(f"{self.server} is out of space {about}; make room, and the same command goes on")
+        if status in (401, 403):
+            keys = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do"
+            return DvqError(f"{self.server} refuses the credentials {about}; {keys}")
+        full = ": so do some servers that are out of space" if status == 500 else ""
+        return DvqError(f"{self.server} answers with an error {about}{full}")
+
+
+def _code(error: Any) -> tuple[int, str]:
+    """The HTTP status and S3's own code of an error."""
+    told = error.response
+    return told.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), told.get("Error", {}).get("Code", "")

@@ -1,0 +1,38 @@
+"""Bring MLflow up to date with a sweep, whatever it had or lost: ``python -m pipeline.replay SWEEP``."""
+
+import contextlib
+import os
+from typing import Annotated
+
+import typer
+
+from components import reports, tracking
+from dvq import DvqError
+from pipeline import preflight
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def replay(
+    sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
+) -> None:
+    """Send MLflow all that it lacks of a sweep; exit status 1 if it could not take it."""
+    with preflight.one_sentence():
+        found = preflight.find_sweep(sweep)
+        store = preflight.set_environment()
+        fault = preflight.check_tracking()
+        if fault:
+            raise DvqError(f"{fault}; start it and replay again")
+        tracking.ensure()
+    lacking, count = reports.track(found, store, anew=True), len(found.trials())
+    tracking.forget(store.report(found.name), found.name)
+    with contextlib.suppress(DvqError):  # the report is written, and names the trials that failed
+        reports.report(found.model_dump_json())
+    uri = tracking.redacted(os.environ["MLFLOW_TRACKING_URI"])
+    print(f"{count - len(lacking)} of {count} trials are up to date in MLflow at {uri}")
+    raise SystemExit(1 if lacking else 0)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,217 @@
+"""MLflow's server with PostgreSQL and S3 behind it, on this machine: python -m pipeline.stack up | down | address
+
+All of it is in outputs/stack: the data, logs/ and stack.json, which only its owner can read, with the ports, the
+generated passwords and the process ids. However it ended, it starts again with the same data and passwords.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from dvq import DvqError
+from pipeline.services import HOST, PORTS, Service, create_database, endpoint, keys, services
+
+START, STOP = 180, 20
+"""Seconds for a service to answer, and to end."""
+STORE = "s3://dvq/store"
+MARK = "DVQ_STACK"
+"""What tells a service's process: this variable of its environment names the stack's folder."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+class Stack:
+    """The stack in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._file = folder, folder / "stack.json"
+        self.secret = {name: secrets.token_hex(20) for name in ("access_key", "secret_key", "password")}
+        self.ports: dict[str, int] = {}
+        self.pids: dict[str, int] = {}
+        try:
+            found: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            self.secret, self.ports, self.pids = found["secret"], found["ports"], found["pids"]
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError):
+            raise DvqError(f"{self._file} is damaged, and with it the passwords: remove {folder}") from None
+
+    @property
+    def address(self) -> str:
+        """MLflow's."""
+        return f"http://{HOST}:{self.ports['mlflow']}"
+
+    def environment(self) -> dict[str, str]:
+        """What leads a sweep to the stack; empty if it is down.
+
+        Raises:
+            DvqError: it was started, and something of it does not run any more.
+        """
+        dead = [name for name in self.pids if not self._processes(name)]
+        if dead:
+            raise DvqError(
+                f"the stack was started, and {', '.join(dead)} of it died: make stack-up starts it again with all "
+                "that it keeps, make stack-down lets sweeps run without it"
+            )
+        if not self.pids:
+            return {}
+        store = {"DVQ_STORE": STORE, "AWS_ENDPOINT_URL": endpoint(self.ports), **keys(self.secret)}
+        # A store of the user's is left alone, and so is S3 of the user's, which the images may come from.
+        return {"MLFLOW_TRACKING_URI": self.address} | ({} if store.keys() & os.environ.keys() else store)
+
+    def whole(self) -> bool:
+        """Whether all services run and answer."""
+        return bool(self.pids) and all(
+            name in self.pids and self._processes(name) and one.ready()
+            for name, one in self._services().items()
+        )
+
+    def up(self) -> None:
+        """Start the services, after ending what is left of them."""
+        self.down()
+        if not self.ports or not all(map(_free, self.ports.values())):
+            self.ports = _free_ports()
+        create_database(self.folder / "postgres", self.secret)
+        try:
+            for name, service in self._services().items():
+                self._start(name, service)
+        except BaseException:  # Ctrl-C too
+            self.down()
+            raise
+
+    def down(self) -> bool:
+        """End the services, the last first; False if none ran."""
+        ran = [name for name in reversed(self.pids) if self._processes(name)]
+        for name in ran:
+            self._stop(name, self._services()[name].end)
+        self.pids = {}
+        self._save()
+        return bool(ran)
+
+    def _services(self) -> dict[str, Service]:
+        return services(self.folder, self.ports, self.secret)
+
+    def _start(self, name: str, service: Service) -> None:
+        log = self.folder / "logs" / f"{name}.log"
+        log.parent.mkdir(exist_ok=True)
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                service.command,
+                env={**os.environ, **service.environment, MARK: str(self.folder)},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        self.pids[name] = process.pid
+        self._save()
+        deadline = time.monotonic() + START
+        while not service.ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise DvqError(f"the stack's {name} does not start; its log, {log}, may say why")
+            time.sleep(0.2)
+
+    def _stop(self, name: str, end: signal.Signals) -> None:
+        import psutil
+
+        left = self._processes(name)
+        for number in (end, signal.SIGKILL):
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+            _, left = psutil.wait_procs(left, STOP)
+
+    def _processes(self, name: str) -> list[Any]:
+        """The service's processes: those of its group, if that number is not another's by now."""
+        import psutil
+
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getpgid(process.pid) == self.pids[name] and process.environ().get(MARK) == str(
+                    self.folder
+                ):
+                    found.append(process)
+        return found
+
+    def _save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+        partial = self._file.with_suffix(".partial")
+        with open(
+            os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+        ) as file:
+            json.dump({"secret": self.secret, "ports": self.ports, "pids": self.pids}, file, indent=1)
+        partial.replace(self._file)
+
+
+def _free(port: int) -> bool:
+    try:
+        socket.create_server((HOST, port)).close()
+    except OSError:
+        return False
+    return True
+
+
+def _free_ports() -> dict[str, int]:
+    sockets = {name: socket.create_server((HOST, 0)) for name in PORTS}
+    ports: dict[str, int] = {name: one.getsockname()[1] for name, one in sockets.items()}
+    for one in sockets.values():
+        one.close()
+    return ports
+
+
+@contextlib.contextmanager
+def _here() -> Iterator[Stack]:
+    """The stack of the current folder, for this process alone; what is wrong is one sentence and exit status 2."""
+    from pipeline.preflight import one_sentence, outputs
+
+    folder = outputs() / "stack"
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_sentence(), (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Stack(folder)
+
+
+@app.command()
+def up() -> None:
+    """Start the stack."""
+    with _here() as stack:
+        if not stack.whole():
+            print("starting S3, PostgreSQL and MLflow: up to a minute", flush=True)
+            stack.up()
+        print(
+            f"the stack is up: MLflow {stack.address}, S3 {endpoint(stack.ports)}; logs in {stack.folder / 'logs'}"
+        )
+        print("make submit-sweep uses it; make stack-down ends it and keeps its data")
+
+
+@app.command()
+def down() -> None:
+    """End the stack; its data stays."""
+    with _here() as stack:
+        print("the stack is down" if stack.down() else "the stack was down")
+
+
+@app.command()
+def address() -> None:
+    """Print MLflow's address; exit status 1 if the stack is down."""
+    with _here() as stack:
+        if not stack.environment():
+            raise SystemExit(1)
+        print(stack.address)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,254 @@
+"""The stack as services of this machine, and a sweep on it that leaves no password anywhere."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+
+from components import tracking
+from pipeline.services import endpoint
+from pipeline.stack import Stack
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "base": {
+        "data": "cifar10-sample",
+        "split": "tune",
+        "features": 4,
+        "num_latents": 2,
+        "num_codes": 4,
+        "code_dim": 4,
+        "batch_size": 16,
+        "steps": 5,
+        "log_every": 1,
+        "evaluate_every": 5,
+        "bound_samples": 1,
+    },
+    "grid": {"estimator": ["gs-soft", "vq-ema"]},
+    "champion": "tiny-model",
+}
+CANARY = "canary-5e0c7f"
+"""a password that the user set, and that no fault nor record may show"""
+
+
+class Home:
+    """A folder in which commands are typed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("AWS_", "DVQ_", "MLFLOW_"))
+        } | {
+            "PYTHONPATH": str(ROOT),
+            "MLFLOW_TRACKING_USERNAME": "someone",
+            "MLFLOW_TRACKING_PASSWORD": CANARY,
+        }
+        self.said = ""
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+
+    def run(self, module: str, *arguments: str, **more: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", f"pipeline.{module}", *arguments],
+            cwd=self.folder,
+            env={**self.environment, **more},
+            capture_output=True,
+            text=True,
+            timeout=250,
+        )
+        self.said += done.stdout + done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    @property
+    def stack(self) -> Stack:
+        return Stack(self.folder / "outputs" / "stack")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    made = Home(tmp_path_factory.mktemp("home"))
+    try:
+        yield made
+    finally:
+        made.stack.down()
+
+
+def test_it_starts_once_and_says_where(home: Home) -> None:
+    code, said = home.run("stack", "up")
+    assert code == 0, said
+    assert f"the stack is up: MLflow {home.stack.address}" in said
+    pids = home.stack.pids
+    assert home.run("stack", "up")[0] == 0
+    assert home.stack.pids == pids
+    assert home.run("stack", "address") == (0, f"{home.stack.address}\n")
+    file = home.folder / "outputs" / "stack" / "stack.json"
+    assert oct(file.stat().st_mode)[-3:] == "600"
+    assert oct(file.parent.stat().st_mode)[-3:] == "700"
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert not [secret for secret in home.stack.secret.values() if secret in lines]
+
+
+def test_a_sweep_uses_it_and_leaves_no_password(home: Home) -> None:
+    code, said = home.run("submit", "tiny.yaml", "--jobs", "2")
+    assert code == 0, said
+    assert not (home.folder / "outputs" / "mlflow.db").exists()
+    left = dict(everything(home))
+    assert {"tracking", "s3 dvq", "s3 mlflow", "report", "kfp.log"} <= {
+        name.partition(":")[0] for name in left
+    }
+    for secret in (CANARY, home.stack.secret["secret_key"], home.stack.secret["password"]):
+        assert [name for name, content in left.items() if secret.encode() in content] == []
+
+
+def everything(home: Home) -> Iterator[tuple[str, bytes]]:
+    """All that the sweep left: what was said, files, objects, MLflow's records and the compiled pipeline."""
+    yield "said", home.said.encode()
+    outputs = home.folder / "outputs"
+    for path in outputs.rglob("*"):
+        if path.is_file() and outputs / "stack" not in path.parents:
+            yield f"{path.name}:{path}", path.read_bytes()
+            if path.name == "report.html":
+                yield "report", path.read_bytes()
+    stack = home.stack
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=endpoint(stack.ports),
+        aws_access_key_id=stack.secret["access_key"],
+        aws_secret_access_key=stack.secret["secret_key"],
+        region_name="us-east-1",
+    )
+    for bucket in ("dvq", "mlflow"):
+        for item in s3.list_objects_v2(Bucket=bucket)["Contents"]:
+            yield f"s3 {bucket}:{item['Key']}", s3.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", stack.address)
+        client = tracking.client()
+        for experiment in client.search_experiments():
+            for run in client.search_runs([experiment.experiment_id]):
+                yield f"tracking:{run.info.run_id}", json.dumps(run.to_dictionary()).encode()
+        for version in client.search_model_versions():
+            yield f"model:{version.version}", repr(version).encode()
+    for path in (outputs / "stack" / "logs").iterdir():
+        yield f"log:{path}", path.read_bytes()
+
+
+def test_its_champion_loads_with_pickle_forbidden_and_says_where_it_comes_from(home: Home) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", home.stack.address)
+        version = tracking.client().get_model_version_by_alias("tiny-model", "champion")
+        experiment = tracking.client().get_experiment_by_name("tiny")
+        runs = tracking.client().search_runs([experiment.experiment_id], "tags.`dvq.key` LIKE '%'")
+    best = min(runs, key=lambda run: run.data.metrics["tune/bits_per_dim"])
+    assert version.run_id == best.info.run_id
+    assert {name: version.tags[f"dvq.{name}"] for name in ("sweep", "trial", "key")} == {
+        "sweep": "tiny",
+        "trial": best.info.run_name,
+        "key": best.data.tags["dvq.key"],
+    }
+    assert version.tags["dvq.commit"] == best.data.tags["dvq.commit"]
+    assert len(version.tags["dvq.fingerprint"]) == 64
+    script = (
+        "import mlflow, numpy, dvq; images = numpy.zeros((2, 32, 32, 3), dtype=numpy.uint8)\n"
+        "codes = mlflow.pyfunc.load_model('models:/tiny-model@champion').predict(images)\n"
+        "import torch; same = dvq.load('models:/tiny-model@champion').encode(torch.from_numpy(images)).numpy()\n"
+        "print(codes.shape, (codes == same).all())"
+    )
+    settings = {"MLFLOW_TRACKING_URI": home.stack.address, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**home.environment, **settings},
+        cwd=home.folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines()[-1:] == ["(2, 8, 8, 2) True"], done.stderr
+
+
+def test_few_names_of_metrics_however_many_latent_variables(home: Home) -> None:
+    """What there is of each is in evaluation.json, the run's artifact."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", home.stack.address)
+        experiment = tracking.client().get_experiment_by_name("tiny")
+        for run in tracking.client().search_runs([experiment.experiment_id], "tags.`dvq.key` LIKE '%'"):
+            assert len(run.data.metrics) <= 12
+            path = tracking.client().download_artifacts(run.info.run_id, "evaluation.json")
+            ledger = json.loads(Path(path).read_text(encoding="utf-8"))["ledger"]
+            assert len(ledger["latents"]) == 2
+
+
+def test_it_starts_again_as_it_was_after_a_kill(home: Home) -> None:
+    before, runs = home.stack, recorded(home)
+    for pid in before.pids.values():
+        os.kill(pid, signal.SIGKILL)  # MLflow's own child stays behind, as a stray
+    code, said = home.run("submit", "tiny.yaml")
+    assert code == 2
+    assert "error: the stack was started, and" in said
+    assert home.run("stack", "up")[0] == 0
+    assert home.stack.secret == before.secret
+    assert recorded(home) == runs
+
+
+def test_a_lost_database_is_made_again_by_replay(home: Home) -> None:
+    runs = recorded(home)
+    assert len(runs) == 3
+    home.run("stack", "down")
+    shutil.rmtree(home.folder / "outputs" / "stack" / "postgres")
+    assert home.run("stack", "up")[0] == 0
+    code, said = home.run("replay", "tiny.yaml")
+    assert code == 0, said
+    assert "2 of 2 trials are up to date in MLflow at http://127.0.0.1:" in said
+    assert recorded(home) == runs
+    assert home.run("replay", "tiny.yaml")[0] == 0
+    assert recorded(home) == runs
+
+
+def recorded(home: Home) -> dict[str, Any]:
+    """Status, parameters and every point of the sweep's runs, by their names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", home.stack.address)
+        client = tracking.client()
+        experiment = client.get_experiment_by_name("tiny")
+        return {
+            run.info.run_name: (
+                run.info.status,
+                run.data.params,
+                {
+                    name: [
+                        (point.step, point.timestamp, point.value)
+                        for point in client.get_metric_history(run.info.run_id, name)
+                    ]
+                    for name in run.data.metrics
+                },
+            )
+            for run in client.search_runs([experiment.experiment_id])
+        }
+
+
+def test_it_ends_nothing_but_its_own(home: Home) -> None:
+    """A process that has the number of a service's by now lives on."""
+    other = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        stack = home.stack
+        pids = dict(stack.pids)
+        stack.pids = {**pids, "mlflow": other.pid}
+        stack._save()
+        code, said = home.run("stack", "down")
+        assert (code, other.poll()) == (0, None), said
+        stack.pids = {"mlflow": pids["mlflow"]}
+        stack._save()
+        assert home.run("stack", "down") == (0, "the stack is down\n")
+        assert home.run("stack", "down") == (0, "the stack was down\n")
+        assert home.run("stack", "address")[0] == 1
+    finally:
+        other.kill()
+        other.wait()
