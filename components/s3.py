@@ -99,7 +99,9 @@ class Connection:
         try:
             result = retrying(attempt)
         except Exception as error:
-            raise self._sentence(error) from None
+            told = self._sentence(error)
+            self._worked = self._worked or isinstance(told, MissingError | ChangedError)
+            raise told from None
         self._worked, self._said = True, False
         return result
 

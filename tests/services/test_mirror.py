@@ -129,10 +129,11 @@ def test_a_worker_that_was_overtaken_publishes_nothing_and_says_so(bucket: Bucke
     other = claimed(bucket, tmp_path / "b")  # after the first's silence
     assert contents(other.folder) == {"checkpoint": b"of the first"}
     write(frozen.folder, results="of the first")
-    with pytest.raises(
-        OvertakenError, match=r"trials/x-1: overtaken by process \d+ on .* while process \d+ on"
-    ):
-        frozen.push()
+    for _ in range(2):
+        with pytest.raises(
+            OvertakenError, match=r"trials/x-1: overtaken by process \d+ on .* while process \d+ on"
+        ):
+            frozen.push()
     write(other.folder, results="of the second")
     other.push(active=False)
     with pytest.raises(OvertakenError):
