@@ -227,6 +227,34 @@ def test_a_server_killed_while_publishing(
     assert visible(bucket, tmp_path / "b") == {"trial": b"2", "results": b"2"}
 
 
+def test_a_full_server_leaves_what_was_published_and_goes_on_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = SeaweedFS(tmp_path / "seaweed", "dvq", "-master.volumeSizeLimitMB=1", "-volume.max=2")
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    try:
+        server.start()
+        bucket = Bucket("s3://dvq")
+        bucket.patience = 0.0
+        one = claimed(bucket, tmp_path / "a")
+        write(one.folder, trial="1")
+        one.push()
+        for number in range(6):
+            (one.folder / str(number)).write_bytes(os.urandom(1 << 20))
+        with pytest.raises(DvqError, match=r"InternalError.*, as some servers do that are out of space"):
+            one.push()
+        server.kill()
+        server.options = ("-master.volumeSizeLimitMB=64", "-volume.max=20")
+        server.start()
+        bucket.patience = 30.0
+        assert visible(bucket, tmp_path / "b") == {"trial": b"1"}
+        one.push(active=False)
+        assert visible(bucket, tmp_path / "b") == contents(one.folder)
+    finally:
+        server.kill()
+
+
 def test_a_reader_whose_object_was_replaced_reads_the_new_one(
     bucket: Bucket, proxy: Proxy, tmp_path: Path
 ) -> None:
