@@ -196,6 +196,19 @@ def test_a_lost_answer_is_no_defeat(bucket: Bucket, proxy: Proxy, tmp_path: Path
     assert visible(bucket, tmp_path / "b") == {"a": b"2"}
 
 
+def test_a_push_that_seemed_to_fail_is_no_defeat(bucket: Bucket, proxy: Proxy, tmp_path: Path) -> None:
+    one = claimed(bucket, tmp_path / "a")
+    write(one.folder, a="1")
+    bucket.patience = 0.0
+    proxy.at(r"PUT .*/x-1\.json", answer_up_to(0))
+    with pytest.raises(DvqError, match="does not answer"):
+        one.push()
+    assert visible(bucket, tmp_path / "b") == {"a": b"1"}
+    write(one.folder, a="2")
+    one.push(active=False)
+    assert visible(bucket, tmp_path / "b") == {"a": b"2"}
+
+
 @pytest.mark.parametrize("pattern", [r"PUT .*-000001/results", r"PUT .*/x-1\.json", r"POST .*\?delete"])
 def test_a_server_killed_while_publishing(
     bucket: Bucket,

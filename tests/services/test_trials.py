@@ -328,7 +328,9 @@ def test_a_flipped_byte_is_named_and_refused(
     publish(store, plain.trial(KEY))
     key = spoil(store, KEY, "results.json", 50)
     other = machine(tmp_path / "two", monkeypatch)
-    with pytest.raises(DvqError, match=f"{key} is damaged: its SHA-256 is .* compute the trial anew"):
+    with pytest.raises(
+        DvqError, match=f"{key} is damaged: its SHA-256 is .* remove s3://.*json to have all of it made anew"
+    ):
         other.look([KEY], "results.json")
 
 
