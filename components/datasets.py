@@ -32,9 +32,8 @@ def _make(name: str, source: str, folder: Path) -> None:
     bucket, key = _object(source)
     size, etag = _found(bucket, key)
     archive = folder.parent / f".{PurePosixPath(key).name}"
-    with locked(
-        archive.with_name(f"{archive.name}.lock"), lambda: None
-    ):  # one process fetches, and the others wait
+    lock = archive.with_name(f"{archive.name}.lock")
+    with locked(lock, lambda: None):  # one process fetches it, and the others wait
         if not data.is_prepared(name, folder):
             bucket.download(key, archive, size, etag=etag, progress=progress)
             data.prepare(name, str(archive), folder)

@@ -1,5 +1,6 @@
 """What a mirrored folder holds: the manifest, in the bucket, and the index, in the folder."""
 
+import hashlib
 import json
 import os
 import socket
@@ -23,6 +24,28 @@ class Piece(NamedTuple):
     """its key behind the folder's place"""
     sha256: str
     size: int
+
+
+def piece_of(name: str, content: bytes) -> Piece:
+    """The piece that is all of the object ``name``."""
+    return Piece(name, hashlib.sha256(content).hexdigest(), len(content))
+
+
+def stored(content: bytes, pieces: list[Piece]) -> tuple[list[Piece], int]:
+    """Of a file's stored pieces those to keep now that it holds ``content``, and where in it the rest begins.
+
+    What was appended takes pieces along that are not twice as large: so they stay few, and little is sent twice.
+    """
+    kept: list[Piece] = []
+    start = 0
+    for piece in pieces:
+        if piece_of(piece.object, content[start : start + piece.size]) != piece:
+            break
+        kept.append(piece)
+        start += piece.size
+    while start < len(content) and kept and kept[-1].size < 2 * (len(content) - start):
+        start -= kept.pop().size
+    return kept, start
 
 
 @dataclass(frozen=True)
@@ -66,7 +89,7 @@ def parse(content: bytes, named: str) -> Manifest:
         files = {path: [Piece(*one) for one in pieces] for path, pieces in found["files"].items()}
         return Manifest(**{**found, "files": files})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DvqError(f"{named} is damaged ({error}); compute anew (FRESH=1)") from None
+        raise DvqError(f"{named} is damaged ({error}); remove it to have all of it made anew") from None
 
 
 def load_index(folder: Path) -> tuple[Manifest, dict[str, Known]]:

@@ -8,7 +8,6 @@ replaces the manifest too: the earlier owner's condition fails from then on, how
 What grows (events) is stored in pieces that are merged as they become many, so that it is not sent again and again.
 """
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,8 +24,10 @@ from components.manifest import (
     new_owner,
     parse,
     paths,
+    piece_of,
     save_index,
     stamp,
+    stored,
 )
 from components.s3 import ChangedError, MissingError
 from dvq import DvqError
@@ -53,7 +54,7 @@ class Mirror:
     ) -> None:
         self.bucket, self.place, self.folder, self._describe = bucket, place, folder, describe
         self.name = f"{bucket}/{place}"
-        self.manifest, self._etag = Manifest(), ""
+        self.manifest, self._etag, self._pushes = Manifest(), "", 0
         self._index, self._known = load_index(folder)
 
     def read(self) -> Manifest:
@@ -92,8 +93,9 @@ class Mirror:
     def look(self, manifest: Manifest) -> None:
         """Take ``manifest`` for the mirror's, without becoming its owner; the folder loses what differs."""
         self.manifest = manifest
-        self._reconcile()
-        self._remember(manifest)
+        if not self._ahead():
+            self._reconcile()
+            self._remember(manifest)
 
     def fetch(self, wanted: Callable[[str], bool] = lambda _: True) -> None:
         """Bring the files whose path is ``wanted`` to the folder, where it lacks them."""
@@ -108,11 +110,11 @@ class Mirror:
         Raises:
             OvertakenError: another worker took the folder over; nothing of this push is visible.
         """
-        before, number = self.manifest.objects(), self.manifest.push + 1
+        before, number = self.manifest.objects(), self._pushes + 1
         files = self._upload(f"{self.manifest.owner}-{number:06d}")
-        new = replace(
-            self.manifest, push=number, active=active, state=self._describe(self.folder), files=files
-        )
+        state = self._describe(self.folder)
+        new = replace(self.manifest, push=number, active=active, state=state, files=files)
+        self._pushes = number
         self._remember(new)  # before it is there, so that the folder never seems older than its mirror
         self._publish(new)
         self._delete(before - new.objects())
@@ -121,7 +123,7 @@ class Mirror:
         """Store the folder, unless the mirror has one already."""
         if self.read().owner:
             return
-        owner = new_owner()
+        self._known, owner = {}, new_owner()
         new = Manifest(owner, by=here(), files=self._upload(f"{owner}-{0:06d}"))
         try:
             self._publish(new)
@@ -134,28 +136,34 @@ class Mirror:
         self.bucket.delete(self.bucket.list(f"{self.place}/"))
 
     def _publish(self, new: Manifest) -> None:
-        """Replace the manifest, if it is still the one that was seen last."""
+        """Replace the manifest, if it is still the one that this worker left."""
+        key, content = f"{self.place}.json", new.content()
         try:
-            etag = self.bucket.put(f"{self.place}.json", new.content(), self._etag)
+            etag = self.bucket.put(key, content, self._etag)
         except ChangedError:
             found, etag = self._read()
             if found != new:  # else it was stored, and the answer was lost
-                raise OvertakenError(
-                    f"{self.name}: overtaken by {found.by or 'its removal'} while {here()} stood still or could "
-                    "not reach it; what this process made since then is not published"
-                ) from None
+                if found.owner != new.owner:
+                    raise OvertakenError(
+                        f"{self.name}: overtaken by {found.by or 'its removal'} while {here()} stood still or "
+                        "could not reach it; what this process made since then is not published"
+                    ) from None
+                etag = self.bucket.put(key, content, etag)  # over a push of its own that seemed to fail
         self.manifest, self._etag = new, etag
 
+    def _ahead(self) -> bool:
+        """Whether the folder holds all that the manifest does, and perhaps more."""
+        return self._index.owner == self.manifest.owner and self.manifest.push <= self._index.push
+
     def _reconcile(self) -> None:
-        """Remove local files that the manifest has otherwise, unless the folder is ahead of it."""
+        """Find out which local files are as in the manifest; the others go, unless the folder is ahead."""
         files, known = self.manifest.files, self._known
-        ahead = self._index.owner == self.manifest.owner and self.manifest.push <= self._index.push
         self._known = {
             path: one
             for path, one in known.items()
             if one.pieces == files.get(path) and stamp(self.folder / path) == one[1:]
         }
-        for path in () if ahead else paths(self.folder):
+        for path in () if self._ahead() else paths(self.folder):
             if path not in self._known:
                 (self.folder / path).unlink()
 
@@ -174,7 +182,7 @@ class Mirror:
             self._join(target, pieces)
         except DamagedError as error:
             if not path.startswith("checkpoints/"):
-                raise DvqError(f"{error}; compute the trial anew (FRESH=1)") from None
+                raise DvqError(f"{error}; remove {self.name}.json to have all of it made anew") from None
             print(f"{error}; this checkpoint is left out", flush=True)
             del self.manifest.files[path]
             return
@@ -222,28 +230,16 @@ class Mirror:
         return [Piece(name, *self.bucket.upload(self.folder / path, f"{self.place}/{name}"))]
 
     def _append(self, path: str, name: str) -> list[Piece]:
-        """Store the whole lines that were appended, together with pieces that are not twice as large."""
+        """Store the whole lines that were appended."""
         content = (self.folder / path).read_bytes()
         content = content[: content.rfind(b"\n") + 1]
-        kept: list[Piece] = []
-        start = 0
-        for piece in self._known[path].pieces if path in self._known else ():
-            if _sha256(content[start : start + piece.size]) != piece.sha256:
-                break
-            kept.append(piece)
-            start += piece.size
-        while start < len(content) and kept and kept[-1].size < 2 * (len(content) - start):
-            start -= kept.pop().size
+        kept, start = stored(content, self._known[path].pieces if path in self._known else [])
         if start == len(content):
             return kept
         self.bucket.put(f"{self.place}/{name}", content[start:])
-        return [*kept, Piece(name, _sha256(content[start:]), len(content) - start)]
+        return [*kept, piece_of(name, content[start:])]
 
     def _remember(self, manifest: Manifest) -> None:
         """The folder is equal to ``manifest``, or ahead of it."""
         self._index = manifest
         save_index(self.folder, manifest, self._known)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

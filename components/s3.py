@@ -99,7 +99,9 @@ class Connection:
         try:
             result = retrying(attempt)
         except Exception as error:
-            raise self._sentence(error) from None
+            told = self._sentence(error)
+            self._worked = self._worked or isinstance(told, MissingError | ChangedError)
+            raise told from None
         self._worked, self._said = True, False
         return result
 
@@ -151,7 +153,7 @@ class Connection:
         if status in (401, 403):
             keys = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do"
             return DvqError(f"{self.server} refuses the credentials {about}; {keys}")
-        full = ": so do some servers that are out of space" if status == 500 else ""
+        full = ", as some servers do that are out of space" if status == 500 else ""
         return DvqError(f"{self.server} answers with an error {about}{full}")
 
 

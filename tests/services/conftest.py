@@ -55,7 +55,7 @@ class SeaweedFS:
     """SeaweedFS with its S3 gateway, in ``folder``; it can be killed and started again on the same port."""
 
     def __init__(self, folder: Path, bucket: str, *options: str) -> None:
-        self.folder, self.bucket, self._options = folder, bucket, options
+        self.folder, self.bucket, self.options = folder, bucket, options
         self.access_key, self.secret_key = secrets.token_hex(8), secrets.token_hex(16)
         self._ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
         self.port = self._ports["s3.port"]
@@ -68,7 +68,7 @@ class SeaweedFS:
         command = [str(Path(sys.executable).with_name("weed")), "-logtostderr=true", "-v=-1", "mini"]
         command += [f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
         command += [f"-{name}={port}" for name, port in self._ports.items()]
-        command += [*OFF, f"-bucket={self.bucket}", *self._options]
+        command += [*OFF, f"-bucket={self.bucket}", *self.options]
         with self.folder.with_suffix(".log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, env={**os.environ, **keys, "GOMEMLIMIT": "512MiB"}, stdout=log, stderr=log

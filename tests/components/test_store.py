@@ -1,0 +1,57 @@
+"""A folder store among several processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from components.store import Store
+from dvq import DvqError
+
+HOLD = """
+import subprocess, sys
+from components.store import Store
+with Store(sys.argv[1]).working("a-1") as work:
+    if sys.argv[2] == "child":
+        child = subprocess.Popen([sys.executable, "-c", "print('held', flush=True); input()"], pass_fds=[work.lock])
+        child.poll() or sys.exit()
+    print("held", flush=True)
+    input()
+"""
+"""Works on a trial until a line comes; or leaves it to a child that does."""
+WAIT = """
+import sys
+from components.store import Store
+with Store(sys.argv[1]).working("a-1"):
+    print("mine", flush=True)
+"""
+
+
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def line(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout
+    return process.stdout.readline()
+
+
+@pytest.mark.parametrize("who", ["itself", "child"])
+def test_a_trial_is_worked_on_by_one_process_at_a_time(who: str, tmp_path: Path) -> None:
+    """Also when only the child is left of the process that began."""
+    store, holder = Store(tmp_path), start(HOLD, str(tmp_path), who)
+    assert line(holder) == "held\n"
+    if who == "child":
+        assert holder.wait(30) == 0
+    with pytest.raises(DvqError, match="trial a-1 is being computed by another process; stop that first"):
+        store.remove("a-1")
+    with store.working("b-1") as work:
+        assert work.folder == tmp_path / "trials" / "b-1"
+    waiter = start(WAIT, str(tmp_path))
+    assert line(waiter) == "trial a-1: another process on this machine is at work on it; waiting for it\n"
+    holder.communicate("\n", timeout=30)
+    assert line(waiter) == "mine\n"
+    waiter.communicate(timeout=30)
+    store.remove("a-1")
