@@ -1,12 +1,11 @@
 """What report does: a sweep's page from the store."""
 
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from components import tracking
-from components.store import Store, Work
+from components.store import Store
 from components.tracking import TrialRun
 from dvq import DvqError
 from dvq.config import Sweep
@@ -53,24 +52,23 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
     return path
 
 
-def track(sweep: Sweep, store: Store, anew: bool = False) -> list[str]:
-    """Send MLflow what it lacks of the sweep's trials; those that it still lacks, by name. ``anew``: ask it, whatever
-    is noted."""
-    lacking, trials = [], sweep.trials()
+def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
+    """Send MLflow what it lacks of the sweep's finished and failed trials; by name, whether it has all now. Others
+    are sent when they go on, by whoever is at work on them. ``anew``: ask MLflow, whatever is noted."""
+    trials, sent = sweep.trials(), {}
     store.look([trial.key() for trial in trials.values()], "results.json", "tracked.json")
-    for name, trial in trials.items():
-        key = trial.key()
-        if TrialRun(store.trial(key), sweep.name).settled() and not anew:
+    for name, key in ((name, trial.key()) for name, trial in trials.items()):
+        if store.state(key).name not in ("finished", "failed"):
             continue
-        finished = (
-            store.state(key).name == "finished"
-        )  # else another process may be at work on it, which is let be
-        with store.working(key) if finished else nullcontext(Work(store.bring(key))) as work:
-            if anew:
-                tracking.forget(work.folder, sweep.name)
-            if not TrialRun(work.folder, sweep.name).sync():
-                lacking.append(name)
-    return lacking
+        sent[name] = TrialRun(store.trial(key), sweep.name).settled()
+        if anew or not sent[name]:
+            with store.working(key) as work:
+                if anew:
+                    tracking.forget(work.folder, sweep.name)
+                sent[name] = TrialRun(work.folder, sweep.name).sync()
+        if not (sent[name] or anew):  # the report does not wait for each in turn
+            break
+    return sent
 
 
 def _note(results: list[dict[str, Any]], failures: dict[str, str]) -> str:

@@ -25,13 +25,15 @@ def replay(
         if fault:
             raise DvqError(f"{fault}; start it and replay again")
         tracking.ensure()
-    lacking, count = reports.track(found, store, anew=True), len(found.trials())
+        sent = reports.track(found, store, anew=True)
     tracking.forget(store.report(found.name), found.name)
     with contextlib.suppress(DvqError):  # the report is written, and names the trials that failed
         reports.report(found.model_dump_json())
     uri = tracking.redacted(os.environ["MLFLOW_TRACKING_URI"])
-    print(f"{count - len(lacking)} of {count} trials are up to date in MLflow at {uri}")
-    raise SystemExit(1 if lacking else 0)
+    unfinished = len(found.trials()) - len(sent)
+    rest = f"; {unfinished} unfinished, which are sent when they go on" if unfinished else ""
+    print(f"{sum(sent.values())} of {len(sent)} trials are up to date in MLflow at {uri}{rest}")
+    raise SystemExit(0 if all(sent.values()) else 1)
 
 
 if __name__ == "__main__":
