@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,7 @@ def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) ->
     for step in checkpoint.steps(folder):
         if step > trial.steps:
             shutil.rmtree(folder / "checkpoints" / f"{step:09d}")
+    _forget_end(folder)
     document = {
         "format": FORMAT,
         "name": name,
@@ -218,6 +219,14 @@ def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) ->
         "trial": values(trial),
     }
     write_json(folder / "trial.json", document)
+
+
+def _forget_end(folder: Path) -> None:
+    """Leave out the events after the last checkpoint: who follows them would see the shorter trial's end."""
+    for step in checkpoint.steps(folder)[-1:]:
+        with suppress(DvqError):  # damaged: training goes on from the one before, and says so
+            about = read_json(folder / "checkpoints" / f"{step:09d}" / "checkpoint.json") or {}
+            events.truncate(folder, about.get("events", {}))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -100,6 +100,19 @@ def test_a_longer_trial_goes_on_from_a_shorter_one(store: Store, prepared: Path,
     assert resumed["curves"] == once["curves"]
 
 
+def test_the_end_of_the_shorter_trial_is_not_the_longer_ones(
+    store: Store, prepared: Path, tmp_path: Path
+) -> None:
+    run("estimator=vq-ema", prepared, tmp_path / "short")
+    short, long = (trial({**BASE, "estimator": "vq-ema", "steps": steps}) for steps in (4, 8))
+    told = [event.get("state") for event in events.read(store.trial(short.key()))]
+    assert told[-1] == "finished"
+    begin(store.trial(long.key()), long, "long", store.shorter(long))
+    told = [event.get("state") for event in events.read(store.trial(long.key()))]
+    assert "finished" not in told
+    assert "evaluating" not in told
+
+
 def test_a_folder_of_another_format_is_refused(store: Store, prepared: Path, tmp_path: Path) -> None:
     one = trial({**BASE, "estimator": "vq-ema"})
     begin(store.trial(one.key()), one, "x")
