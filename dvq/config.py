@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvq import DvqError
 from dvq.estimators import Estimator
-from dvq.trial import Trial
+from dvq.trial import Trial, Unkeyed
 
 Point = dict[str, Any]
 
@@ -129,8 +129,9 @@ class Sweep(BaseModel):
 
 
 def short_name(one: Trial, at: Point) -> str:
-    """``gs-soft-c512-k16-s0``, and behind it whatever else this point of the sweep sets."""
-    told = {"estimator", "num_codes", "num_latents", "seed"}
+    """``gs-soft-c512-k16-s0``, and behind it whatever else of its key this point of the sweep sets."""
+    unkeyed = {name for name, field in type(one).model_fields.items() if field.json_schema_extra == Unkeyed}
+    told = {"estimator", "num_codes", "num_latents", "seed", *unkeyed}
     rest = "".join(f"-{key.replace('_', '-')}-{value}" for key, value in at.items() if key not in told)
     return re.sub(r"[^A-Za-z0-9.+-]", "-", one.describe() + rest)
 

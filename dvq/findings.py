@@ -229,6 +229,7 @@ def draw(mini: Miniature, path: Path) -> None:
                 *zip(*(dot for dot in dots if dot[1] < DROWNED), strict=True), "o", ms=2, color=colour
             )
             variances.set_xticks(list(found), labels=map(str, found))
+            variances.set_xticks([], minor=True)
     variances.set(
         xscale="log", yscale="log", xlabel="L, latent variables", ylabel="variance / ‖mean gradient‖²"
     )

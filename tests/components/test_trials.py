@@ -58,7 +58,7 @@ def test_a_trial_becomes_results(store: Store, prepared: Path, tmp_path: Path) -
     results = store.results(key)
     assert results is not None
     assert store.state(key) == State("finished")
-    assert results["name"] == "gs-soft-c4-k2-s3-evaluate-every-2"
+    assert results["name"] == "gs-soft-c4-k2-s3"
     assert results["data"]["fingerprint"] == FINGERPRINTS["cifar10-sample"]
     assert results["evaluation"]["images"] == 500
     assert results["evaluation"]["bits_per_dim"] == numbers["bits_per_dim"]
