@@ -335,23 +335,20 @@ def test_a_flipped_byte_is_named_and_refused(
 
 
 def test_a_flipped_byte_in_a_checkpoint_costs_that_checkpoint(
-    store: RemoteStore,
-    prepared: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    undisturbed: dict[str, Any],
+    store: RemoteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(f"{POINT} steps=9", prepared, tmp_path / "short")
-    short = trial({**BASE, "estimator": "vq-ema", "seed": 1, "steps": 9}).key()
-    spoil(store, short, "checkpoints/000000009/state.safetensors", 5000)
-    machine(tmp_path / "two", monkeypatch)
-    run(POINT, prepared, tmp_path / "long")
-    told = capfd.readouterr().out
-    assert "state.safetensors is damaged: its SHA-256 is" in told
+    with store.working(KEY) as work:
+        for step in (3, 6):
+            checkpoint.write(work.folder, step, {"weights": torch.rand(1000)}, {"family": "x"})
+    key = spoil(store, KEY, "checkpoints/000000006/state.safetensors", 2000)
+    elsewhere = machine(tmp_path / "two", monkeypatch)
+    with elsewhere.working(KEY) as work:
+        told = capsys.readouterr().out
+        found = checkpoint.latest(work.folder, "x", lambda _: None)
+        assert found is not None
+        assert found.step == 3
+    assert f"{key} is damaged: its SHA-256 is" in told
     assert "this checkpoint is left out" in told
-    assert "going on from step 6" in told
-    assert finished(tmp_path / "three", monkeypatch) == undisturbed
 
 
 def test_the_report_is_there_after_a_kill_in_it(
@@ -365,24 +362,3 @@ def test_the_report_is_there_after_a_kill_in_it(
     local = {path.relative_to(store.report("tiny")).as_posix() for path in store.report("tiny").rglob("*.*")}
     assert {key.removeprefix("reports/tiny/") for key in store.bucket.list("reports/")} == local
     assert {"report.html", "table.json", "figures/figure_1a.png"} <= local
-
-
-def test_two_processes_on_one_machine_work_one_after_the_other(
-    store: RemoteStore, prepared: Path, tmp_path: Path
-) -> None:
-    cache = Path(os.environ["DVQ_CACHE"])
-    first = worker(cache, prepared, tmp_path / "out")
-    try:
-        wait_for(lambda: store.look([LONG_KEY]) or store.steps(LONG_KEY), 60)
-        second = worker(cache, prepared, tmp_path / "out2")
-        line = second.stdout.readline() if second.stdout else ""
-        assert "another process on this machine is at work on it; waiting for it" in line
-        os.killpg(first.pid, signal.SIGKILL)
-        assert "going on from step" in (second.stdout.readline() if second.stdout else "")
-    finally:
-        for one in (first, second):
-            os.killpg(one.pid, signal.SIGKILL)
-            one.communicate(timeout=30)
-
-
-LONG_KEY = trial({**BASE, "estimator": "vq-ema", "seed": 1, "steps": 4000}).key()
