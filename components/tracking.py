@@ -59,6 +59,8 @@ def told(error: Exception) -> str:
         traceback.print_exception(error)
     if getattr(error, "error_code", "") == "UNAUTHENTICATED":
         return REFUSED.format(os.environ["MLFLOW_TRACKING_URI"])
+    if "Max retries exceeded" in str(error):  # as MLflow's client says that none was answered
+        return f"{redacted(os.environ['MLFLOW_TRACKING_URI'])} does not answer"
     return redacted((str(error).splitlines() or [type(error).__name__])[0])[:300]
 
 

@@ -22,11 +22,12 @@ from dvq.events import Events
 
 BASE: dict[str, Any] = {
     "data": "cifar10-sample",
-    "features": 32,
-    "num_latents": 4,
-    "num_codes": 64,
+    "features": 8,
+    "num_latents": 2,
+    "num_codes": 16,
     "code_dim": 16,
-    "batch_size": 32,
+    "batch_size": 16,
+    "bound_samples": 1,
     "log_every": 1,
     "evaluate_every": 100_000,
 }
