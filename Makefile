@@ -67,8 +67,10 @@ components: $(READY) ## compile the components to components/*/component.yaml
 findings: $(READY) ## the paper's findings in miniature: 45 small trials with seeds and error bars
 	@$(PYTHON) -m pipeline.submit findings --jobs "$(JOBS)" && $(PYTHON) -m pipeline.findings
 
-bench: $(READY) ## training's speed and memory against the plain version, in 8 minutes; ARGS="--full --device cuda"
+bench: $(SERVICES) ## speed against plain versions: training (ARGS="--full --device cuda"), the store in S3, tracking
 	@$(PYTHON) tests/bench/training.py $(ARGS)
+	@$(PYTHON) tests/bench/store.py
+	@$(PYTHON) tests/bench/tracking.py
 
 soak: $(READY) ## training killed 200 times, compared with training that was not: 3 minutes
 	@DVQ_KILLS=200 $(PYTHON) -m pytest tests/dvq/test_resume.py -k killed
