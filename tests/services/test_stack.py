@@ -13,8 +13,10 @@ from typing import Any
 import boto3
 import pytest
 import yaml
+from kfp.compiler import Compiler
 
 from components import tracking
+from pipeline.definition import sweep_pipeline
 from pipeline.services import endpoint
 from pipeline.stack import Stack
 
@@ -103,7 +105,7 @@ def test_a_sweep_uses_it_and_leaves_no_password(home: Home) -> None:
     assert code == 0, said
     assert not (home.folder / "outputs" / "mlflow.db").exists()
     left = dict(everything(home))
-    assert {"tracking", "s3 dvq", "s3 mlflow", "report", "kfp.log"} <= {
+    assert {"tracking", "s3 dvq", "s3 mlflow", "report", "kfp.log", "pipeline"} <= {
         name.partition(":")[0] for name in left
     }
     for secret in (CANARY, home.stack.secret["secret_key"], home.stack.secret["password"]):
@@ -131,7 +133,11 @@ def everything(home: Home) -> Iterator[tuple[str, bytes]]:
         for item in s3.list_objects_v2(Bucket=bucket)["Contents"]:
             yield f"s3 {bucket}:{item['Key']}", s3.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", stack.address)
+        for name, value in {**home.environment, **stack.environment()}.items():
+            patch.setenv(name, value)
+        compiled = home.folder / "pipeline.yaml"
+        Compiler().compile(sweep_pipeline(2), str(compiled))
+        yield "pipeline", compiled.read_bytes()
         client = tracking.client()
         for experiment in client.search_experiments():
             for run in client.search_runs([experiment.experiment_id]):
