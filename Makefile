@@ -7,21 +7,27 @@ READY := $(VENV)/.installed
 
 SWEEP ?= smoke
 ON ?= local
-JOBS ?= 2
+JOBS ?=
+PROFILE ?= docker
+TORCH ?=
+BASE ?=
+PUSH ?=
+REGISTRY ?=
 DATA ?=
 FRESH ?=
 PORT ?= 5000
 TRIAL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help submit-sweep explain report ui test check components findings bench soak golden clean
+.PHONY: help image base test-docker submit-sweep explain report ui test check components findings bench soak golden clean
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
-submit-sweep: $(READY) ## run a sweep: SWEEP=smoke or path.yaml, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew
-	@$(PYTHON) -m pipeline.submit "$(SWEEP)" --on "$(ON)" --jobs "$(JOBS)" --data "$(DATA)" $(if $(filter-out 0,$(FRESH)),--fresh)
+submit-sweep: $(READY) $(if $(filter docker,$(ON)),image) ## run a sweep: SWEEP=smoke or path.yaml, ON=local or docker, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew
+	@$(PYTHON) -m pipeline.submit "$(SWEEP)" --on "$(ON)" --jobs "$(JOBS)" --data "$(DATA)" --profile "$(PROFILE)" \
+	  $(if $(filter-out 0,$(FRESH)),--fresh)
 
 explain: $(READY) ## what a sweep would compute, and why; TRIAL=name: where that trial's bits go
 	@$(PYTHON) -m pipeline.explain "$(SWEEP)" --trial "$(TRIAL)"
@@ -37,9 +43,20 @@ ui: $(READY) ## MLflow's pages on this machine's sweeps, PORT=5000
 test: $(READY) ## every test that needs no daemon
 	@$(PYTHON) -m pytest -n auto --dist loadfile
 
+test-docker: $(READY) image ## the tests that need a Docker daemon
+	@$(PYTHON) -m pytest tests/docker --override-ini "addopts=--strict-markers --strict-config -ra --import-mode=importlib"
+
+image: $(READY) ## build the image, unless it is there: TORCH=2.13.0+cpu, BASE=another base, PUSH=1 REGISTRY=where
+	@$(if $(filter-out 0,$(PUSH)),test -n "$(REGISTRY)" || { echo "error: PUSH=1 needs REGISTRY=host/path" >&2; exit 2; })
+	@$(PYTHON) -m pipeline.image --torch "$(TORCH)" --base "$(BASE)" $(if $(filter-out 0,$(PUSH)),--registry "$(REGISTRY)")
+
+base: ## the image's base from Debian's packages, where no registry is reached; as root
+	@docker/make-base
+
 check: $(READY) ## format, lint, types, compiled components
 	@$(PYTHON) -m ruff format --check
 	@$(PYTHON) -m ruff check
+	@$(VENV)/bin/hadolint docker/Dockerfile
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pipeline.compile --check
 
