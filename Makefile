@@ -68,6 +68,7 @@ findings: $(READY) ## the paper's findings in miniature: 45 small trials with se
 
 bench: $(READY) ## training's speed and memory against the plain version, as ratios in one run
 	@$(PYTHON) tests/bench/training.py
+	@! docker info >/dev/null 2>&1 || $(PYTHON) tests/bench/image.py
 
 soak: $(READY) ## training killed 200 times, compared with training that was not
 	@DVQ_KILLS=200 $(PYTHON) -m pytest tests/dvq/test_resume.py -k killed
