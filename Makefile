@@ -8,7 +8,12 @@ SERVICES := $(VENV)/.services
 
 SWEEP ?= smoke
 ON ?= local
-JOBS ?= 2
+JOBS ?=
+PROFILE ?= docker
+TORCH ?=
+BASE ?=
+PUSH ?=
+REGISTRY ?=
 DATA ?=
 FRESH ?=
 PORT ?= 5000
@@ -16,14 +21,15 @@ TRIAL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help submit-sweep explain report replay ui local-ui stack-up stack-down test test-services check components findings bench soak golden clean
+.PHONY: help image base submit-sweep explain report replay ui local-ui stack-up stack-down test test-services test-docker check components findings bench soak golden clean
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
-submit-sweep: $(READY) ## run a sweep: SWEEP=smoke or path.yaml, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew
-	@$(PYTHON) -m pipeline.submit "$(SWEEP)" --on "$(ON)" --jobs "$(JOBS)" --data "$(DATA)" $(if $(filter-out 0,$(FRESH)),--fresh)
+submit-sweep: $(READY) $(if $(filter docker,$(ON)),image) ## run a sweep: SWEEP=smoke or path.yaml, ON=local or docker, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew
+	@$(PYTHON) -m pipeline.submit "$(SWEEP)" --on "$(ON)" --jobs "$(JOBS)" --data "$(DATA)" --profile "$(PROFILE)" \
+	  $(if $(filter-out 0,$(FRESH)),--fresh)
 
 explain: $(READY) ## what a sweep would compute, and why; TRIAL=name: where that trial's bits go
 	@$(PYTHON) -m pipeline.explain "$(SWEEP)" --trial "$(TRIAL)"
@@ -55,9 +61,20 @@ test: $(READY) ## every test that needs no daemon
 test-services: $(SERVICES) ## the tests against real servers and their faults
 	@$(PYTHON) -m pytest tests/services
 
+test-docker: $(READY) image ## the tests that need a Docker daemon
+	@$(PYTHON) -m pytest tests/docker
+
+image: $(READY) ## build the image, unless it is there: TORCH=2.13.0+cpu, BASE=another base, PUSH=1 REGISTRY=where
+	@$(if $(filter-out 0,$(PUSH)),test -n "$(REGISTRY)" || { echo "error: PUSH=1 needs REGISTRY=host/path" >&2; exit 2; })
+	@$(PYTHON) -m pipeline.image --torch "$(TORCH)" --base "$(BASE)" $(if $(filter-out 0,$(PUSH)),--registry "$(REGISTRY)")
+
+base: ## the image's base from Debian's packages, where no registry is reached; as root
+	@docker/make-base
+
 check: $(READY) ## format, lint, types, compiled components
 	@$(PYTHON) -m ruff format --check
 	@$(PYTHON) -m ruff check
+	@$(VENV)/bin/hadolint docker/Dockerfile
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pipeline.compile --check
 
@@ -67,10 +84,11 @@ components: $(READY) ## compile the components to components/*/component.yaml
 findings: $(READY) ## the paper's findings in miniature: 45 small trials with seeds and error bars
 	@$(PYTHON) -m pipeline.submit findings --jobs "$(JOBS)" && $(PYTHON) -m pipeline.findings
 
-bench: $(SERVICES) ## speed against plain versions: training (ARGS="--full --device cuda"), the store in S3, tracking
+bench: $(SERVICES) ## speed against plain versions: training (ARGS="--full --device cuda"), S3, tracking, the image
 	@$(PYTHON) tests/bench/training.py $(ARGS)
 	@$(PYTHON) tests/bench/store.py
 	@$(PYTHON) tests/bench/tracking.py
+	@! docker info >/dev/null 2>&1 || $(PYTHON) tests/bench/image.py
 
 soak: $(READY) ## training killed 200 times, compared with training that was not: 3 minutes
 	@DVQ_KILLS=200 $(PYTHON) -m pytest tests/dvq/test_resume.py -k killed

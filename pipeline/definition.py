@@ -19,6 +19,7 @@ from typing import Any
 from kfp import dsl
 from kfp.dsl import Dataset, Input
 
+from components import IMAGE
 from components.analyze.component import analyze
 from components.evaluate.component import evaluate
 from components.plan.component import plan
@@ -27,31 +28,30 @@ from components.report.component import report
 from components.train.component import train
 
 
-def sweep_pipeline(jobs: int) -> Any:
-    """The pipeline that computes a sweep, ``jobs`` trials at a time (kfp wants a constant there).
+def sweep_pipeline(jobs: int, image: str = IMAGE) -> Any:
+    """The pipeline that computes a sweep, ``jobs`` trials at a time (kfp wants a constant there), in ``image``.
 
     Its parameters: ``sweep`` (JSON of dvq.config.Sweep), ``base`` (JSON of what all its trials share),
     ``data_name`` and ``source`` (as prepare_data takes them), ``experiment`` (the name in MLflow).
     """
 
+    def task(component: Any, **arguments: Any) -> Any:
+        return component(**arguments).set_caching_options(False).set_container_image(image)
+
     @dsl.pipeline(name="trials")
     def trials(items: list[str], data: Input[Dataset], base: str, experiment: str) -> None:
         with dsl.ParallelFor(items, parallelism=jobs) as trial:
-            trained = _task(train, trial=trial, base=base, data=data, experiment=experiment)
+            trained = task(train, trial=trial, base=base, data=data, experiment=experiment)
             model = trained.outputs["model"]
-            evaluated = _task(evaluate, data=data, model=model)
+            evaluated = task(evaluate, data=data, model=model)
             evaluation = evaluated.outputs["evaluation"]
-            _task(analyze, data=data, model=model, evaluation=evaluation, experiment=experiment)
+            task(analyze, data=data, model=model, evaluation=evaluation, experiment=experiment)
 
     @dsl.pipeline(name="dvq-sweep")
     def dvq_sweep(sweep: str, base: str, data_name: str, source: str, experiment: str) -> None:
-        items = _task(plan, sweep=sweep)
-        data = _task(prepare_data, name=data_name, source=source)
+        items = task(plan, sweep=sweep)
+        data = task(prepare_data, name=data_name, source=source)
         all_trials = trials(items=items.output, data=data.output, base=base, experiment=experiment)
-        _task(report, sweep=sweep).after(all_trials).ignore_upstream_failure()
+        task(report, sweep=sweep).after(all_trials).ignore_upstream_failure()
 
     return dvq_sweep
-
-
-def _task(component: Any, **arguments: Any) -> Any:
-    return component(**arguments).set_caching_options(False)

@@ -1,13 +1,15 @@
-"""The pipeline on this machine: kfp's SubprocessRunner in a process group of its own.
+"""The pipeline on this machine, in a process group of its own: by kfp's SubprocessRunner, or its DockerRunner.
 
 The launcher (:mod:`pipeline.submit`) starts ``python -m pipeline.local``, which runs the pipeline; every task
-is a process below it, in the same group. The launcher holds the write end of this process's standard input and
-never closes it while it lives: when it is closed, by whatever death, the whole group ends.
+is a process below it, in the same group, or a container with the launch's label. The launcher holds the write
+end of this process's standard input and never closes it while it lives: when it is closed, by whatever death,
+the group and the containers end.
 """
 
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from components import IMAGE
 from dvq import DvqError
+from pipeline import containers
+from pipeline.profile import Profile
 
 GRACE = 10
 """Seconds between SIGTERM and SIGKILL: time for a checkpoint."""
@@ -56,8 +61,11 @@ def check(folder: Path, arguments: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def running(arguments: Mapping[str, str], jobs: int, folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """The running pipeline's process, ``jobs`` trials at a time, its log in ``folder``/kfp.log.
+def running(
+    arguments: Mapping[str, str], jobs: int, folder: Path, profile: Profile | None = None
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """The running pipeline's process, ``jobs`` trials at a time, its log in ``folder``/kfp.log; its tasks are
+    containers if there is a ``profile`` for them.
 
     On leaving, whatever still runs is ended, and the tasks' temporary files are removed: what is worth keeping
     is in the store.
@@ -83,13 +91,20 @@ def running(arguments: Mapping[str, str], jobs: int, folder: Path) -> Iterator["
         )
     assert process.stdin
     try:
-        job = {"arguments": dict(arguments), "jobs": jobs, "root": str(work / "root")}
+        job = {
+            "arguments": dict(arguments),
+            "jobs": jobs,
+            "folder": str(folder),
+            "profile": profile and profile.model_dump(),
+        }
         with contextlib.suppress(BrokenPipeError):  # it died at once; its log and exit status tell
             process.stdin.write(json.dumps(job).encode() + b"\n")
             process.stdin.flush()
         yield process
     finally:
         end(process)
+        if profile:
+            containers.end(folder, GRACE)
         shutil.rmtree(work, ignore_errors=True)
 
 
@@ -126,18 +141,20 @@ def main() -> None:
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)  # the tasks get no standard input
     job = json.loads(lifeline.readline())
-    threading.Thread(target=_end_with_launcher, args=(lifeline,), daemon=True).start()
-    _run(job["arguments"], job["jobs"], job["root"])
+    profile, folder = job["profile"] and Profile(**job["profile"]), Path(job["folder"])
+    ending = f"{shlex.quote(sys.executable)} -m pipeline.containers {shlex.quote(str(folder))} {GRACE}"
+    script = f"trap '' TERM; kill -TERM 0; {ending if profile else f'sleep {GRACE}'}; kill -KILL 0"
+    threading.Thread(target=_end_with_launcher, args=(lifeline, script), daemon=True).start()
+    _run(job["arguments"], job["jobs"], folder, profile)
 
 
-def _end_with_launcher(lifeline: IO[bytes]) -> None:
+def _end_with_launcher(lifeline: IO[bytes], script: str) -> None:
     lifeline.read()
     # Becoming a shell ends kfp at once, so that it starts no further task, and keeps the process group.
-    script = f"trap '' TERM; kill -TERM 0; sleep {GRACE}; kill -KILL 0"
     os.execv("/bin/sh", ["sh", "-c", script])
 
 
-def _run(arguments: dict[str, str], jobs: int, root: str) -> None:
+def _run(arguments: dict[str, str], jobs: int, folder: Path, profile: Profile | None) -> None:
     tracked = bool(os.environ.get("MLFLOW_TRACKING_URI"))
     tracking = subprocess.Popen([sys.executable, "-c", TRACKING]) if tracked else None
     from kfp import local
@@ -147,10 +164,14 @@ def _run(arguments: dict[str, str], jobs: int, root: str) -> None:
     lift_cap(jobs)
     warnings.filterwarnings("ignore", message=".*custom or non-Python base image", category=RuntimeWarning)
     # kfp deletes the workspace that it is given after the run, and leaves one of its own behind if it is killed.
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=root, workspace_root=root + "-workspace")
+    root = str(folder / "work/root")
+    runner: Any = local.SubprocessRunner(use_venv=False)
+    if profile:
+        runner = containers.runner(profile, folder, arguments["source"])
+    local.init(runner, pipeline_root=root, workspace_root=root + "-workspace")
     if tracking:
         tracking.wait()
-    sweep_pipeline(jobs)(**arguments)
+    sweep_pipeline(jobs, profile.image if profile else IMAGE)(**arguments)
 
 
 def lift_cap(jobs: int) -> None:

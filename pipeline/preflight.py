@@ -15,10 +15,11 @@ from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep, load_sweep
 from dvq.fingerprints import FINGERPRINTS
+from pipeline.profile import Profile, find_profile
 from pipeline.stack import Stack
 
 SWEEPS = Path(__file__).parent / "sweeps"
-PLACES = ("local",)
+PLACES = ("local", "docker")
 
 
 @contextlib.contextmanager
@@ -83,9 +84,17 @@ def whole_number(name: str, text: str) -> int:
 
 def check_place(place: str) -> None:
     if place not in PLACES:
-        raise DvqError(
-            f"ON = '{place}': a sweep runs on this machine only, ON=local; docker and kfp are to come"
-        )
+        raise DvqError(f"ON = '{place}': a sweep runs on this machine, ON=local or ON=docker; kfp is to come")
+
+
+def find_containers(profile_name: str) -> Profile:
+    """The profile of the tasks' containers, with an image that is there: its own, or the one of this checkout."""
+    from pipeline import containers, image
+
+    profile = find_profile(profile_name)
+    name = profile.image or image.content().tag()
+    containers.check_image(name)
+    return profile.model_copy(update={"image": name})
 
 
 def check_tracking() -> str:

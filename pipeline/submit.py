@@ -1,6 +1,6 @@
 """Run a sweep: look at everything first, start the pipeline, show how it goes, print the results.
 
-python -m pipeline.submit SWEEP [--on local] [--jobs 2] [--data SOURCE] [--fresh]
+python -m pipeline.submit SWEEP [--on local|docker] [--jobs 2] [--profile NAME] [--data SOURCE] [--fresh]
 """
 
 import json
@@ -23,6 +23,8 @@ from dvq.events import Tail
 from dvq.fingerprints import FINGERPRINTS, LABELS
 from dvq.trial import Trial
 from pipeline import local, preflight, results
+from pipeline.containers import ENDED
+from pipeline.profile import Profile
 from pipeline.progress import FAILED, FINISHED, LOOK, Row, display
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -43,29 +45,33 @@ class Job:
     jobs: int
     folder: Path
     """of this launch's log"""
+    profile: Profile | None
+    """of the containers, where the tasks are some"""
 
 
 @app.command()
 def submit(
     sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
-    on: Annotated[str, typer.Option(help="where it runs: local")] = "local",
-    jobs: Annotated[str, typer.Option(help="trials at a time")] = "2",
+    on: Annotated[str, typer.Option(help="where it runs: local or docker")] = "local",
+    jobs: Annotated[str, typer.Option(help="trials at a time; by default the profile's, or 2")] = "",
     data: Annotated[str, typer.Option(help="where CIFAR-10 is: an archive, a folder or an address")] = "",
+    profile: Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")] = "docker",
     fresh: Annotated[bool, typer.Option(help="compute its trials anew")] = False,
 ) -> None:
     """Run a sweep; what the store has is not computed again."""
     with preflight.one_sentence():
-        job = prepare(sweep, on, jobs, data)
+        job = prepare(sweep, on, jobs, data, profile)
         job.store.look([trial.key() for trial in job.trials.values()], "results.json")
         if fresh:
             remove(job)
     raise SystemExit(run(job, Console()))
 
 
-def prepare(name: str, on: str, jobs: str, source: str) -> Job:
+def prepare(name: str, on: str, jobs: str, source: str, profile_name: str) -> Job:
     """Everything that can be told before any work; DvqError for what is wrong."""
     preflight.check_place(on)
-    number = preflight.whole_number("JOBS", jobs)
+    profile = preflight.find_containers(profile_name) if on == "docker" else None
+    number = preflight.whole_number("JOBS", jobs or str(profile.parallelism if profile else 2))
     sweep = preflight.find_sweep(name)
     trials = sweep.trials()
     store = preflight.set_environment()
@@ -92,7 +98,7 @@ def prepare(name: str, on: str, jobs: str, source: str) -> Job:
         store.root, "set DVQ_STORE, or DVQ_CACHE for a store in S3, to a folder that can"
     )
     preflight.check_writable(folder, "run from a folder that can")
-    return Job(sweep, trials, store, arguments, number, folder)
+    return Job(sweep, trials, store, arguments, number, folder, profile)
 
 
 def remove(job: Job) -> None:
@@ -113,7 +119,7 @@ def run(job: Job, console: Console) -> int:
         console, f"sweep {job.sweep.name}: {len(rows)} trials on {LABELS[job.arguments['data_name']]}"
     )
     try:
-        with local.running(job.arguments, job.jobs, job.folder) as process:
+        with local.running(job.arguments, job.jobs, job.folder, job.profile) as process:
             _watch(process, rows, began, job, console)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on")
@@ -173,6 +179,9 @@ def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
     """What kfp's log tells beyond the trials' own reasons."""
     text = COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
     lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
+    deaths = [line for line in lines if line.startswith(ENDED) and not line.endswith("exit code 1")]
+    if deaths and {results.DID_NOT_START, results.DID_NOT_FINISH} & set(failures.values()):
+        return deaths
     if results.DID_NOT_START in failures.values():
         errors = [line for line in lines if ERROR.match(line)]
         sentences = [line.partition(": ")[2] for line in errors if line.startswith("dvq.DvqError: ")]

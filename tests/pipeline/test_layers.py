@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 ANYWHERE = {
     "dvq": {"dvq", "numpy", "pydantic", "safetensors", "torch", "yaml"},
     "components": {"components", "dvq", "kfp", "numpy"},
-    "pipeline": {"components", "pipeline", "kfp", "docker", "pydantic", "rich", "typer"},
+    "pipeline": {"components", "pipeline", "kfp", "docker", "pydantic", "rich", "typer", "yaml"},
 }
 """what every module of a layer may import beside the standard library"""
 DVQ_IN_PIPELINE = {

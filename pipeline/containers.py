@@ -1,0 +1,204 @@
+"""Tasks as containers: kfp's DockerRunner, with what it takes from the profile and the environment.
+
+A launch's containers carry its folder as a label. ``python -m pipeline.containers FOLDER`` ends them.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import docker
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.models.containers import Container
+from docker.types import DeviceRequest, Mount
+
+from dvq import DvqError
+from pipeline.profile import Profile, size
+
+LABEL = "dvq.launch"
+PASSED = re.compile(r"DVQ_STORE|DVQ_CACHE|MLFLOW_.*|AWS_.*|MALLOC_.*|.*_NUM_THREADS")
+"""The environment variables that reach the tasks."""
+LOOPBACK = re.compile(r"localhost|127\..*|::1")
+ENDED = "container of "
+"""begins the line of the log that tells a container's death"""
+
+
+def connect() -> docker.DockerClient:
+    """The daemon's client; DvqError if none answers."""
+    try:
+        return docker.from_env()
+    except DockerException as error:
+        raise DvqError(
+            f"no Docker daemon answers ({first_line(error)}); install one (on Debian: apt-get install docker.io) "
+            "and start it, or set DOCKER_HOST"
+        ) from None
+
+
+def first_line(error: object) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def check_image(image: str) -> None:
+    """DvqError unless the daemon has the image or can pull it."""
+    client = connect()
+    try:
+        client.images.get(image)
+    except ImageNotFound:
+        try:
+            client.images.pull(image)
+        except DockerException as error:
+            raise DvqError(
+                f"the image {image} is not here and cannot be pulled ({first_line(error)}): make image"
+            ) from None
+
+
+def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
+    """The arguments of ``docker run`` for each task of the launch whose folder is ``folder``.
+
+    What tasks share with this machine, the store, MLflow's database, the data's ``source``, has the same path
+    inside, and what they write there belongs to the user who launches.
+    """
+    environment = {name: value for name, value in os.environ.items() if PASSED.fullmatch(name)}
+    gpus = [DeviceRequest(count=profile.gpu, capabilities=[["gpu"]])] if profile.gpu else []
+    return {
+        "environment": {**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder / "work/tmp")},
+        "mounts": list(_mounts(environment, folder / "work", source)),
+        "network_mode": "host" if _on_loopback(environment.values()) else "bridge",
+        "user": f"{os.getuid()}:{os.getgid()}",
+        "labels": {LABEL: str(folder)},
+        "read_only": True,
+        "tmpfs": {"/tmp": "size=64m"},
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges"],
+        "device_requests": gpus,
+        **({"nano_cpus": int(profile.cpu * 1e9)} if profile.cpu else {}),
+        # Without memswap_limit, as much again of swap would be allowed.
+        **(
+            {"mem_limit": size(profile.memory), "memswap_limit": size(profile.memory)}
+            if profile.memory
+            else {}
+        ),
+        **({"shm_size": size(profile.shared_memory)} if profile.shared_memory else {}),
+    }
+
+
+def _mounts(environment: Mapping[str, str], work: Path, source: str) -> Iterator[Mount]:
+    written = {work}
+    store, tracking = environment.get("DVQ_STORE", ""), environment.get("MLFLOW_TRACKING_URI", "")
+    if store:
+        written.add(Path(environment["DVQ_CACHE"] if "://" in store else store))
+    if tracking.startswith("sqlite:///"):  # its journal and its artifacts lie beside it
+        written.add(Path(tracking.removeprefix("sqlite:///")).absolute().parent)
+    for path in written:
+        path.mkdir(parents=True, exist_ok=True)
+        yield Mount(str(path), str(path), "bind")
+    for value in {source, *environment.values()}:  # and certificates, credentials
+        if value.startswith("/") and Path(value).exists() and Path(value) not in written:
+            yield Mount(value, value, "bind", read_only=True)
+
+
+def _on_loopback(addresses: Any) -> bool:
+    """Whether a service listens on this machine's loopback alone, which only the host's network reaches."""
+    return any(LOOPBACK.fullmatch(urlsplit(at).hostname or "") for at in addresses if "://" in at)
+
+
+def runner(profile: Profile, folder: Path, source: str) -> Any:
+    """kfp's DockerRunner, that reports every container's end as it was."""
+    from kfp import local
+    from kfp.local import docker_task_handler
+
+    docker_task_handler.run_docker_container = run_container
+    return local.DockerRunner(**settings(profile, folder, source))
+
+
+def run_container(
+    client: docker.DockerClient, image: str, command: list[str], volumes: Mapping[str, Any], **options: Any
+) -> int:
+    """Run a task's container and return its exit code, after its log.
+
+    In place of kfp's own, which lets the daemon remove the container by itself and takes one that is gone for a
+    success: this one removes it after its exit code was read.
+    """
+    container = client.containers.create(image, command, volumes=volumes, **options)
+    try:
+        container.start()
+        for part in container.logs(stream=True):
+            sys.stdout.buffer.write(part)
+            sys.stdout.flush()
+        code = int(container.wait(timeout=None)["StatusCode"])
+        container.reload()
+        if code != 0:
+            print(f"{ENDED}{_task(command)}: {_death(code, container)}", flush=True)
+        return code
+    except NotFound:
+        print(f"{ENDED}{_task(command)}: removed by another hand", flush=True)
+        return 1
+    finally:
+        with contextlib.suppress(NotFound):
+            container.remove(force=True)
+
+
+def _death(code: int, container: Container) -> str:
+    memory = container.attrs["HostConfig"]["Memory"]
+    if container.attrs["State"]["OOMKilled"]:
+        limit = f"over its limit of {memory / 2**20:.0f} MiB" if memory else "of the machine"
+        return f"exit code {code}, out of memory, {limit}"
+    killed = f" ({signal.Signals(code - 128).name})" if code - 128 in set(signal.Signals) else ""
+    return f"exit code {code}{killed}"
+
+
+def _task(command: list[str]) -> str:
+    """The component, and the trial if it has one, from the command of kfp's executor."""
+    name = (
+        command[command.index("--function_to_execute") + 1]
+        if "--function_to_execute" in command
+        else "a task"
+    )
+    for argument in command:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return f"{name} {json.loads(argument)['inputs']['parameterValues']['trial']}"
+    return name
+
+
+def end(folder: Path, grace: float) -> None:
+    """End the launch's containers: SIGTERM to all their processes, SIGKILL after ``grace`` seconds.
+
+    The daemon would tell the first process only, the shell that kfp starts, which ignores it.
+    """
+    client = connect()
+    deadline = time.monotonic() + grace
+    told: set[str] = set()
+    while running := client.containers.list(filters={"label": f"{LABEL}={folder}"}, ignore_removed=True):
+        late = time.monotonic() > deadline
+        with ThreadPoolExecutor(len(running)) as pool:
+            list(pool.map(_kill if late else _terminate, [c for c in running if late or c.id not in told]))
+        told |= {str(container.id) for container in running}
+        time.sleep(0.1)
+    for container in client.containers.list(
+        True, filters={"label": f"{LABEL}={folder}"}, ignore_removed=True
+    ):
+        with contextlib.suppress(APIError):
+            container.remove(force=True)
+
+
+def _terminate(container: Container) -> None:
+    with contextlib.suppress(APIError):  # it ended meanwhile
+        container.exec_run(["sh", "-c", "kill -TERM -1"])
+
+
+def _kill(container: Container) -> None:
+    with contextlib.suppress(APIError):
+        container.kill()
+
+
+if __name__ == "__main__":
+    end(Path(sys.argv[1]), float(sys.argv[2]))

@@ -1,0 +1,171 @@
+"""The project's image: ``python -m pipeline.image`` builds it, unless what it would be made of was built before.
+
+Its tag is a hash of its content: the files that docker/Dockerfile.dockerignore lets in, torch's build, the base.
+"""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import docker
+import typer
+from docker.errors import DockerException
+from docker.utils.build import exclude_paths
+
+from components import IMAGE
+from dvq import DvqError, __version__
+from pipeline import preflight
+from pipeline.containers import connect, first_line
+
+ROOT = Path(__file__).parent.parent
+DOCKERFILE = "docker/Dockerfile"
+SETTING = re.compile(r"^[^.]*\.(index-url|extra-index-url|find-links)='(.*)'$", re.MULTILINE)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What an image is made of."""
+
+    files: Mapping[str, Path]
+    """by their names in the build's context"""
+    arguments: Mapping[str, str]
+    """build arguments that decide the content, as opposed to where it is fetched from"""
+
+    def tag(self) -> str:
+        """``dvq:0.1.0-`` and a hash of the content; a wheel counts by its name."""
+        found = hashlib.sha256(repr(sorted(self.arguments.items())).encode())
+        for name, path in sorted(self.files.items()):
+            content = b"" if path.suffix == ".whl" else path.read_bytes()
+            found.update(f"{name} {os.access(path, os.X_OK)} {len(content)}\n".encode() + content)
+        return f"{IMAGE}-{found.hexdigest()[:12]}"
+
+    def write(self, file: IO[bytes]) -> None:
+        """The build's context, as a tar archive."""
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for name, path in sorted(self.files.items()):
+                tar.add(path, name, filter=_anonymous)
+
+
+def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    info.uid = info.gid = info.mtime = 0
+    info.uname = info.gname = ""
+    return info
+
+
+def content(torch: str = "", base: str = "") -> Content:
+    """Of the image with torch's build ``torch`` ("2.13.0+cpu"), by default the one of this environment, so that
+    both compute the same bits; on the image ``base``, by default the Dockerfile's."""
+    allowed = (ROOT / f"{DOCKERFILE}.dockerignore").read_text(encoding="utf-8").splitlines()
+    patterns = [line for line in allowed if line and not line.startswith("#")]
+    names = exclude_paths(str(ROOT), patterns, dockerfile=DOCKERFILE)
+    files = {name: ROOT / name for name in names if (ROOT / name).is_file()}
+    arguments = {"TORCH": torch or metadata.version("torch"), **({"BASE_IMAGE": base} if base else {})}
+    return Content(files, arguments)
+
+
+def pip_settings() -> dict[str, list[str]]:
+    """index-url, extra-index-url and find-links, as pip is configured on this machine."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return {name: value.replace("\\n", " ").split() for name, value in SETTING.findall(told)}
+
+
+def wheels(torch: str, settings: Mapping[str, list[str]]) -> dict[str, Path]:
+    """Torch's wheels in the folders that pip looks in: a build cannot look there, so that they go with it."""
+    folders = [Path(place.removeprefix("file://")) for place in settings.get("find-links", [])]
+    found = [path for folder in folders for path in folder.glob(f"torch-{torch}-*linux*.whl")]
+    return {f"wheels/{path.name}": path for path in found}
+
+
+def index_arguments(settings: Mapping[str, list[str]]) -> dict[str, str]:
+    """Build arguments for the addresses of ``settings``; what is a folder of this machine is left out."""
+    remote = {name: [at for at in places if at.startswith("http")] for name, places in settings.items()}
+    index, extra, links = (
+        " ".join(remote.get(n, [])) for n in ("index-url", "extra-index-url", "find-links")
+    )
+    told = {"PIP_INDEX_URL": index, "UV_DEFAULT_INDEX": index, "UV_INDEX": extra, "UV_FIND_LINKS": links}
+    return {name: value for name, value in told.items() if value}
+
+
+def has(client: docker.DockerClient, tag: str) -> bool:
+    """Whether the daemon has the image."""
+    try:
+        client.images.get(tag)
+    except docker.errors.ImageNotFound:
+        return False
+    return True
+
+
+def build(client: docker.DockerClient, made_of: Content) -> None:
+    """Build the image and tag it, its log on standard output; DvqError names the step that failed."""
+    settings = pip_settings()
+    whole = Content({**made_of.files, **wheels(made_of.arguments["TORCH"], settings)}, made_of.arguments)
+    revision = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, check=False,
+    ).stdout.strip()  # fmt: skip
+    arguments = {**whole.arguments, **index_arguments(settings), "VERSION": __version__, "REVISION": revision}
+    with tempfile.TemporaryFile() as context:
+        whole.write(context)
+        context.seek(0)
+        told = client.api.build(
+            fileobj=context, custom_context=True, dockerfile=DOCKERFILE, tag=made_of.tag(),
+            buildargs=arguments, rm=True, forcerm=True, decode=True,
+        )  # fmt: skip
+        follow(told)
+
+
+def follow(messages: Iterable[Mapping[str, Any]]) -> None:
+    """Print a build's or a push's messages; DvqError if one of them is an error."""
+    step = ""
+    for message in messages:
+        text = message.get("stream") or message.get("status", "") * ("progressDetail" not in message)
+        print(text, end="" if text.endswith("\n") or not text else "\n", flush=True)
+        step = text.strip() if text.startswith("Step ") else step
+        if "error" in message:
+            reason = message["error"].strip()
+            remedy = "; make room: docker system prune" if "no space left" in reason else ""
+            raise DvqError(f"the image: {step or 'the daemon'} failed: {reason}{remedy}")
+
+
+def push(client: docker.DockerClient, tag: str, registry: str) -> str:
+    """Push the image to ``registry``/dvq; the name that it has there."""
+    name = f"{registry.rstrip('/')}/{tag}"
+    client.images.get(tag).tag(name)
+    follow(client.images.push(name, stream=True, decode=True))
+    return name
+
+
+@app.command()
+def image(
+    torch: Annotated[str, typer.Option(help="torch's build, 2.13.0+cpu; this environment's by default")] = "",
+    base: Annotated[str, typer.Option(help="the base image, if it is not the Dockerfile's")] = "",
+    registry: Annotated[str, typer.Option(help="push there")] = "",
+) -> None:
+    """Build the image, unless it is there; push it where a registry is named."""
+    with preflight.one_sentence():
+        client = connect()
+        made_of = content(torch, base)
+        tag = made_of.tag()
+        try:
+            if not has(client, tag):
+                build(client, made_of)
+            client.images.get(tag).tag(IMAGE)  # what the compiled components name
+            print(tag if not registry else push(client, tag, registry))
+        except DockerException as error:
+            raise DvqError(f"the image {tag}: {first_line(error)}") from None
+
+
+if __name__ == "__main__":
+    app()

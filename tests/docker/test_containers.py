@@ -1,0 +1,148 @@
+"""What a container comes to, and what others do with the image and the components."""
+
+import io
+import json
+import os
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import docker
+import pytest
+from kfp import dsl, local
+from kfp.components import load_component_from_file
+from kfp.dsl import Dataset, Metrics
+from kfp.dsl import Model as ModelArtifact
+from kfp.local import docker_task_handler
+
+from components import IMAGE
+from dvq import DvqError, data
+from dvq.config import trial
+from dvq.model import Model, save
+from pipeline import containers, image
+from pipeline.profile import Profile
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(300)
+def test_forty_failures_are_forty_failures(
+    client: docker.DockerClient, tag: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """kfp's own took some of such containers for successes, under load."""
+
+    def fail(number: int) -> int:
+        command = ["sh", "-c", f"exit {3 + number % 2}"]
+        return containers.run_container(client, tag, command, {}, network_mode="none", mem_limit="64m")
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(fail, range(40))) == [3, 4] * 20
+    told = capfd.readouterr().out
+    assert told.count("exit code 3\n") == told.count("exit code 4\n") == 20
+
+
+def test_out_of_memory_is_named(
+    client: docker.DockerClient, tag: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["python", "-c", "x = bytearray(500_000_000)"]
+    limits = {"mem_limit": "64m", "memswap_limit": "64m"}
+    assert containers.run_container(client, tag, command, {}, **limits) == 137
+    assert "exit code 137, out of memory, over its limit of 64 MiB" in capfd.readouterr().out
+
+
+def test_the_image_runs_with_a_read_only_root_and_no_name_for_its_user(
+    client: docker.DockerClient, tag: str
+) -> None:
+    code = "import os, torch, mlflow, dvq, pipeline.profile; print(os.getuid(), torch.__version__)"
+    options = {"read_only": True, "tmpfs": {"/tmp": ""}, "cap_drop": ["ALL"], "remove": True}
+    for user in (None, "12345:12345"):
+        told = client.containers.run(tag, ["python", "-c", code], user=user, stderr=False, **options).decode()
+        assert told.split() == [(user or "10001:").partition(":")[0], image.content().arguments["TORCH"]]
+    bill = client.containers.run(tag, ["cat", "/opt/venv/sbom.cdx.json"], remove=True)
+    names = {one["name"] for one in json.loads(bill)["components"]}
+    assert {"torch", "mlflow", "kfp"} <= names
+
+
+def test_the_image_serves_mlflow(client: docker.DockerClient, tag: str) -> None:
+    command = ["mlflow", "server", "--backend-store-uri", "sqlite:////tmp/m.db", "--workers", "1"]
+    probe = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:5000/health').read().decode())"
+    server = client.containers.run(tag, command, read_only=True, tmpfs={"/tmp": ""}, detach=True)
+    try:
+        deadline = time.monotonic() + 90
+        while server.exec_run(["python", "-c", probe]).output.strip() != b"OK":
+            assert time.monotonic() < deadline, server.logs().decode()
+            time.sleep(1)
+    finally:
+        server.remove(force=True)
+
+
+def test_evaluate_alone_in_a_foreign_pipeline(
+    client: docker.DockerClient, tag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded from its YAML, without store or tracking: data and model are imported from files."""
+    monkeypatch.delenv("DVQ_STORE", raising=False)
+    folder = tmp_path / "given"
+    data.prepare("cifar10-sample", "", folder / "data")
+    assert client.images.get(IMAGE).id == client.images.get(tag).id, "make image"
+    small = {"data": "cifar10-sample", "estimator": "vq-ema", "features": 4, "num_latents": 2, "num_codes": 4}
+    save(Model(trial(small)), folder / "model")
+    evaluate = load_component_from_file(str(ROOT / "components/evaluate/component.yaml"))
+
+    @dsl.pipeline(name="foreign")
+    def foreign() -> Metrics:  # type: ignore[valid-type]
+        images = dsl.importer(artifact_uri=str(folder / "data"), artifact_class=Dataset)
+        model = dsl.importer(artifact_uri=str(folder / "model"), artifact_class=ModelArtifact)
+        return evaluate(data=images.output, model=model.output).outputs["evaluation"]
+
+    # kfp's own runner, with the end of a container told as it was.
+    monkeypatch.setattr(docker_task_handler, "run_docker_container", containers.run_container)
+    local.init(local.DockerRunner(user=f"{os.getuid()}:{os.getgid()}"), pipeline_root=str(tmp_path))
+    metadata = foreign().output.metadata
+    assert metadata["bits_per_dim"] == pytest.approx(metadata["rate"] + metadata["distortion"])
+    assert 7 < metadata["bits_per_dim"] < 12
+
+
+def test_a_failed_step_and_a_missing_daemon_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DvqError, match="Step 3/9 : RUN false failed: it returned 1"):
+        image.follow([{"stream": "Step 3/9 : RUN false\n"}, {"error": "it returned 1"}])
+    with pytest.raises(DvqError, match="docker system prune"):
+        image.follow([{"error": "write /x: no space left on device"}])
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    with pytest.raises(DvqError, match=r"no Docker daemon answers.*apt-get install docker.io"):
+        containers.connect()
+
+
+def test_the_context_holds_what_is_allowed() -> None:
+    made = image.content()
+    buffer = io.BytesIO()
+    made.write(buffer)
+    with tarfile.open(fileobj=io.BytesIO(buffer.getvalue())) as tar:
+        names = tar.getnames()
+    tops = {name.partition("/")[0] for name in names}
+    allowed = {"LICENSE", "README.md", "pyproject.toml", "requirements.lock"}
+    assert tops == allowed | {"docker", "dvq", "components", "pipeline"}
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
+
+
+def test_services_on_loopback_are_reached_by_the_hosts_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    certificate = tmp_path / "ca.pem"
+    certificate.write_text("")
+    for name, value in {
+        "DVQ_STORE": "s3://bucket/store",
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
+        "AWS_CA_BUNDLE": str(certificate),
+        "SECRET": "stays",
+    }.items():
+        monkeypatch.setenv(name, value)
+    made = containers.settings(Profile(gpu=2, memory="512Mi"), tmp_path, "")
+    assert made["network_mode"] == "host"
+    assert made["environment"]["DVQ_STORE"] == "s3://bucket/store"
+    assert "SECRET" not in made["environment"]
+    assert {one["Target"] for one in made["mounts"]} == {str(tmp_path / "work"), str(certificate)}
+    assert made["mem_limit"] == 2**29
+    assert made["device_requests"][0]["Count"] == 2
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
+    assert containers.settings(Profile(), tmp_path, "")["network_mode"] == "bridge"
