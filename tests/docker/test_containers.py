@@ -132,6 +132,7 @@ def test_services_on_loopback_are_reached_by_the_hosts_network(
     certificate.write_text("")
     for name, value in {
         "DVQ_STORE": "s3://bucket/store",
+        "DVQ_CACHE": str(tmp_path / "cache"),
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
         "AWS_CA_BUNDLE": str(certificate),
         "SECRET": "stays",
@@ -141,7 +142,9 @@ def test_services_on_loopback_are_reached_by_the_hosts_network(
     assert made["network_mode"] == "host"
     assert made["environment"]["DVQ_STORE"] == "s3://bucket/store"
     assert "SECRET" not in made["environment"]
-    assert {one["Target"] for one in made["mounts"]} == {str(tmp_path / "work"), str(certificate)}
+    written = {one["Target"] for one in made["mounts"] if not one["ReadOnly"]}
+    assert written == {str(tmp_path / "work"), str(tmp_path / "cache")}
+    assert {one["Target"] for one in made["mounts"] if one["ReadOnly"]} == {str(certificate)}
     assert made["mem_limit"] == 2**29
     assert made["device_requests"][0]["Count"] == 2
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
