@@ -9,7 +9,11 @@ SERVICES := $(VENV)/.services
 SWEEP ?= smoke
 ON ?= local
 JOBS ?=
-PROFILE ?= docker
+PROFILE ?=
+WAIT ?=
+BUDGET ?=
+DRY_RUN ?=
+RUN ?=
 TORCH ?=
 BASE ?=
 PUSH ?=
@@ -21,15 +25,19 @@ TRIAL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help image base submit-sweep explain report replay ui local-ui stack-up stack-down test test-services test-docker check components findings bench soak golden clean
+.PHONY: help image base submit-sweep cancel explain report replay ui local-ui stack-up stack-down test test-services test-docker check components findings bench soak golden clean
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
-submit-sweep: $(READY) $(if $(filter docker,$(ON)),image) ## run a sweep: SWEEP=smoke or path.yaml, ON=local or docker, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew
+submit-sweep: $(READY) $(if $(filter docker,$(ON)),$(if $(filter-out 0,$(DRY_RUN)),,image)) ## run a sweep: SWEEP=smoke or path.yaml, ON=local, docker or kfp, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew, DRY_RUN=1 what it would take, BUDGET=hours of GPUs, PROFILE=the place's; on kfp WAIT=1 follows it
 	@$(PYTHON) -m pipeline.submit "$(SWEEP)" --on "$(ON)" --jobs "$(JOBS)" --data "$(DATA)" --profile "$(PROFILE)" \
-	  $(if $(filter-out 0,$(FRESH)),--fresh)
+	  --budget "$(BUDGET)" $(if $(filter-out 0,$(FRESH)),--fresh) $(if $(filter-out 0,$(WAIT)),--wait) \
+	  $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
+
+cancel: $(READY) ## end a run on kfp: RUN=its id or link
+	@$(PYTHON) -m pipeline.cluster "$(RUN)" --profile "$(PROFILE)"
 
 explain: $(READY) ## what a sweep would compute, and why; TRIAL=name: where that trial's bits go
 	@$(PYTHON) -m pipeline.explain "$(SWEEP)" --trial "$(TRIAL)"
@@ -64,9 +72,8 @@ test-services: $(SERVICES) ## the tests against real servers and their faults
 test-docker: $(READY) image ## the tests that need a Docker daemon
 	@$(PYTHON) -m pytest tests/docker
 
-image: $(READY) ## build the image, unless it is there: TORCH=2.13.0+cpu, BASE=another base, PUSH=1 REGISTRY=where
-	@$(if $(filter-out 0,$(PUSH)),test -n "$(REGISTRY)" || { echo "error: PUSH=1 needs REGISTRY=host/path" >&2; exit 2; })
-	@$(PYTHON) -m pipeline.image --torch "$(TORCH)" --base "$(BASE)" $(if $(filter-out 0,$(PUSH)),--registry "$(REGISTRY)")
+image: $(READY) ## build the image, unless it is there: TORCH=2.13.0+cpu, BASE=another base, PROFILE=a cluster's, PUSH=1 REGISTRY=where
+	@$(PYTHON) -m pipeline.image --torch "$(TORCH)" --base "$(BASE)" --profile "$(PROFILE)" $(if $(filter-out 0,$(PUSH)),--push)
 
 base: ## the image's base from Debian's packages, where no registry is reached; as root
 	@docker/make-base

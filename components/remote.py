@@ -45,6 +45,7 @@ class RemoteStore(Store):
         self.place = str(self.bucket)
         self._listed: dict[str, str] = {}  # the manifests' ETags by trial
         self._manifests: dict[str, Manifest] = {}
+        self._followed: dict[str, str] = {}  # as _listed, when the trial was brought
 
     def check(self) -> None:
         self.bucket.check()
@@ -60,6 +61,13 @@ class RemoteStore(Store):
         if names:
             having = [key for key in sorted(asked) if any(self.has(key, name) for name in names)]
             self.bucket.each(lambda key: self._bring(key, names.__contains__), having)
+
+    def follow(self, keys: Iterable[str]) -> None:
+        asked = set(keys)
+        self.look(asked)
+        changed = [key for key in sorted(asked) if self._followed.get(key) != self._listed.get(key)]
+        self.bucket.each(lambda key: self._bring(key, _told), changed)
+        self._followed.update({key: self._listed[key] for key in changed})
 
     def _manifest(self, key: str) -> Manifest:
         """A trial's manifest, from the cache if the bucket has the same."""
@@ -150,6 +158,11 @@ class RemoteStore(Store):
         folder = self.report(sweep)
         for path in paths(folder):
             self.bucket.upload(folder / path, f"reports/{sweep}/{path}")
+
+
+def _told(path: str) -> bool:
+    """Whether a file tells how a trial goes, and what it came to."""
+    return path.startswith("events/") or path == "results.json"
 
 
 @contextmanager

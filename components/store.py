@@ -81,6 +81,9 @@ class Store:
     def look(self, keys: Iterable[str], *names: str) -> None:
         """See how these trials are now, with these files of theirs; what is asked below is as of then."""
 
+    def follow(self, keys: Iterable[str]) -> None:
+        """See how these trials are now, and bring their events and results."""
+
     @contextmanager
     def working(self, key: str) -> Iterator[Work]:
         """Work on a trial, alone: waits while another process does; what is done is kept."""

@@ -61,6 +61,18 @@ def check_image(image: str) -> None:
             ) from None
 
 
+def check_pushed(image: str) -> None:
+    """DvqError if the image's registry does not have it; nothing is told where no daemon can ask."""
+    try:
+        connect().images.get_registry_data(image)
+    except NotFound as error:
+        raise DvqError(
+            f"the image {image} is not in its registry ({first_line(error)}): make image PUSH=1"
+        ) from None
+    except (DvqError, DockerException):  # the nodes have a registry, credentials and a network of their own
+        return
+
+
 def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
     """The arguments of ``docker run`` for each task of the launch whose folder is ``folder``.
 

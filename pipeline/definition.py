@@ -14,6 +14,7 @@ Its shape is what runs alike in kfp's local runners and on a cluster; each rule 
 - kfp's cache is off: it does not see the package's code. The store is the cache.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from kfp import dsl
@@ -27,16 +28,27 @@ from components.prepare_data.component import prepare_data
 from components.report.component import report
 from components.train.component import train
 
+NAME = "dvq-sweep"
 
-def sweep_pipeline(jobs: int, image: str = IMAGE) -> Any:
-    """The pipeline that computes a sweep, ``jobs`` trials at a time (kfp wants a constant there), in ``image``.
+
+def sweep_pipeline(
+    jobs: int, image: str = IMAGE, settle: Callable[[Any, str], Any] | None = None, ttl: int | None = None
+) -> Any:
+    """The pipeline that computes a sweep.
 
     Its parameters: ``sweep`` (JSON of dvq.config.Sweep), ``base`` (JSON of what all its trials share),
     ``data_name`` and ``source`` (as prepare_data takes them), ``experiment`` (the name in MLflow).
+
+    Args:
+        jobs: trials at a time; kfp wants a constant there.
+        image: what every task runs in.
+        settle: gives a task, by its component's name, what the place where it runs needs.
+        ttl: seconds after which a cluster removes what is left of a run that ended.
     """
 
     def task(component: Any, **arguments: Any) -> Any:
-        return component(**arguments).set_caching_options(False).set_container_image(image)
+        made = component(**arguments).set_caching_options(False).set_container_image(image)
+        return settle(made, component.python_func.__name__) if settle else made
 
     @dsl.pipeline(name="trials")
     def trials(items: list[str], data: Input[Dataset], base: str, experiment: str) -> None:
@@ -47,7 +59,7 @@ def sweep_pipeline(jobs: int, image: str = IMAGE) -> Any:
             evaluation = evaluated.outputs["evaluation"]
             task(analyze, data=data, model=model, evaluation=evaluation, experiment=experiment)
 
-    @dsl.pipeline(name="dvq-sweep")
+    @dsl.pipeline(name=NAME, pipeline_config=dsl.PipelineConfig(ttl_seconds_after_finished=ttl))
     def dvq_sweep(sweep: str, base: str, data_name: str, source: str, experiment: str) -> None:
         items = task(plan, sweep=sweep)
         data = task(prepare_data, name=data_name, source=source)

@@ -25,6 +25,7 @@ from components import IMAGE
 from dvq import DvqError, __version__
 from pipeline import preflight
 from pipeline.containers import connect, first_line
+from pipeline.profile import Cluster, Profile, find_profile
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = "docker/Dockerfile"
@@ -72,6 +73,19 @@ def content(torch: str = "", base: str = "") -> Content:
     files = {name: ROOT / name for name in names if (ROOT / name).is_file()}
     arguments = {"TORCH": torch or metadata.version("torch"), **({"BASE_IMAGE": base} if base else {})}
     return Content(files, arguments)
+
+
+def name(profile: Profile) -> str:
+    """The image that a profile's tasks run: its own, or this checkout's, on a cluster that of its registry."""
+    cluster = profile.cluster or Cluster()
+    tag = content(os.environ.get("TORCH") or cluster.torch, os.environ.get("BASE", "")).tag()
+    found = registry(profile)
+    return profile.image or (f"{found}/{tag}" if found else tag)
+
+
+def registry(profile: Profile) -> str:
+    """Where the image of a profile with a cluster is pushed to; empty for nowhere."""
+    return (os.environ.get("REGISTRY") or profile.cluster.registry).rstrip("/") if profile.cluster else ""
 
 
 def pip_settings() -> dict[str, list[str]]:
@@ -139,9 +153,9 @@ def follow(messages: Iterable[Mapping[str, Any]]) -> None:
             raise DvqError(f"the image: {step or 'the daemon'} failed: {reason}{remedy}")
 
 
-def push(client: docker.DockerClient, tag: str, registry: str) -> str:
-    """Push the image to ``registry``/dvq; the name that it has there."""
-    name = f"{registry.rstrip('/')}/{tag}"
+def push(client: docker.DockerClient, tag: str, place: str) -> str:
+    """Push the image to the registry ``place``; the name that it has there."""
+    name = f"{place}/{tag}"
     client.images.get(tag).tag(name)
     follow(client.images.push(name, stream=True, decode=True))
     return name
@@ -149,20 +163,31 @@ def push(client: docker.DockerClient, tag: str, registry: str) -> str:
 
 @app.command()
 def image(
-    torch: Annotated[str, typer.Option(help="torch's build, 2.13.0+cpu; this environment's by default")] = "",
+    torch: Annotated[
+        str, typer.Option(help="torch's build, 2.13.0+cpu; the profile's or environment's")
+    ] = "",
     base: Annotated[str, typer.Option(help="the base image, if it is not the Dockerfile's")] = "",
-    registry: Annotated[str, typer.Option(help="push there")] = "",
+    profile: Annotated[
+        str, typer.Option(help="of whose cluster: a name in pipeline/profiles, or a file")
+    ] = "",
+    pushed: Annotated[
+        bool, typer.Option("--push", help="push it to REGISTRY, or the profile's registry")
+    ] = False,
 ) -> None:
-    """Build the image, unless it is there; push it where a registry is named."""
+    """Build the image, unless it is there; push it if that is asked."""
     with preflight.one_sentence():
+        limits = find_profile(profile) if profile else Profile(cluster=Cluster())
+        place = registry(limits)
+        if pushed and not place:
+            raise DvqError("PUSH=1: name a registry, REGISTRY=host/path, or cluster.registry in the profile")
         client = connect()
-        made_of = content(torch, base)
+        made_of = content(torch or (limits.cluster or Cluster()).torch, base)
         tag = made_of.tag()
         try:
             if not has(client, tag):
                 build(client, made_of)
             client.images.get(tag).tag(IMAGE)  # what the compiled components name
-            print(tag if not registry else push(client, tag, registry))
+            print(push(client, tag, place) if pushed else tag)
         except DockerException as error:
             raise DvqError(f"the image {tag}: {first_line(error)}") from None
 

@@ -15,11 +15,12 @@ from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep, load_sweep
 from dvq.fingerprints import FINGERPRINTS
-from pipeline.profile import Profile, find_profile
+from pipeline.profile import Profile
 from pipeline.stack import Stack
 
 SWEEPS = Path(__file__).parent / "sweeps"
-PLACES = ("local", "docker")
+PROFILE = {"docker": "docker", "kfp": "nvidia"}
+"""The profile of each place that has one, unless another is named."""
 
 
 @contextlib.contextmanager
@@ -82,17 +83,28 @@ def whole_number(name: str, text: str) -> int:
     return int(text)
 
 
+def hours(text: str) -> float | None:
+    """BUDGET in hours; None if there is none."""
+    try:
+        number = float(text) if text else None
+    except ValueError:
+        number = -1.0
+    if number is not None and not 0 < number < float("inf"):
+        raise DvqError(f"BUDGET = '{text}': give a number of hours")
+    return number
+
+
 def check_place(place: str) -> None:
-    if place not in PLACES:
-        raise DvqError(f"ON = '{place}': a sweep runs on this machine, ON=local or ON=docker; kfp is to come")
+    known = ("local", *PROFILE)
+    if place not in known:
+        raise DvqError(f"ON = '{place}': a sweep runs ON={', ON='.join(known)}")
 
 
-def find_containers(profile_name: str) -> Profile:
-    """The profile of the tasks' containers, with an image that is there: its own, or the one of this checkout."""
+def find_containers(profile: Profile) -> Profile:
+    """The profile with an image that is there: its own, or the one of this checkout."""
     from pipeline import containers, image
 
-    profile = find_profile(profile_name)
-    name = profile.image or image.content().tag()
+    name = image.name(profile.model_copy(update={"cluster": None}))
     containers.check_image(name)
     return profile.model_copy(update={"image": name})
 

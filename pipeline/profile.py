@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,23 +11,96 @@ from dvq import DvqError
 
 PROFILES = Path(__file__).parent / "profiles"
 UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-SIZE = r"^[1-9]\d*(Ki|Mi|Gi)?$"
+Size = Annotated[str, Field(pattern=r"^[1-9]\d*(Ki|Mi|Gi)?$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
+"""of a Kubernetes object"""
+Variables = dict[Name, list[Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]]]
+"""environment variables by the ConfigMap or Secret that holds them under these keys"""
 
 
-class Profile(BaseModel):
-    """Limits of one task; sizes as Kubernetes writes them (512Mi, 4Gi)."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+class Toleration(_Strict):
+    """A taint that a pod puts up with."""
+
+    key: str = ""
+    """empty: every taint"""
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str = ""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute", ""] = ""
+    """empty: every effect"""
+    seconds: Annotated[int, Field(ge=0)] | None = None
+    """for which NoExecute is put up with"""
+
+
+class Light(_Strict):
+    """What plan, prepare_data, analyze and report take, which need no GPU."""
+
+    cpu: float = Field(1, gt=0)
+    memory: Size = "4Gi"
+
+
+class Cluster(_Strict):
+    """Where Kubeflow Pipelines is, and what its pods are given there beside the profile's limits."""
+
+    host: str = ""
+    """KFP's address, https://kubeflow.example.org/pipeline; KFP_HOST in the environment wins"""
+    namespace: str = ""
+    """of the runs, in multi-user Kubeflow; empty for the plain installation; KFP_NAMESPACE wins"""
+    ca: str = ""
+    """a file with the certificates of the authority that vouches for ``host``; KFP_CA wins"""
+    service_account: str = ""
+    """of the runs' pods; empty for KFP's own"""
+    registry: str = ""
+    """where `make image PUSH=1` puts the image, host/path; REGISTRY wins"""
+    torch: str = ""
+    """the image's build of torch; empty for the one of this environment; TORCH wins"""
+    pull_secrets: list[Name] = []
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    accelerator: str = Field("nvidia.com/gpu", pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")
+    """the resource's name; where GPUs are shared by time-slicing or MPS often nvidia.com/gpu.shared"""
+    sharing: int = Field(1, ge=1)
+    """pods to which the cluster gives one and the same GPU"""
+    node_selector: dict[str, str] = {}
+    """of the pods that use a GPU, or, without GPUs, that train and evaluate"""
+    tolerations: list[Toleration] = []
+    """of the same"""
+    light: Light = Light()
+    retries: int = Field(2, ge=0)
+    """of a task whose pod fails; KFP 2.17 leaves them out in the loop over trials, where the store goes on"""
+    timeout: int | None = Field(None, ge=60)
+    """seconds for a task that trains or evaluates"""
+    ttl: int | None = Field(None, ge=0)
+    """seconds after which the pods of a run that ended are removed"""
+    config_maps: Variables = {"dvq": ["MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"]}
+    secrets: Variables = {"dvq": ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]}
+    labels: dict[str, str] = {}
+    priority: str = ""
+    """a Kueue WorkloadPriorityClass; KFP 2.17 cannot set a pod's own priorityClassName"""
+    user: int = Field(10001, ge=1)
+    """the numeric user and group of the containers"""
+
+
+class Profile(_Strict):
+    """Limits of one task; sizes as Kubernetes writes them (512Mi, 4Gi)."""
+
     cpu: float | None = Field(None, gt=0)
-    memory: str | None = Field(None, pattern=SIZE)
-    shared_memory: str | None = Field(None, pattern=SIZE)
+    memory: Size | None = None
+    shared_memory: Size | None = None
     """of /dev/shm"""
     gpu: int = Field(0, ge=0)
     parallelism: int = Field(2, ge=1)
     """trials at a time, unless JOBS says it"""
     image: str = ""
     """another image than the one that `make image` builds of this checkout"""
+    images_per_second: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """measured here, by estimator: for the forecast of trials that have no finished one like them"""
+    budget: float | None = Field(None, gt=0)
+    """hours of GPUs (or of CPUs, where there are none) that a forecast must not exceed; BUDGET wins"""
+    cluster: Cluster | None = None
+    """for ON=kfp"""
 
 
 def size(text: str) -> int:
@@ -48,5 +122,5 @@ def find_profile(name: str) -> Profile:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its content"
-        known = ", ".join(Profile.model_fields)
-        raise DvqError(f"{path}: {where}: {first['msg']}; a profile's keys: {known}") from None
+        keys = Cluster.model_fields if first["loc"][:1] == ("cluster",) else Profile.model_fields
+        raise DvqError(f"{path}: {where}: {first['msg']}; keys there: {', '.join(keys)}") from None

@@ -1,31 +1,27 @@
 """Run a sweep: look at everything first, start the pipeline, show how it goes, print the results.
 
-python -m pipeline.submit SWEEP [--on local|docker] [--jobs 2] [--profile NAME] [--data SOURCE] [--fresh]
+python -m pipeline.submit SWEEP [--on local|docker|kfp] [--jobs 2] [--profile NAME] [--data SOURCE] [--fresh] …
 """
 
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
-from components.store import Store
-from dvq.config import Sweep
-from dvq.events import Tail
 from dvq.fingerprints import FINGERPRINTS, LABELS
-from dvq.trial import Trial
-from pipeline import local, preflight, results
+from pipeline import forecast, local, preflight, results
 from pipeline.containers import ENDED
-from pipeline.profile import Profile
-from pipeline.progress import FAILED, FINISHED, LOOK, Row, display
+from pipeline.profile import Profile, find_profile
+from pipeline.progress import FAILED, FINISHED, Row
+from pipeline.watch import Job, rows, watch
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ERROR = re.compile(r"[\w.]*(Error|Exception): ")
@@ -34,60 +30,78 @@ DOWNLOAD = re.compile(r"downloading: .*")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@dataclass(frozen=True)
-class Job:
-    """A sweep that was looked at and can start."""
-
-    sweep: Sweep
-    trials: Mapping[str, Trial]
-    store: Store
-    arguments: Mapping[str, str]
-    jobs: int
-    folder: Path
-    """of this launch's log"""
-    profile: Profile | None
-    """of the containers, where the tasks are some"""
-
-
 @app.command()
 def submit(
     sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
-    on: Annotated[str, typer.Option(help="where it runs: local or docker")] = "local",
+    on: Annotated[str, typer.Option(help="where it runs: local, docker or kfp")] = "local",
     jobs: Annotated[str, typer.Option(help="trials at a time; by default the profile's, or 2")] = "",
     data: Annotated[str, typer.Option(help="where CIFAR-10 is: an archive, a folder or an address")] = "",
-    profile: Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")] = "docker",
+    profile: Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")] = "",
     fresh: Annotated[bool, typer.Option(help="compute its trials anew")] = False,
+    wait: Annotated[bool, typer.Option(help="on kfp: follow it to its end")] = False,
+    budget: Annotated[str, typer.Option(help="hours of GPUs that the forecast must not exceed")] = "",
+    dry_run: Annotated[bool, typer.Option(help="print what would run, and start nothing")] = False,
 ) -> None:
     """Run a sweep; what the store has is not computed again."""
     with preflight.one_sentence():
-        job = prepare(sweep, on, jobs, data, profile)
-        job.store.look([trial.key() for trial in job.trials.values()], "results.json")
+        preflight.check_place(on)
+        limits = None if on == "local" else find_profile(profile or preflight.PROFILE[on])
+        job = look_at(sweep, jobs, data, limits)
+        cap = preflight.hours(budget) or (limits.budget if limits else None)
+        if dry_run:
+            return _print_plan(job, cap, on)
+        if cap:
+            forecast.check(
+                forecast.plan(job.trials, job.store, limits or Profile()), cap, limits or Profile()
+            )
+        if on == "kfp":
+            from pipeline import cluster
+
+            raise SystemExit(cluster.run(job, Console(), wait, fresh))
+        job = prepare(job, on)
         if fresh:
             remove(job)
     raise SystemExit(run(job, Console()))
 
 
-def prepare(name: str, on: str, jobs: str, source: str, profile_name: str) -> Job:
-    """Everything that can be told before any work; DvqError for what is wrong."""
-    preflight.check_place(on)
-    profile = preflight.find_containers(profile_name) if on == "docker" else None
+def look_at(name: str, jobs: str, source: str, profile: Profile | None) -> Job:
+    """The sweep, with what the store has of it; DvqError for what is wrong."""
     number = preflight.whole_number("JOBS", jobs or str(profile.parallelism if profile else 2))
     sweep = preflight.find_sweep(name)
     trials = sweep.trials()
     store = preflight.set_environment()
-    data = next(iter(trials.values())).data
     if Path(source).exists() and source:
         source = str(Path(source).absolute())
     arguments = {
         "sweep": sweep.model_dump_json(),
         "base": json.dumps(sweep.base),
-        "data_name": data,
+        "data_name": next(iter(trials.values())).data,
         "source": source,
         "experiment": sweep.name,
     }
     folder = preflight.outputs() / "logs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sweep.name}"
-    local.check(folder, arguments)
-    preflight.check_data(data, source, store)
+    job = Job(sweep, trials, store, arguments, number, folder, profile)
+    store.look(job.keys(), "results.json")
+    return job
+
+
+def _print_plan(job: Job, cap: float | None, on: str) -> None:
+    from pipeline import image
+
+    profile = job.profile or Profile(parallelism=job.jobs)
+    plan = forecast.plan(job.trials, job.store, profile)
+    name = image.name(profile) if on != "local" else "none: processes of this machine"
+    print(f"{job.sweep.name}, ON={on}, the store {job.store.place}; nothing is started")
+    for line in forecast.lines(plan, profile, job.jobs, name, cap):
+        print(f"  {line}")
+    forecast.check(plan, cap, profile)
+
+
+def prepare(job: Job, on: str) -> Job:
+    """See that it can run on this machine; DvqError for what is missing."""
+    profile = job.profile and preflight.find_containers(job.profile) if on == "docker" else None
+    local.check(job.folder, job.arguments)
+    preflight.check_data(job.arguments["data_name"], job.arguments["source"], job.store)
     fault = preflight.check_tracking()
     if fault:
         print(
@@ -95,10 +109,10 @@ def prepare(name: str, on: str, jobs: str, source: str, profile_name: str) -> Jo
             file=sys.stderr,
         )
     preflight.check_writable(
-        store.root, "set DVQ_STORE, or DVQ_CACHE for a store in S3, to a folder that can"
+        job.store.root, "set DVQ_STORE, or DVQ_CACHE for a store in S3, to a folder that can"
     )
-    preflight.check_writable(folder, "run from a folder that can")
-    return Job(sweep, trials, store, arguments, number, folder, profile)
+    preflight.check_writable(job.folder, "run from a folder that can")
+    return replace(job, profile=profile)
 
 
 def remove(job: Job) -> None:
@@ -110,17 +124,16 @@ def remove(job: Job) -> None:
 
 
 def run(job: Job, console: Console) -> int:
-    """Run the pipeline and say how it goes; the exit status."""
+    """Run the pipeline on this machine and say how it goes; the exit status."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    rows = [_row(name, trial, job.store) for name, trial in job.trials.items()]
-    began = time.time()
+    shown, began = rows(job), time.time()
     results.say(
-        console, f"sweep {job.sweep.name}: {len(rows)} trials on {LABELS[job.arguments['data_name']]}"
+        console, f"sweep {job.sweep.name}: {len(shown)} trials on {LABELS[job.arguments['data_name']]}"
     )
     try:
         with local.running(job.arguments, job.jobs, job.folder, job.profile) as process:
-            _watch(process, rows, began, job, console)
+            watch(job, shown, began, console, lambda: (process.poll() is not None, _note(shown, job)))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on")
         return 130
@@ -131,38 +144,13 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _row(name: str, trial: Trial, store: Store) -> Row:
-    row = Row(name, trial, Tail(store.trial(trial.key())))
-    found = store.results(trial.key())
-    if found:
-        row.state, row.step, row.bits_per_dim = FINISHED, trial.steps, found["evaluation"]["bits_per_dim"]
-        row.news.append(f"{FINISHED} before: {row.bits_per_dim:.3f} bits/dim")
-    else:
-        row.step = row.base = store.reached(trial)
-    return row
-
-
-def _watch(
-    process: "subprocess.Popen[bytes]", rows: list[Row], began: float, job: Job, console: Console
-) -> None:
-    with display(console, job.jobs) as shown:
-        while True:
-            code = process.poll()
-            for row in rows:
-                row.update(began)
-            shown.show(rows, _note(rows, job) if code is None else "")
-            if code is not None:
-                return
-            time.sleep(LOOK)
-
-
-def _note(rows: list[Row], job: Job) -> str:
+def _note(shown: list[Row], job: Job) -> str:
     """What goes on beside the trials."""
     name = job.arguments["data_name"]
     if not (job.store.data(FINGERPRINTS[name]) / "data.json").exists():
         told = DOWNLOAD.findall((job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace"))
         return f"preparing {name}" + (f": {told[-1]}" if told else "")
-    return "writing the report" if all(row.state in (FINISHED, FAILED) for row in rows) else ""
+    return "writing the report" if all(row.state in (FINISHED, FAILED) for row in shown) else ""
 
 
 def conclude(job: Job, code: int, console: Console) -> int:

@@ -1,0 +1,262 @@
+"""The sweep on a cluster: compiled, uploaded, started, and followed to its end if that is asked.
+
+python -m pipeline.cluster RUN   ends a run
+"""
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from components import datasets
+from components.store import Store
+from dvq import DvqError
+from dvq.config import overrides
+from dvq.fingerprints import FINGERPRINTS, LABELS
+from pipeline import containers, definition, forecast, image, pods, preflight, results
+from pipeline.kubeflow import SUCCEEDED, Kubeflow, Run, UnreachableError
+from pipeline.profile import Profile, find_profile
+from pipeline.watch import Job, rows, watch
+
+LOOK = 10.0
+"""Seconds between two looks at the cluster."""
+PATIENCE = 600.0
+"""Seconds for which KFP may be out of reach while a run is followed."""
+QUIET = 600.0
+"""Seconds without news from any trial after which the table says where to look."""
+PARAMETER = 64 << 10
+"""Bytes of a parameter, at most: KFP and Kubernetes refuse some of over 128 KiB, far from where they come from."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
+    """Submit the sweep, or find it under way; with ``wait`` follow it, and submit it again while it gets on. The
+    exit status."""
+    profile = check(job)
+    kubeflow = Kubeflow(profile.cluster)  # type: ignore[arg-type]
+    experiment = kubeflow.experiment(job.sweep.name)
+    going = kubeflow.going(experiment)
+    if going and (fresh or not wait):
+        raise DvqError(
+            f"the sweep '{job.sweep.name}' is under way: {kubeflow.link(going)}; WAIT=1 follows it, "
+            f"make cancel RUN={going} ends it"
+        )
+    if fresh:
+        for trial in job.trials.values():
+            job.store.remove(trial.key())
+    job, plan = bring_data(job), forecast.plan(job.trials, job.store, profile)
+    began, submit = time.time(), Submitter(job, profile, kubeflow, experiment, console)
+    results.say(console, f"sweep {job.sweep.name}: {len(job.trials)} trials on {LABELS[_data(job)]}")
+    current = going or submit()
+    if not wait:
+        results.say(console, f"the same command with WAIT=1 follows it; make cancel RUN={current} ends it")
+        return 0
+    try:
+        ended = follow(job, kubeflow, current, console)
+        while (before := _progress(job)) and ended.state != "CANCELED" and _interrupted(job):
+            results.say(console, "trials were interrupted: submitting it again")
+            ended = follow(job, kubeflow, submit(), console)
+            if _progress(job) <= before:
+                break
+    except KeyboardInterrupt:
+        print(
+            f"no longer followed; it goes on: the same command follows it, make cancel RUN={current} ends it"
+        )
+        return 130
+    return conclude(job, plan, profile, ended, began, console)
+
+
+def _data(job: Job) -> str:
+    return job.arguments["data_name"]
+
+
+def check(job: Job) -> Profile:
+    """The profile, with the image's name; DvqError for what cannot run on a cluster."""
+    profile = job.profile
+    if profile is None or profile.cluster is None:
+        raise DvqError(
+            "ON=kfp: the profile has no 'cluster'; name one that has: PROFILE=nvidia, gke, eks, kind"
+        )
+    if "://" not in job.store.place:
+        raise DvqError(
+            f"ON=kfp: pods cannot reach this machine's folder {job.store.place}; set DVQ_STORE=s3://bucket/prefix, "
+            "and AWS_ENDPOINT_URL to its server as it is reached from here"
+        )
+    for name, value in {
+        **job.arguments,
+        "the trials": json.dumps(list(map(overrides, job.sweep.points()))),
+    }.items():
+        if len(value.encode()) > PARAMETER:
+            raise DvqError(
+                f"the sweep '{job.sweep.name}' is too large for one pipeline ({name}: {len(value) >> 10} KiB of "
+                f"{PARAMETER >> 10}); move what trials share to 'base', or make two sweeps of it"
+            )
+    name = image.name(profile)
+    if profile.cluster.pull_policy != "Never":
+        if not (profile.image or image.registry(profile)):
+            raise DvqError("ON=kfp: name the registry of the image, REGISTRY=host/path or cluster.registry")
+        containers.check_pushed(name)
+    return profile.model_copy(update={"image": name})
+
+
+def bring_data(job: Job) -> Job:
+    """The job, with data of this machine uploaded to the store, where the pods find it."""
+    source, name = job.arguments["source"], _data(job)
+    if not source or "://" in source:
+        return job
+    preflight.check_data(name, source, job.store)
+    if not job.store.has_data(name, FINGERPRINTS[name]):
+        print(f"uploading {name} from {source} to {job.store.place}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            datasets.prepare(name, source, Path(folder, "data"))
+    return replace(job, arguments={**job.arguments, "source": ""})
+
+
+def compiled(profile: Profile, jobs: int, store: str) -> str:
+    """The pipeline as KFP takes it."""
+    from kfp.compiler import Compiler
+
+    cluster = profile.cluster
+    assert cluster
+
+    def settle(task: object, name: str) -> object:
+        return pods.settle(task, name, profile, {"DVQ_STORE": store})
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "pipeline.yaml")
+        made = definition.sweep_pipeline(jobs, profile.image, settle, cluster.ttl)
+        Compiler().compile(made, str(path))
+        return path.read_text(encoding="utf-8")
+
+
+class Submitter:
+    """Starts the sweep's pipeline; each call is a run."""
+
+    def __init__(
+        self, job: Job, profile: Profile, kubeflow: Kubeflow, experiment: str, console: Console
+    ) -> None:
+        self._job, self._kubeflow, self._experiment, self._console = job, kubeflow, experiment, console
+        self._account = profile.cluster.service_account if profile.cluster else ""
+        text = compiled(profile, job.jobs, job.store.place)
+        self._version = kubeflow.upload(text, definition.NAME)
+
+    def __call__(self) -> str:
+        name = f"{self._job.sweep.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        arguments = dict(self._job.arguments)
+        made = self._kubeflow.start(name, self._experiment, self._version, arguments, self._account)
+        results.say(self._console, f"run:    {self._kubeflow.link(made)}")
+        results.say(self._console, f"mlflow: {_mlflow(self._job.sweep.name)}")
+        return made
+
+
+def _mlflow(sweep: str) -> str:
+    """MLflow's page of the sweep, as far as it is known from here."""
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    if not uri.startswith("http"):
+        return "set MLFLOW_TRACKING_URI to see its address here (k8s/README.md)"
+    return f"{uri.rstrip('/')}/#/experiments?searchFilter={sweep}"
+
+
+def follow(job: Job, kubeflow: Kubeflow, run_id: str, console: Console) -> Run:
+    """Show how the run goes, until it ends."""
+    look = Look(job, kubeflow, run_id)
+    job.store.look(job.keys(), "results.json")
+    watch(job, rows(job), time.time(), console, look)
+    return look.found
+
+
+class Look:
+    """Looks at the run, and brings the trials' events, every LOOK seconds."""
+
+    def __init__(self, job: Job, kubeflow: Kubeflow, run_id: str) -> None:
+        self._job, self._kubeflow = job, kubeflow
+        self.found = Run(run_id, "PENDING")
+        self._next = 0.0
+        self._reached = self._answered = self._moved = time.monotonic()
+        self._progress = -1
+
+    def __call__(self) -> tuple[bool, str]:
+        now = time.monotonic()
+        if now < self._next:
+            return False, self._note(now)
+        self._next = now + LOOK
+        try:
+            self.found = self._kubeflow.look(self.found.id)
+            self._answered = now
+        except UnreachableError:
+            if now - self._answered > PATIENCE:
+                raise
+        self._job.store.follow(self._job.keys())
+        progress = _progress(self._job)
+        if progress != self._progress:
+            self._progress, self._moved = progress, now
+        return not self.found.going, self._note(now)
+
+    def _note(self, now: float) -> str:
+        told = f"run {self.found.state.lower()}"
+        if self._answered < self._next - LOOK:
+            return f"{told}; KFP does not answer, asking again"
+        if now - self._moved > QUIET:
+            space = self._kubeflow.namespace or "kubeflow"
+            told += f"; no trial has moved for {(now - self._moved) / 60:.0f} minutes: kubectl -n {space} get pods "
+            told += f"-l {'='.join(pods.LABEL)}, and describe one that waits"
+        return told
+
+
+def _progress(job: Job) -> int:
+    """Steps that are done and kept, of all trials, and one for each that is finished."""
+    store: Store = job.store
+    done = 0
+    for trial in job.trials.values():
+        finished = store.state(trial.key()).name == "finished"
+        done += trial.steps + 1 if finished else store.reached(trial)
+    return done
+
+
+def _interrupted(job: Job) -> list[str]:
+    """The trials that neither finished nor failed."""
+    states = {name: job.store.state(trial.key()).name for name, trial in job.trials.items()}
+    return [name for name, state in states.items() if state in ("interrupted", "new")]
+
+
+def conclude(
+    job: Job, plan: forecast.Plan, profile: Profile, ended: Run, began: float, console: Console
+) -> int:
+    """Print what the sweep came to; 0 if every trial finished and the run succeeded, else 1."""
+    failures = results.show(job.sweep, job.trials, job.store, console)
+    for fault in ended.faults if failures or ended.state != SUCCEEDED else ():
+        results.say(console, f"  the cluster: {fault}")
+    spent = forecast.spent(job.trials.values(), job.store, profile, began)
+    known = "no forecast" if plan.unknown else f"forecast {plan.hours:.2f}"
+    results.say(console, f"{forecast.unit(profile)}: {spent:.2f} spent, {known}")
+    report = f"{job.store.place}/reports/{job.sweep.name}/report.html"
+    results.say(console, f"\nrun {ended.state.lower()}; report: {report}")
+    return 0 if ended.state == SUCCEEDED and not failures else 1
+
+
+@app.command()
+def cancel(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="the run's id, or the link to it")],
+    profile: Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")] = "",
+) -> None:
+    """End a run on the cluster; what its trials have done is kept."""
+    with preflight.one_sentence():
+        found = run_id.rstrip("/").rpartition("/")[2].partition("?")[0]
+        if not found:
+            raise DvqError("name the run: make cancel RUN=its id, which stands last in its link")
+        limits = find_profile(profile or preflight.PROFILE["kfp"])
+        if limits.cluster is None:
+            raise DvqError(f"the profile '{profile}' has no 'cluster'")
+        Kubeflow(limits.cluster).cancel(found)
+        print(f"cancelled {found}; the same submit-sweep goes on with what its trials have done")
+
+
+if __name__ == "__main__":
+    app()

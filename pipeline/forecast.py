@@ -1,0 +1,180 @@
+"""What a sweep will take, before it runs: trials, pods, and hours of GPUs by the speed that was measured.
+
+Measured are the store's finished trials on the same kind of device: of the same configuration but for seed and
+steps, or else the slowest of the same estimator, which is a guess as the profile's ``images_per_second`` is. Hours
+are those that a GPU is held: training and every evaluation, by the trials' own events.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.store import Store
+from dvq import DvqError, events
+from dvq.trial import Trial, values
+from pipeline.pods import TRAINS
+from pipeline.profile import Profile
+
+HELD = ("training", "evaluating")
+"""The states in which a trial holds its GPU."""
+TASKS = 3
+"""of a trial"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be computed, and how long that will take."""
+
+    states: Mapping[str, int]
+    """trials by state"""
+    hours: float
+    """of GPUs, or of CPUs where the profile has no GPU"""
+    guessed: int
+    """trials that are taken to be as slow as the slowest of their estimator, or as the profile says"""
+    unknown: tuple[str, ...]
+    """trials of whose speed nothing tells"""
+    devices: tuple[str, ...]
+    """that speed was measured on"""
+
+
+def devices(profile: Profile) -> float:
+    """GPUs, or CPUs, that a trial holds."""
+    return (
+        profile.gpu / (profile.cluster.sharing if profile.cluster else 1) if profile.gpu else profile.cpu or 1
+    )
+
+
+def unit(profile: Profile | None) -> str:
+    return "GPU-hours" if profile and profile.gpu else "CPU-hours"
+
+
+def held(folder: Path, since: float = 0.0) -> float:
+    """Seconds for which the trial in ``folder`` held its device after the time ``since``."""
+    seconds, before, state = 0.0, 0.0, ""
+    for event in events.read(folder):
+        begins = event["kind"] == "state" and event["state"] == HELD[0]  # whoever was at work before is gone
+        if state in HELD and not begins:
+            seconds += max(0.0, event["time"] - max(before, since))
+        state = event["state"] if event["kind"] == "state" else state
+        before = event["time"]
+    return seconds
+
+
+def spent(trials: Iterable[Trial], store: Store, profile: Profile, since: float) -> float:
+    """Hours of devices that the trials held after the time ``since``."""
+    return sum(held(store.trial(one.key()), since) for one in trials) * devices(profile) / 3600
+
+
+def plan(trials: Mapping[str, Trial], store: Store, profile: Profile) -> Plan:
+    """Look at the store, and reckon."""
+    keys = [one.key() for one in trials.values()]
+    store.look(keys)
+    families = {key for one in trials.values() for key in store.family(one)}
+    known = _measured([key for key in sorted(families) if store.has(key, "results.json")], store, profile)
+    states = dict.fromkeys(("finished", "going on", "new"), 0)
+    seconds, guessed, unknown = 0.0, 0, []
+    for name, one in trials.items():
+        reached = store.reached(one)
+        done = store.state(one.key()).name == "finished"
+        states["finished" if done else "going on" if reached else "new"] += 1
+        if done:
+            continue
+        like = known.get(_like(one)) or _guess(one, known, profile)
+        guessed += _like(one) not in known and like is not None
+        if like is None:
+            unknown.append(name)
+        else:
+            seconds += (one.steps - reached) * one.batch_size / like[0]
+    told = tuple(sorted({device for _, device in known.values()}))
+    return Plan(states, seconds * devices(profile) / 3600, guessed, tuple(unknown), told)
+
+
+Speed = tuple[float, str]
+"""images/s, evaluations included, and the device"""
+
+
+def _measured(keys: list[str], store: Store, profile: Profile) -> dict[str, Speed]:
+    """The slowest speed that was measured, by :func:`_like`, of the finished trials ``keys``."""
+    store.follow(keys)
+    kind, found = "cuda" if profile.gpu else "cpu", dict[str, Speed]()
+    for key in keys:
+        result: dict[str, Any] = store.results(key) or {}
+        device = result.get("provenance", {}).get("device", "")
+        if device.startswith(kind):
+            images = result["trial"]["steps"] * result["trial"]["batch_size"]
+            seconds = max(held(store.trial(key)), result["training"]["seconds"])
+            like = _shape(result["trial"])
+            found[like] = min(found.get(like, (float("inf"), "")), (images / seconds, device))
+    return found
+
+
+def _shape(fields: Mapping[str, Any]) -> str:
+    return json.dumps(
+        {name: value for name, value in sorted(fields.items()) if name not in ("seed", "steps")}
+    )
+
+
+def _like(trial: Trial) -> str:
+    """What trials that are as fast have in common."""
+    return _shape(json.loads(json.dumps(values(trial))))
+
+
+def _guess(trial: Trial, known: Mapping[str, Speed], profile: Profile) -> Speed | None:
+    name = trial.estimator
+    like = [speed for shape, speed in known.items() if json.loads(shape)["estimator"] == name]
+    if name in profile.images_per_second:
+        like.append((profile.images_per_second[name], "the profile"))
+    return min(like, default=None)
+
+
+def check(found: Plan, budget: float | None, profile: Profile) -> None:
+    """DvqError if the forecast is over the budget, or there can be none."""
+    if budget is None:
+        return
+    name = unit(profile)
+    if found.unknown:
+        raise DvqError(
+            f"a budget of {budget:g} {name} cannot be promised: nothing was measured that tells how fast "
+            f"{len(found.unknown)} of the trials are (the first: {found.unknown[0]}); run a short one of that "
+            "configuration first, or give images_per_second in the profile"
+        )
+    if found.hours > budget:
+        raise DvqError(
+            f"the forecast of {found.hours:.2f} {name} is over the budget of {budget:g}: raise BUDGET, or shorten "
+            "the sweep; nothing was started"
+        )
+
+
+def lines(found: Plan, profile: Profile, jobs: int, image: str, budget: float | None) -> list[str]:
+    """The plan, as it is printed."""
+    todo = found.states["going on"] + found.states["new"]
+    at_once = min(jobs, todo)
+    name = profile.cluster.accelerator if profile.cluster else "GPU"
+    gpu = f"{profile.gpu} {name}" if profile.gpu else ""
+    limits = (gpu, f"{profile.cpu:g} CPU" if profile.cpu else "", profile.memory or "")
+    each = ", ".join(filter(None, limits))
+    told = [
+        f"trials   {', '.join(f'{number} {state}' for state, number in found.states.items())}",
+        f"at once  {at_once} trials" + (f", each {each}" if each else ""),
+        f"pods     {TASKS * todo + 3}, and a driver for each; {len(TRAINS)} of a trial's {TASKS} hold its device",
+        f"devices  {at_once * devices(profile):g} {'GPUs' if profile.gpu else 'CPUs'} at most",
+        f"image    {image}",
+        f"forecast {_hours(found, profile, at_once)}",
+    ]
+    return told + ([f"budget   {budget:g} {unit(profile)}"] if budget else [])
+
+
+def _hours(found: Plan, profile: Profile, at_once: int) -> str:
+    todo = found.states["going on"] + found.states["new"]
+    if not todo:
+        return "nothing to compute"
+    if len(found.unknown) == todo:
+        return "unknown: no trial like these was measured"
+    wall = found.hours / devices(profile) / at_once
+    told = f"{found.hours:.2f} {unit(profile)}, at least {wall:.2f} hours, by images/s measured on "
+    told += ", ".join(found.devices) or "what the profile says"
+    guessed = f"; {found.guessed} trials taken as the slowest of their estimator" if found.guessed else ""
+    unknown = f"; and {len(found.unknown)} of which nothing is known" if found.unknown else ""
+    return told + guessed + unknown

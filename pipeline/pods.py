@@ -1,0 +1,65 @@
+"""What a profile gives the pods of each task on a cluster."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kfp import kubernetes
+
+from pipeline.local import KEEP_MEMORY, ONE_THREAD
+from pipeline.profile import Cluster, Profile
+
+TRAINS = ("train", "evaluate")
+"""The components that use a GPU, and take the profile's own limits; the others are light."""
+LABEL = ("app.kubernetes.io/part-of", "dvq")
+"""of every pod: what k8s/ lets into MLflow and S3"""
+PRIORITY = "kueue.x-k8s.io/priority-class"
+
+
+def settle(task: Any, name: str, profile: Profile, environment: Mapping[str, str]) -> Any:
+    """Give the task of the component ``name`` what ``profile`` says, and the variables of ``environment``."""
+    cluster = profile.cluster
+    assert cluster
+    _limits(task, profile, cluster, name in TRAINS)
+    task.set_retry(num_retries=cluster.retries, backoff_duration="30s", backoff_factor=2.0)
+    for variable, value in {**ONE_THREAD, **KEEP_MEMORY, **environment}.items():
+        task.set_env_variable(variable, value)
+    for source, variables in cluster.config_maps.items():
+        kubernetes.use_config_map_as_env(task, source, dict(zip(variables, variables, strict=True)))
+    for source, variables in cluster.secrets.items():
+        kubernetes.use_secret_as_env(task, source, dict(zip(variables, variables, strict=True)))
+    labels = {
+        **cluster.labels,
+        LABEL[0]: LABEL[1],
+        **({PRIORITY: cluster.priority} if cluster.priority else {}),
+    }
+    for key, value in labels.items():
+        kubernetes.add_pod_label(task, key, value)
+    kubernetes.set_image_pull_policy(task, cluster.pull_policy)
+    if cluster.pull_secrets:
+        kubernetes.set_image_pull_secrets(task, cluster.pull_secrets)
+    kubernetes.set_security_context(
+        task, run_as_user=cluster.user, run_as_group=cluster.user, run_as_non_root=True
+    )
+    return task
+
+
+def _limits(task: Any, profile: Profile, cluster: Cluster, trains: bool) -> None:
+    size = profile if trains else cluster.light
+    if size.cpu:
+        task.set_cpu_request(f"{size.cpu:g}").set_cpu_limit(f"{size.cpu:g}")
+    if size.memory:
+        task.set_memory_request(size.memory).set_memory_limit(size.memory)
+    if not trains:
+        return
+    if profile.gpu:
+        task.set_accelerator_type(cluster.accelerator).set_accelerator_limit(profile.gpu)
+    if profile.shared_memory:
+        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=profile.shared_memory)
+    for key, value in cluster.node_selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    for one in cluster.tolerations:
+        kubernetes.add_toleration(
+            task, one.key or None, one.operator, one.value or None, one.effect or None, one.seconds
+        )
+    if cluster.timeout:
+        kubernetes.set_timeout(task, cluster.timeout)

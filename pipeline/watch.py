@@ -1,0 +1,66 @@
+"""A sweep under way: its rows, from the store, shown until it ends."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from components.store import Store
+from dvq.config import Sweep
+from dvq.events import Tail
+from dvq.trial import Trial
+from pipeline.profile import Profile
+from pipeline.progress import FINISHED, LOOK, Row, display
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sweep that was looked at and can start."""
+
+    sweep: Sweep
+    trials: Mapping[str, Trial]
+    store: Store
+    arguments: Mapping[str, str]
+    jobs: int
+    folder: Path
+    """of this launch's log"""
+    profile: Profile | None
+    """of the containers, where the tasks are some"""
+
+    def keys(self) -> list[str]:
+        """The trials' keys."""
+        return [trial.key() for trial in self.trials.values()]
+
+
+def rows(job: Job) -> list[Row]:
+    """The trials as the store has them."""
+    return [_row(name, trial, job.store) for name, trial in job.trials.items()]
+
+
+def _row(name: str, trial: Trial, store: Store) -> Row:
+    row = Row(name, trial, Tail(store.trial(trial.key())))
+    found = store.results(trial.key())
+    if found:
+        row.state, row.step, row.bits_per_dim = FINISHED, trial.steps, found["evaluation"]["bits_per_dim"]
+        row.news.append(f"{FINISHED} before: {row.bits_per_dim:.3f} bits/dim")
+    else:
+        row.step = row.base = store.reached(trial)
+    return row
+
+
+def watch(
+    job: Job, shown: list[Row], since: float, console: Console, look: Callable[[], tuple[bool, str]]
+) -> None:
+    """Show how the trials go, by what happened after the time ``since``, until ``look`` says that all ended; it
+    also says what goes on beside them."""
+    with display(console, job.jobs) as screen:
+        while True:
+            ended, note = look()
+            for row in shown:
+                row.update(since)
+            screen.show(shown, "" if ended else note)
+            if ended:
+                return
+            time.sleep(LOOK)
