@@ -14,8 +14,7 @@ from typing import Any
 from components.store import Store
 from dvq import DvqError, events
 from dvq.trial import Trial, values
-from pipeline.pods import TRAINS
-from pipeline.profile import Profile
+from pipeline.profile import TRAINS, Profile
 
 HELD = ("training", "evaluating")
 """The states in which a trial holds its GPU."""
@@ -158,7 +157,11 @@ def lines(found: Plan, profile: Profile, jobs: int, image: str, budget: float | 
     told = [
         f"trials   {', '.join(f'{number} {state}' for state, number in found.states.items())}",
         f"at once  {at_once} trials" + (f", each {each}" if each else ""),
-        f"pods     {TASKS * todo + 3}, and a driver for each; {len(TRAINS)} of a trial's {TASKS} hold its device",
+        f"{'pods' if profile.cluster else 'tasks':8} {TASKS * todo + 3}"
+        + (
+            f", and a driver for each; {len(TRAINS)} of a trial's {TASKS} hold its GPU"
+            * bool(profile.cluster)
+        ),
         f"devices  {at_once * devices(profile):g} {'GPUs' if profile.gpu else 'CPUs'} at most",
         f"image    {image}",
         f"forecast {_hours(found, profile, at_once)}",

@@ -6,10 +6,8 @@ from typing import Any
 from kfp import kubernetes
 
 from pipeline.local import KEEP_MEMORY, ONE_THREAD
-from pipeline.profile import Cluster, Profile
+from pipeline.profile import TRAINS, Cluster, Profile
 
-TRAINS = ("train", "evaluate")
-"""The components that use a GPU, and take the profile's own limits; the others are light."""
 LABEL = ("app.kubernetes.io/part-of", "dvq")
 """of every pod: what k8s/ lets into MLflow and S3"""
 PRIORITY = "kueue.x-k8s.io/priority-class"

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dvq import DvqError
 
 PROFILES = Path(__file__).parent / "profiles"
+TRAINS = ("train", "evaluate")
+"""The components that use a GPU and take the profile's own limits; the others are light."""
 UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 Size = Annotated[str, Field(pattern=r"^[1-9]\d*(Ki|Mi|Gi)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]

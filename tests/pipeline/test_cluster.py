@@ -1,0 +1,253 @@
+"""The sweep on a cluster: what is refused before anything is sent, and how it is followed and submitted again."""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from docker.errors import NotFound
+from rich.console import Console
+
+from components.store import Store
+from dvq import DvqError
+from dvq.config import Sweep
+from pipeline import cluster, containers
+from pipeline.kubeflow import Run, UnreachableError
+from pipeline.profile import Cluster, Profile
+from pipeline.watch import Job
+from tests.kubeflow_server import KubeflowServer
+
+PLAIN = Profile(cpu=1, image="r.example.org/dvq:1", cluster=Cluster(pull_policy="Never"))
+Make = Callable[..., Job]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KFP_NAMESPACE", "KFP_TOKEN", "KFP_COOKIE", "KFP_CA", "REGISTRY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.org/")
+    monkeypatch.setattr(cluster, "LOOK", 0.0)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def job(profile: Profile | None = PLAIN, place: str = "s3://dvq/store", **arguments: str) -> Job:
+        sweep = Sweep(
+            name="s",
+            base={"data": "cifar10-sample", "steps": 100},
+            grid={"estimator": ["vq-ema"]},
+            seeds=[0, 1],
+        )
+        store = Store(tmp_path / "store")
+        store.place = place or store.place
+        given = {"sweep": sweep.model_dump_json(), "base": "{}", "data_name": "cifar10-sample", "source": ""}
+        return Job(
+            sweep, sweep.trials(), store, {**given, "experiment": "s", **arguments}, 2, tmp_path, profile
+        )
+
+    return job
+
+
+def checkpoint(job: Job, step: int, seed: int = 0) -> None:
+    """Let the store have one."""
+    folder = job.store.trial(job.trials[f"vq-ema-c512-k8-s{seed}"].key()) / "checkpoints" / f"{step:09d}"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.json").write_text("{}")
+
+
+def finish(job: Job, seed: int) -> None:
+    folder = job.store.trial(job.trials[f"vq-ema-c512-k8-s{seed}"].key())
+    (folder / "results.json").write_text('{"evaluation": {"bits_per_dim": 7.0}}')
+
+
+@pytest.mark.parametrize(
+    ("job", "told"),
+    [
+        ({"profile": Profile()}, "the profile has no 'cluster'"),
+        ({"place": ""}, "set DVQ_STORE=s3://bucket/prefix"),
+        ({"base": "x" * 70000}, r"too large for one pipeline \(base: 68 KiB of 64\)"),
+        ({"profile": Profile(cluster=Cluster())}, "name the registry of the image, REGISTRY="),
+    ],
+)
+def test_what_cannot_run_there_is_refused(make: Make, job: dict[str, Any], told: str) -> None:
+    with pytest.raises(DvqError, match=told):
+        cluster.check(make(**job))
+
+
+def test_an_image_that_was_not_pushed_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Images:
+        images = None
+
+        def get_registry_data(self, name: str) -> None:
+            raise NotFound(f"manifest unknown: {name}")
+
+    monkeypatch.setattr(containers, "connect", Images)
+    Images.images = Images()  # type: ignore[assignment]
+    pushed = PLAIN.model_copy(update={"cluster": Cluster()})
+    with pytest.raises(DvqError, match=r"dvq:1 is not in its registry \(.*\): make image PUSH=1"):
+        cluster.check(make(profile=pushed))
+
+    def none() -> None:
+        raise DvqError("no daemon")
+
+    monkeypatch.setattr(containers, "connect", none)
+    assert cluster.check(make(profile=pushed)).image == "r.example.org/dvq:1"
+
+
+def test_data_of_this_machine_goes_to_the_store(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for source in (
+        "",
+        "https://mirror.example.org/cifar-10-python.tar.gz",
+        "s3://data/cifar-10-python.tar.gz",
+    ):
+        job = make(source=source)
+        assert cluster.bring_data(job) is job
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    job = make(source=str(tmp_path))  # the sample needs no source
+    assert cluster.bring_data(job).arguments["source"] == ""
+    assert list((tmp_path / "store/data").glob("*/data.json"))
+    with pytest.raises(DvqError, match="cifar-10"):
+        cluster.bring_data(make(source=str(tmp_path), data_name="cifar10"))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeflowServer]:
+    made = KubeflowServer()
+    with made.listening() as address:
+        monkeypatch.setenv("KFP_HOST", address)
+        yield made
+
+
+def run(job: Job, wait: bool = True, fresh: bool = False) -> tuple[int, str]:
+    text = io.StringIO()
+    return cluster.run(job, Console(file=text, width=200), wait, fresh), text.getvalue()
+
+
+@pytest.fixture
+def _plain_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the table of results, which wants whole ones."""
+    monkeypatch.setattr(cluster, "conclude", lambda *given: 0 if given[3].state == "SUCCEEDED" else 1)
+
+
+@pytest.mark.usefixtures("_plain_end")
+def test_it_is_submitted_again_while_it_gets_on(make: Make, server: KubeflowServer) -> None:
+    """An interruption in each run, after 20 steps more; then both trials are finished."""
+    job = make()
+
+    def started(made: Any, _: str) -> None:
+        number = len(server.runs)
+        made.state = "FAILED"
+        if number <= 3:
+            checkpoint(job, 20 * number)
+        else:
+            checkpoint(job, 1, seed=1)
+            finish(job, 0)
+            finish(job, 1)
+            made.state = "SUCCEEDED"
+
+    server.started = started
+    code, told = run(job)
+    assert (code, len(server.runs)) == (0, 4)
+    assert told.count("trials were interrupted: submitting it again") == 3
+    assert told.count("/#/runs/details/") == 4
+    assert "mlflow: http://mlflow.example.org/#/experiments" in told
+    assert len(server.versions) == 1
+
+
+@pytest.mark.usefixtures("_plain_end")
+@pytest.mark.parametrize("first", [True, False])
+def test_it_is_not_submitted_again_for_nothing(make: Make, server: KubeflowServer, first: bool) -> None:
+    """No step was kept: neither in the first run nor, after one that was, in the second."""
+    job = make()
+
+    def started(made: Any, _: str) -> None:
+        made.state = "FAILED"
+        if not first and len(server.runs) == 1:
+            checkpoint(job, 20)
+
+    server.started = started
+    code, _ = run(job)
+    assert (code, len(server.runs)) == (1, 1 if first else 2)
+
+
+@pytest.mark.usefixtures("_plain_end")
+def test_a_cancelled_run_stays_cancelled(make: Make, server: KubeflowServer) -> None:
+    job = make()
+    checkpoint(job, 20)
+    server.started = lambda made, _: setattr(made, "state", "CANCELED")
+    assert run(job)[0] == 1
+    assert len(server.runs) == 1
+
+
+@pytest.mark.usefixtures("_plain_end")
+def test_one_run_of_a_sweep_at_a_time(make: Make, server: KubeflowServer) -> None:
+    job = make()
+    code, told = run(job, wait=False)
+    (first,) = server.runs
+    assert code == 0
+    assert f"make cancel RUN={first}" in told
+    for fresh in (False, True):
+        with pytest.raises(
+            DvqError, match=f"the sweep 's' is under way: http.*/#/runs/details/{first}; WAIT=1"
+        ):
+            run(job, wait=False, fresh=fresh)
+    server.runs[first].state = "SUCCEEDED"
+    for seed in (0, 1):
+        checkpoint(job, 100, seed)
+        finish(job, seed)
+    server.started = lambda made, _: setattr(made, "state", "SUCCEEDED")
+    assert run(job)[0] == 0
+    assert len(server.runs) == 2
+    server.runs[first].state = "RUNNING"
+    with pytest.raises(DvqError, match="under way"):
+        run(job, wait=True, fresh=True)
+    assert job.store.state(job.keys()[0]).name == "finished"
+
+
+class Answers:
+    """A KFP that answers as it is told."""
+
+    namespace = ""
+
+    def __init__(self, *answers: str | Exception) -> None:
+        self.answers = list(answers)
+
+    def look(self, run: str) -> Run:
+        found = self.answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return Run(run, found)
+
+
+def test_a_server_that_is_away_for_a_while_ends_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = UnreachableError("away")
+    look = cluster.Look(make(), Answers("RUNNING", away, away, "SUCCEEDED"), "run")  # type: ignore[arg-type]
+    assert look() == (False, "run running")
+    assert look() == (False, "run running; KFP does not answer, asking again")
+    assert not look()[0]
+    assert look()[0]
+    monkeypatch.setattr(cluster, "PATIENCE", -1.0)
+    with pytest.raises(UnreachableError):
+        cluster.Look(make(), Answers(away), "run")()  # type: ignore[arg-type]
+
+
+def test_silence_says_where_to_look(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = cluster.Look(make(), Answers("PENDING", "PENDING", "PENDING"), "run")  # type: ignore[arg-type]
+    assert look()[1] == "run pending"
+    monkeypatch.setattr(cluster, "QUIET", -1.0)
+    told = look()[1]
+    assert "kubectl -n kubeflow get pods -l app.kubernetes.io/part-of=dvq" in told
+
+
+def test_cancel_wants_a_run(capsys: pytest.CaptureFixture[str], server: KubeflowServer) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cluster.cancel("", "kind")
+    assert caught.value.code == 2
+    assert "name the run: make cancel RUN=" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cluster.cancel("http://h/#/runs/details/abc", "kind")
+    assert "has no run 'abc'" in capsys.readouterr().err
+    assert server.asked[-1].endswith("/runs/abc:terminate")

@@ -1,0 +1,121 @@
+"""What a sweep will take, told from what was measured; and the budget that it must not exceed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.store import Store
+from dvq import DvqError
+from dvq.config import Sweep
+from dvq.trial import values
+from pipeline import forecast
+from pipeline.profile import Cluster, Profile
+
+GPU = Profile(gpu=1, parallelism=4, cluster=Cluster())
+BASE = {"data": "cifar10-sample", "batch_size": 100}
+EVENTS = [
+    (0, "state", "training"), (90, "metrics", ""),  # killed, an hour later started again
+    (3690, "state", "training"), (3700, "metrics", ""), (3790, "state", "evaluating"),
+    (3800, "state", "analyzing"), (3900, "state", "finished"),
+]  # fmt: skip
+HELD = 90 + 10 + 90 + 10
+Sweeps = Callable[..., Sweep]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def sweep(*estimators: str, steps: int = 1000, seeds: tuple[int, ...] = (0, 1), **grid: Any) -> Sweep:
+    return Sweep(
+        name="s",
+        base={**BASE, "steps": steps},
+        grid={"estimator": list(estimators), **grid},
+        seeds=list(seeds),
+    )
+
+
+def finish(store: Store, of: Sweep, name: str, device: str = "cuda:0 (H200)", events: Any = EVENTS) -> None:
+    """Let the store have a trial finished, which held its device for HELD seconds."""
+    trial = of.trials()[name]
+    folder = store.trial(trial.key())
+    (folder / "events").mkdir(parents=True)
+    lines = [
+        {"time": 1e9 + at, "kind": kind, **({"state": state} if state else {"step": 1, "values": {}})}
+        for at, kind, state in events
+    ]
+    (folder / "events/000000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "checkpoints" / f"{trial.steps:09d}").mkdir(parents=True)
+    (folder / "checkpoints" / f"{trial.steps:09d}" / "checkpoint.json").write_text("{}")
+    results = {"trial": values(trial), "training": {"seconds": 1.0}, "provenance": {"device": device}}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_a_trial_like_another_takes_as_long(store: Store) -> None:
+    """By its own kind of device; the steps that are done already count no more."""
+    finish(store, sweep("vq-ema"), "vq-ema-c512-k8-s0")
+    finish(store, sweep("vq-ema", seeds=(7,)), "vq-ema-c512-k8-s7", "cpu (AVX512)", [])
+    found = forecast.plan(sweep("vq-ema", steps=3000, seeds=(0, 1)).trials(), store, GPU)
+    assert dict(found.states) == {"finished": 0, "going on": 1, "new": 1}
+    assert found.hours * 3600 == pytest.approx(HELD * (2 + 3))
+    assert (found.guessed, found.unknown, found.devices) == (0, (), ("cuda:0 (H200)",))
+    shared = GPU.model_copy(update={"cluster": Cluster(sharing=4)})
+    assert forecast.plan(sweep("vq-ema").trials(), store, shared).hours * 3600 == pytest.approx(HELD / 4)
+    several = GPU.model_copy(update={"gpu": 2})
+    assert forecast.plan(sweep("vq-ema").trials(), store, several).hours * 3600 == pytest.approx(HELD * 2)
+
+
+def test_finished_trials_take_nothing(store: Store) -> None:
+    for seed in (0, 1):
+        finish(store, sweep("vq-ema"), f"vq-ema-c512-k8-s{seed}")
+    found = forecast.plan(sweep("vq-ema").trials(), store, GPU)
+    assert found.hours == 0
+    assert forecast.lines(found, GPU, 4, "image", None)[-1] == "forecast nothing to compute"
+
+
+def test_others_are_guessed_by_the_slowest_of_their_estimator(store: Store) -> None:
+    whole = sweep("vq-ema", "gs-soft", num_codes=[8, 512], seeds=(0,))
+    finish(store, whole, "vq-ema-c8-k8-s0")
+    found = forecast.plan(whole.trials(), store, GPU)
+    assert found.guessed == 1
+    assert found.unknown == ("gs-soft-c8-k8-s0", "gs-soft-c512-k8-s0")
+    with pytest.raises(
+        DvqError, match=r"2 of the trials are \(the first: gs-soft-c8-k8-s0\); run a short one"
+    ):
+        forecast.check(found, 100, GPU)
+    told = GPU.model_copy(update={"images_per_second": {"gs-soft": 1000.0, "vq-ema": 1.0}})
+    found = forecast.plan(whole.trials(), store, told)
+    assert found.hours * 3600 == pytest.approx(1000 * 100 * (1 / 1000 + 1 / 1000 + 1))
+    assert (found.guessed, found.unknown) == (3, ())
+
+
+def test_a_budget_refuses_what_is_over_it(store: Store) -> None:
+    finish(store, sweep("vq-ema"), "vq-ema-c512-k8-s0")
+    found = forecast.plan(sweep("vq-ema", seeds=tuple(range(73))).trials(), store, GPU)
+    assert found.hours == pytest.approx(72 * HELD / 3600) == 4.0
+    forecast.check(found, 4.01, GPU)
+    forecast.check(found, None, GPU)
+    with pytest.raises(
+        DvqError, match=r"the forecast of 4\.00 GPU-hours is over the budget of 3\.9: raise BUDGET"
+    ):
+        forecast.check(found, 3.9, GPU)
+    lines = forecast.lines(found, GPU, 4, "r/dvq:1", 3.9)
+    assert lines[0] == "trials   1 finished, 0 going on, 72 new"
+    assert lines[1] == "at once  4 trials, each 1 nvidia.com/gpu"
+    assert lines[2].startswith("pods     219, and a driver for each")
+    assert lines[3] == "devices  4 GPUs at most"
+    assert lines[5] == "forecast 4.00 GPU-hours, at least 1.00 hours, by images/s measured on cuda:0 (H200)"
+
+
+def test_what_was_spent_counts_from_its_beginning(store: Store) -> None:
+    whole = sweep("vq-ema")
+    finish(store, whole, "vq-ema-c512-k8-s0")
+    trials = whole.trials().values()
+    assert forecast.spent(trials, store, GPU, 0) * 3600 == pytest.approx(HELD)
+    assert forecast.spent(trials, store, GPU, 1e9 + 60) * 3600 == pytest.approx(HELD - 60)
+    assert forecast.spent(trials, store, GPU, 1e9 + 3795) * 3600 == pytest.approx(5)
+    assert forecast.spent(trials, store, GPU, 1e9 + 5000) == 0

@@ -1,0 +1,195 @@
+"""The compiled pipeline carries, for each task, what its profile says, and no more."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp.kubernetes import kubernetes_executor_config_pb2 as kubernetes
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from components import IMAGE
+from dvq import DvqError
+from dvq.config import Sweep, overrides
+from pipeline import cluster, definition
+from pipeline.local import KEEP_MEMORY, ONE_THREAD
+from pipeline.preflight import PROFILE
+from pipeline.profile import PROFILES, Cluster, Profile, Toleration, find_profile, size
+
+TASKS = {"plan", "prepare-data", "train", "evaluate", "analyze", "report"}
+TRAIN = {"train", "evaluate"}
+SHIPPED = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+CLUSTERS = [name for name in SHIPPED if find_profile(name).cluster]
+EVERYTHING = Profile(
+    gpu=2, cpu=3.5, memory="6Gi", shared_memory="1Gi", parallelism=7, image="r.example.org/x/dvq:1",
+    cluster=Cluster(
+        accelerator="nvidia.com/gpu.shared", sharing=4, node_selector={"pool": "gpu"},
+        tolerations=[
+            Toleration(key="spot", operator="Equal", value="true", effect="NoExecute", seconds=30), Toleration()
+        ],
+        pull_secrets=["regcred"], pull_policy="Always", retries=5, timeout=3600, ttl=60, user=1234,
+        config_maps={"here": ["MLFLOW_TRACKING_URI"]}, secrets={"keys": ["AWS_ACCESS_KEY_ID"], "more": ["A_B"]},
+        labels={"team": "vision"}, priority="low",
+    ),
+)  # fmt: skip
+
+
+def documents(profile: Profile) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The compiled pipeline, and what it says of its place."""
+    found = profile.model_copy(update={"image": profile.image or IMAGE})
+    spec, platform = yaml.safe_load_all(cluster.compiled(found, profile.parallelism, "s3://dvq/store"))
+    return spec, platform["platforms"]["kubernetes"]
+
+
+def expected(profile: Profile, name: str) -> dict[str, Any]:
+    """A task's settings on Kubernetes, as its profile says them."""
+    its = profile.cluster
+    assert its
+    labels = {**its.labels, "app.kubernetes.io/part-of": "dvq"}
+    made: dict[str, Any] = {
+        "imagePullPolicy": its.pull_policy,
+        "podMetadata": {
+            "labels": labels | ({"kueue.x-k8s.io/priority-class": its.priority} if its.priority else {})
+        },
+        "securityContext": {"runAsUser": str(its.user), "runAsGroup": str(its.user), "runAsNonRoot": True},
+        "configMapAsEnv": [(name, names, False) for name, names in its.config_maps.items()],
+        "secretAsEnv": [(name, names, False) for name, names in its.secrets.items()],
+        "imagePullSecret": its.pull_secrets,
+    }
+    if name in TRAIN:
+        made["nodeSelector"] = {"labels": its.node_selector} if its.node_selector else []
+        made["tolerations"] = [
+            {
+                key: value
+                for key, value in (
+                    ("key", one.key), ("operator", one.operator), ("value", one.value), ("effect", one.effect),
+                    ("tolerationSeconds", one.seconds and str(one.seconds)),
+                )
+                if value
+            }
+            for one in its.tolerations
+        ]  # fmt: skip
+        made["activeDeadlineSeconds"] = str(its.timeout) if its.timeout else []
+        if profile.shared_memory:
+            made["emptyDirMounts"] = [
+                {
+                    "volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory",
+                    "sizeLimit": profile.shared_memory,
+                }
+            ]  # fmt: skip
+    return {key: value for key, value in made.items() if value}
+
+
+def simple(task: dict[str, Any]) -> dict[str, Any]:
+    """kfp's form of a task's settings, without what it repeats."""
+    made = dict(task)
+    for kind, key in (("configMapAsEnv", "configMap"), ("secretAsEnv", "secret")):
+        found = []
+        for one in task.get(kind, ()):
+            variables = [(pair[f"{key}Key"], pair["envVar"]) for pair in one["keyToEnv"]]
+            assert all(here == there for here, there in variables)
+            found.append((one[f"{key}Name"], [here for here, _ in variables], one["optional"]))
+        made[kind] = found
+    made["imagePullSecret"] = [one["secretName"] for one in task.get("imagePullSecret", ())]
+    return {key: value for key, value in made.items() if value}
+
+
+@pytest.mark.parametrize("name", [*CLUSTERS, "everything"])
+def test_each_task_has_what_the_profile_says(name: str) -> None:
+    profile = EVERYTHING if name == "everything" else find_profile(name)
+    its = profile.cluster
+    assert its
+    spec, platform = documents(profile)
+    executors = spec["deploymentSpec"]["executors"]
+    assert {task.removeprefix("exec-") for task in executors} == TASKS
+    for task in TASKS:
+        assert simple(platform["deploymentSpec"]["executors"][f"exec-{task}"]) == expected(profile, task)
+        container = executors[f"exec-{task}"]["container"]
+        assert container["image"] == (profile.image or IMAGE)
+        told = {one["name"]: one["value"] for one in container["env"]}
+        assert told == {**ONE_THREAD, **KEEP_MEMORY, "DVQ_STORE": "s3://dvq/store"}
+        limits, resources = (profile if task in TRAIN else its.light), container["resources"]
+        cpu, memory = f"{limits.cpu:g}", limits.memory
+        assert memory
+        assert (resources["resourceCpuLimit"], resources["resourceCpuRequest"]) == (cpu, cpu)
+        assert (resources["resourceMemoryLimit"], resources["resourceMemoryRequest"]) == (memory, memory)
+        gpu = resources.get("accelerator", {})
+        wanted = {"resourceType": its.accelerator, "resourceCount": str(profile.gpu)}
+        assert {key: gpu.get(key) for key in wanted} == (
+            wanted if task in TRAIN and profile.gpu else dict.fromkeys(wanted)
+        )
+    trials = [
+        task for one in spec["components"].values() for task in one.get("dag", {}).get("tasks", {}).values()
+    ]
+    assert {one["retryPolicy"]["maxRetryCount"] for one in trials if "retryPolicy" in one} == {its.retries}
+    (loop,) = [one["iteratorPolicy"] for one in trials if "iteratorPolicy" in one]
+    assert loop == {"parallelismLimit": profile.parallelism}
+    assert platform.get("pipelineConfig") == ({"resourceTtlOnCompletion": its.ttl} if its.ttl else None)
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_kfp_s_own_schema_takes_it(name: str) -> None:
+    spec, platform = documents(find_profile(name))
+    json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
+    found = {"platforms": {"kubernetes": platform}}
+    json_format.ParseDict(found, pipeline_spec_pb2.PlatformSpec())
+    for task in platform["deploymentSpec"]["executors"].values():
+        json_format.ParseDict(task, kubernetes.KubernetesExecutorConfig())
+
+
+def test_its_size_does_not_grow_with_the_sweep() -> None:
+    """A thousand trials: under KFP's limits, however many there are."""
+    assert len(cluster.compiled(EVERYTHING, 64, "s3://dvq/store")) < 100 << 10
+    grid = {"estimator": ["gs-soft", "vq-ema"], "num_codes": [128, 512], "num_latents": [4, 16]}
+    sweep = Sweep(name="large", base={"steps": 100000}, grid=grid, seeds=list(range(125)))
+    items = json.dumps([overrides(point) for point in sweep.points()])
+    assert len(sweep.trials()) == 1000
+    assert max(len(items), len(sweep.model_dump_json())) < cluster.PARAMETER == 64 << 10
+
+
+def test_it_is_the_same_pipeline_as_on_this_machine() -> None:
+    spec, _ = documents(EVERYTHING)
+    here = json_format.MessageToDict(definition.sweep_pipeline(EVERYTHING.parallelism).pipeline_spec)
+    assert spec["components"].keys() == here["components"].keys()
+    assert spec["root"]["inputDefinitions"] == here["root"]["inputDefinitions"]
+    there = {name: task.get("dependentTasks") for name, task in spec["root"]["dag"]["tasks"].items()}
+    assert there == {name: task.get("dependentTasks") for name, task in here["root"]["dag"]["tasks"].items()}
+
+
+def test_the_profiles_that_are_shipped() -> None:
+    assert SHIPPED == ["docker", "eks", "gke", "kind", "nvidia"]
+    assert set(PROFILE.values()) <= set(SHIPPED)
+    assert [name for name in CLUSTERS if not find_profile(name).gpu] == ["kind"]
+    for name in CLUSTERS:
+        found = find_profile(name)
+        assert size(found.shared_memory or "") < size(found.memory or "")  # which it counts towards
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("gpus: 1", "gpus: Extra inputs are not permitted; keys there: cpu, memory"),
+        ("cluster: {node: x}", "cluster.node: Extra inputs are not permitted; keys there: host, namespace"),
+        ("memory: 4GB", "memory: String should match pattern"),
+        ("cluster: {accelerator: gpu}", "cluster.accelerator: String should match"),
+        ("cluster: {secrets: {Bad_Name: [A]}}", "cluster.secrets.Bad_Name"),
+        ("cluster: {secrets: {dvq: [not-a-variable]}}", "cluster.secrets.dvq.0: String should match"),
+        ("cluster: {user: 0}", "cluster.user: Input should be greater than or equal to 1"),
+        (
+            "cluster: {tolerations: [{operator: Is}]}",
+            "cluster.tolerations.0.operator: Input should be 'Exists'",
+        ),
+        ("budget: 0", "budget: Input should be greater than 0"),
+        ("a: [", "is no YAML"),
+    ],
+)
+def test_a_wrong_profile_is_one_sentence(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(DvqError) as caught:
+        find_profile(str(path))
+    assert told in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
