@@ -1,0 +1,61 @@
+"""The manifests as kustomize builds them, by the pinned kubectl, with secrets made for the tests."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+BUILT = ("overlays/single-node", "overlays/production", "runs")
+Manifests = list[dict[str, Any]]
+
+
+class Built:
+    """Every kustomization's manifests."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT / "k8s", folder, ignore=shutil.ignore_patterns("*.env"))
+        subprocess.run([folder / "configure"], check=True, capture_output=True)
+        self.manifests = {name: self.build(name) for name in BUILT}
+
+    def build(self, name: str) -> Manifests:
+        kubectl = Path(sys.executable).with_name("kubectl")
+        done = subprocess.run(
+            [kubectl, "kustomize", self.folder / name], capture_output=True, text=True, check=True
+        )
+        return [one for one in yaml.safe_load_all(done.stdout) if one]
+
+    def all(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, manifests in self.manifests.items():
+            for one in manifests:
+                yield name, one
+
+    def one(self, overlay: str, kind: str, name: str) -> dict[str, Any]:
+        """The only object of that kind and name, or name before its hash."""
+        (found,) = [
+            one
+            for one in self.manifests[overlay]
+            if one["kind"] == kind and one["metadata"]["name"].startswith(name)
+        ]
+        return found
+
+    def pods(self, overlay: str) -> dict[str, dict[str, Any]]:
+        """The pods' templates by the name of what makes them."""
+        found = {}
+        for one in self.manifests[overlay]:
+            spec = one.get("spec", {})
+            spec = spec["jobTemplate"]["spec"] if one["kind"] == "CronJob" else spec
+            if "template" in spec:
+                found[one["metadata"]["name"]] = spec["template"]
+        return found
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return Built(tmp_path_factory.mktemp("k8s") / "k8s")
