@@ -69,7 +69,7 @@ test: $(READY) ## every test that needs no daemon
 test-services: $(SERVICES) ## the tests against real servers and their faults
 	@$(PYTHON) -m pytest tests/services
 
-test-docker: $(READY) image ## the tests that need a Docker daemon
+test-docker: $(SERVICES) image ## the tests that need a Docker daemon
 	@$(PYTHON) -m pytest tests/docker
 
 image: $(READY) ## build the image, unless it is there: TORCH=2.13.0+cpu, BASE=another base, PROFILE=a cluster's, PUSH=1 REGISTRY=where

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from pipeline import containers, image
+from tests.k8s.conftest import Built
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -40,6 +41,11 @@ def tag(client: docker.DockerClient) -> str:
     made = image.content().tag()
     assert image.has(client, made), f"{made} is not there: make image"
     return made
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return Built(tmp_path_factory.mktemp("k8s") / "k8s")
 
 
 class Sweep:
