@@ -25,7 +25,7 @@ TRIAL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help image base submit-sweep cancel explain report replay ui local-ui stack-up stack-down test test-services test-docker check components findings bench soak golden clean
+.PHONY: help image base submit-sweep cancel explain report replay ui local-ui stack-up stack-down test test-services test-docker check components release-components findings bench soak golden clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -85,8 +85,11 @@ check: $(READY) ## format, lint, types, compiled components
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pipeline.compile --check
 
-components: $(READY) ## compile the components to components/*/component.yaml
+components: $(READY) ## compile the components to components/*/component.yaml, and their READMEs' tables
 	@$(PYTHON) -m pipeline.compile
+
+release-components: $(READY) ## record what the components take and give, at a release
+	@$(PYTHON) -m pipeline.compile --release
 
 findings: $(READY) ## the paper's findings in miniature: 45 small trials with seeds and error bars
 	@$(PYTHON) -m pipeline.submit findings --jobs "$(JOBS)" && $(PYTHON) -m pipeline.findings

@@ -1,10 +1,15 @@
-"""Compile the components: ``python -m pipeline.compile`` writes each component.yaml, ``--check`` compares."""
+"""Compile the components: ``python -m pipeline.compile`` writes each component.yaml and its README's tables.
 
+``--check`` compares them with what is there, and the interfaces with the released ones; ``--release`` records these.
+"""
+
+import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 from kfp import compiler
 
 from components.analyze.component import analyze
@@ -13,6 +18,7 @@ from components.plan.component import plan
 from components.prepare_data.component import prepare_data
 from components.report.component import report
 from components.train.component import train
+from pipeline import interfaces
 
 COMPONENTS: dict[str, Any] = {
     "plan": plan,
@@ -23,6 +29,7 @@ COMPONENTS: dict[str, Any] = {
     "report": report,
 }
 FOLDER = Path(__file__).parent.parent / "components"
+TABLES = re.compile(r"(<!-- interface.*?-->)\n.*?(<!-- end -->)", re.DOTALL)
 
 
 def compiled(component: Any) -> str:
@@ -33,28 +40,73 @@ def compiled(component: Any) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def stale() -> list[Path]:
-    """The committed files that differ from what the components compile to."""
-    paths = {FOLDER / name / "component.yaml": component for name, component in COMPONENTS.items()}
-    return [
-        path
-        for path, component in paths.items()
-        if not path.exists() or path.read_text(encoding="utf-8") != compiled(component)
-    ]
+def readme(name: str, component: Any) -> str:
+    """The component's README, with its tables as the component is."""
+    text = (FOLDER / name / "README.md").read_text(encoding="utf-8")
+    spec = component.component_spec
+    told = docstring_parser.parse(component.python_func.__doc__)
+    described = {one.arg_name: one.description or "" for one in told.params}
+    returned = (told.returns and told.returns.description) or ""
+    lines = [f"Version {interfaces.version(name)}.", "", "| input | type | |", "| --- | --- | --- |"]
+    for key, one in (spec.inputs or {}).items():
+        default = f"; default `{one.default!r}`" if one.optional else ""
+        lines.append(f"| `{key}` | {_kind(one.type)}{default} | {_line(described[key])} |")
+    lines += ["", "| output | type | |", "| --- | --- | --- |"]
+    for key, one in (spec.outputs or {}).items():
+        lines.append(f"| `{key}` | {_kind(one.type)} | {_line(described.get(key, returned))} |")
+    table = "\n".join(lines)
+    return TABLES.sub(lambda found: f"{found[1]}\n{table}\n{found[2]}", text)
+
+
+def _kind(schema: Any) -> str:
+    return str(schema).partition("@")[0].removeprefix("system.")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".").replace("|", "\\|")
+
+
+def wanted() -> dict[Path, str]:
+    """The committed files that are made of the components, and what they should hold."""
+    found = {}
+    for name, component in COMPONENTS.items():
+        found[FOLDER / name / "component.yaml"] = compiled(component)
+        found[FOLDER / name / "README.md"] = readme(name, component)
+    return found
+
+
+def stale() -> dict[Path, str]:
+    """Those of them that hold something else."""
+    return {
+        path: text
+        for path, text in wanted().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
+
+
+def faults() -> list[str]:
+    """The components that need another version, each as a sentence."""
+    known = interfaces.released()
+    new = {name: interfaces.interface(name, component) for name, component in COMPONENTS.items()}
+    gone = [f"the component '{name}' is gone, which a release had" for name in known if name not in new]
+    told = [interfaces.fault(name, known[name], one) for name, one in new.items() if name in known]
+    return gone + [one for one in told if one]
 
 
 def main(arguments: list[str]) -> int:
-    old = stale()
+    old, wrong = stale(), faults()
+    for told in wrong:
+        print(told)
     if "--check" in arguments:
         for path in old:
-            print(
-                f"{path.relative_to(FOLDER.parent)} is not what its component compiles to: run make components"
-            )
-        return 1 if old else 0
-    for path in old:
-        path.write_text(compiled(COMPONENTS[path.parent.name]), encoding="utf-8")
+            print(f"{path.relative_to(FOLDER.parent)} is not what its component makes: run make components")
+        return 1 if old or wrong else 0
+    for path, text in old.items():
+        path.write_text(text, encoding="utf-8")
         print(f"wrote {path.relative_to(FOLDER.parent)}")
-    return 0
+    if "--release" in arguments and not wrong:
+        interfaces.write({name: interfaces.interface(name, one) for name, one in COMPONENTS.items()})
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_the_context_holds_what_is_allowed() -> None:
     with tarfile.open(fileobj=io.BytesIO(buffer.getvalue())) as tar:
         names = tar.getnames()
     tops = {name.partition("/")[0] for name in names}
-    allowed = {"LICENSE", "README.md", "pyproject.toml", "requirements.lock"}
+    allowed = {"LICENSE", "README.md", "pyproject.toml", "requirements.lock", "requirements-services.lock"}
     assert tops == allowed | {"docker", "dvq", "components", "pipeline"}
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 

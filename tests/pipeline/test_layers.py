@@ -33,6 +33,7 @@ ADAPTERS = {
     "components/s3.py": {"boto3", "botocore", "tenacity"},
     "components/tracking.py": {"mlflow"},
     "components/pyfunc.py": {"mlflow", "torch"},
+    "pipeline/compile.py": {"docstring_parser"},
     "pipeline/kubeflow.py": {"kfp_server_api", "urllib3"},
     "pipeline/stack.py": {"psutil"},
 }
