@@ -7,6 +7,7 @@ which none or all of its trials are finished, and write the report.
 import argparse
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -81,7 +82,8 @@ def main() -> None:
         found = timed("plan it, all finished", lambda: forecast.plan(sweep.trials(), store, profile))
         assert found.states["finished"] == trials
         page = timed("report", lambda: reports.report(sweep.model_dump_json()))
-        print(f"report {page.stat().st_size / 1024:.0f} KiB, {len(list(page.parent.iterdir()))} files")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"report {page.stat().st_size / 1024:.0f} KiB; peak memory of all this {peak:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import pytest
 from docker.errors import APIError
 from docker.models.containers import Container
 
-from tests.k8s.conftest import Built
+from tests.k8s.conftest import Built, containers
 
 BASE = "python:3.11-slim-bookworm"
 ENTRY = """#!/bin/sh
@@ -86,7 +86,7 @@ def images(client: docker.DockerClient, tag: str, built: Built) -> Iterator[dict
     }  # fmt: skip
     found, own = {"dvq": tag}, []
     for template in built.pods("overlays/single-node").values():
-        for one in [*template["spec"].get("initContainers", ()), *template["spec"]["containers"]]:
+        for one in containers(template["spec"]):
             name = one["image"].partition(":")[0]
             if name in found:
                 continue
@@ -169,11 +169,7 @@ class Pods:
     def start(self, pod: str, container: str) -> Container:
         """Start one of a pod's containers as the manifest says."""
         spec = self.spec(pod)
-        (one,) = [
-            each
-            for each in [*spec.get("initContainers", ()), *spec["containers"]]
-            if each["name"] == container
-        ]
+        (one,) = [each for each in containers(spec) if each["name"] == container]
         environment, security = self._environment(one), spec["securityContext"]
         command = [
             re.sub(r"\$\((\w+)\)", lambda found: environment[found[1]], each) for each in one.get("args", ())

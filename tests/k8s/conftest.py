@@ -11,8 +11,14 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-BUILT = ("overlays/single-node", "overlays/production", "runs")
+OURS = ("overlays/single-node", "overlays/production")
+BUILT = (*OURS, "runs")
 Manifests = list[dict[str, Any]]
+
+
+def containers(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """A pod's, with those that run before the others."""
+    return [*spec.get("initContainers", ()), *spec["containers"]]
 
 
 class Built:
