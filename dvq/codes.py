@@ -7,6 +7,13 @@ import torch
 from torch import Generator, Tensor
 
 
+def largest(terms: Tensor) -> Tensor:
+    """The first place of each row's largest: (…, C) → (…). On a CPU numpy finds it in a tenth of PyTorch's time."""
+    if terms.is_cuda:
+        return terms.argmax(-1)
+    return torch.from_numpy(terms.numpy().argmax(-1))
+
+
 def code_sums(terms: Tensor, codes: Tensor, count: int) -> Tensor:
     """Σ of the terms of each code: (K, N, D), (K, N) → (K, C, D)."""
     if terms.is_cuda:

@@ -9,17 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from dvq.codes import code_sums, look_up
-from dvq.relaxation import (
-    categorical_kl,
-    fast_relax,
-    fast_score,
-    inverse_draw,
-    logits_of,
-    plain_relax,
-    plain_score,
-    tiles,
-)
+from dvq.codes import code_sums, largest, look_up
+from dvq.draws import fast_score, inverse_draw, plain_score
+from dvq.relaxation import Logits, categorical_kl, fast_relax, logits_of, plain_relax, tiles
 
 if TYPE_CHECKING:
     from dvq.trial import Discrete, Stochastic, Trial
@@ -117,7 +109,7 @@ class Categorical(Codebooks):
     @torch.no_grad()
     def draw(self, logits: Tensor, generator: Generator) -> Tensor:
         """z ~ q(z|x): (K, N, C) → (K, N)."""
-        return inverse_draw(logits, 1, generator).squeeze(-1)
+        return inverse_draw(logits.softmax(-1), 1, generator).squeeze(-1)
 
     def score(self, v: Tensor, count: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """``count`` draws z ~ q(z|x), (count, K, N), their log q to differentiate, likewise [nats], and the rate
@@ -193,8 +185,9 @@ class Nearest(Codebooks):
     def codes(self, v: Tensor) -> Tensor:
         """The nearest code of each vector, with the largest 2 v·m − ‖m‖²: (K, N, D) → (K, N)."""
         codes = torch.empty(v.shape[:2], dtype=torch.long, device=v.device)
-        for at, tile in tiles(v, self.codebook.shape[1]):
-            codes[at] = logits_of(tile, self.codebook[at[0]], 1.0).argmax(-1)
+        logits = Logits(v, self.codebook.detach(), 1.0)
+        for at in tiles(v, self.codebook.shape[1]):
+            codes[at] = largest(logits[at])
         return codes
 
     def rate(self, codes: Tensor) -> Tensor:

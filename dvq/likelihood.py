@@ -40,28 +40,28 @@ class _TiledNLL(torch.autograd.Function):
         rows, targets = hidden.reshape(-1, features), pixels.reshape(-1, 3).long().unsqueeze(-1)
         nll = weight.new_empty(len(rows), 3)
         grad_rows = torch.empty_like(rows) if learning else rows
-        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        row_weights = None if image_weights is None else image_weights.repeat_interleave(per_image)
         factor = weight.to(rows.dtype)
-        for start in range(0, len(rows), TILE[rows.device.type]):
-            tile = slice(start, start + TILE[rows.device.type])
-            flat = _affine(bias, rows[tile], factor.T)
-            logits = flat.unflatten(-1, (3, VALUES))  # (rows, 3, 256)
-            picked = logits.gather(-1, targets[tile])
-            p = logits.softmax(-1)
-            # logsumexp l = max l − log max p: one exponential a logit serves value and gradient
-            log_sum = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
-            nll[tile] = (log_sum - picked).squeeze(-1)
+        transposed = factor.T.contiguous()  # (F, 768), as the products want it, and so is its gradient
+        grad_weight, grad_bias = torch.zeros_like(weight.T), torch.zeros_like(bias)
+        row_weights = None if image_weights is None else image_weights.repeat_interleave(per_image)
+        size = min(TILE[rows.device.type], len(rows))
+        buffer = weight.new_empty(size, len(bias))  # one for all tiles: it stays in the cache
+        for start in range(0, len(rows), size):
+            tile = slice(start, start + size)
+            logits = _product(rows[tile], transposed, buffer).add_(bias)
+            nll[tile], p = _softmax(logits.unflatten(-1, (3, VALUES)), targets[tile])
             if learning:  # d(weighted nll)/d(logits) = weight · (softmax − onehot)
-                grad = p.scatter_add_(-1, targets[tile], -torch.ones_like(picked)).flatten(1)
+                grad = p.scatter_add_(-1, targets[tile], p.new_full((), -1).expand_as(targets[tile])).flatten(
+                    1
+                )
                 if row_weights is not None:
                     grad *= row_weights[tile, None]
                 grad_bias += grad.sum(0)
                 grad = grad.to(rows.dtype)
                 torch.mm(grad, factor, out=grad_rows[tile])
-                grad_weight = _affine(grad_weight, grad.T, rows[tile])
+                _add_product(grad_weight, rows[tile].T, grad)
         nll = nll.view(images, per_image, 3).sum(1)
-        ctx.save_for_backward(grad_rows.view_as(hidden), grad_weight, grad_bias)
+        ctx.save_for_backward(grad_rows.view_as(hidden), grad_weight.T, grad_bias)
         ctx.mark_non_differentiable(nll)
         total = nll.sum() if image_weights is None else (nll.sum(1) * image_weights).sum()
         return total, nll
@@ -72,12 +72,34 @@ class _TiledNLL(torch.autograd.Function):
         return grad_hidden.mul_(grad), grad * grad_weight, grad * grad_bias, None, None, None
 
 
-def _affine(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """bias + a b, in the bias's precision, whatever the factors'."""
-    if a.dtype == bias.dtype:
-        return torch.addmm(bias, a, b)
-    product = torch.mm(a, b, out_dtype=bias.dtype) if a.is_cuda else (a @ b).to(bias.dtype)
-    return product.add_(bias)
+def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """−log softmax(l)[targets], and softmax(l), which on a CPU takes the place of l.
+
+    (R, 3, 256), (R, 3, 1) → (R, 3), (R, 3, 256)
+    """
+    if logits.is_cuda:  # there the fewest kernels are the fastest, here the fewest bytes
+        log_p = logits.log_softmax(-1)
+        return -log_p.gather(-1, targets).squeeze(-1), log_p.exp_()
+    logits -= logits.amax(-1, keepdim=True)
+    picked = logits.gather(-1, targets)
+    total = logits.exp_().sum(-1, keepdim=True)
+    logits *= total.reciprocal()
+    return (total.log_() - picked).squeeze(-1), logits
+
+
+def _product(a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:
+    """a b in the buffer's precision, whatever the factors'; in the buffer where they have it too."""
+    if a.dtype == buffer.dtype:
+        return torch.mm(a, b, out=buffer[: len(a)])
+    return torch.mm(a, b, out_dtype=buffer.dtype) if a.is_cuda else (a @ b).to(buffer.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in the total's precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _product(a, b, total)
 
 
 def tiled_nll(

@@ -3,25 +3,43 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from dvq.codes import code_sums, largest, look_up
+
 TILE = {"cpu": 2**18, "cuda": 2**23}  # logits that stay in the cache (1 MiB; 32 MiB)
 SMALLEST = 1e-30  # u is never 0, and its logarithm finite
+SHARP = (
+    0.5  # temperatures under this make powers of y that leave float32's range, unless divided by the largest
+)
+
+Noise = Generator | np.random.Generator
 
 
-def exponential(like: Tensor, generator: Generator, out: Tensor | None = None) -> Tensor:
-    """Exp(1) noise −log u of ``like``'s shape."""
-    # not empty_like: the order of the noise must not hang on strides
-    u = like.new_empty(like.shape) if out is None else out
-    if u.is_cuda:  # which of the two is cheaper depends on the device
-        return u.exponential_(generator=generator)
-    return u.uniform_(SMALLEST, 1, generator=generator).log_().neg_()
+def noise_of(generator: Generator) -> Noise:
+    """A source of uniform numbers, seeded by ``generator``: itself on a GPU; on a CPU numpy's SFC64, whose
+    numbers cost a third less than PyTorch's."""
+    if generator.device.type != "cpu":
+        return generator
+    seed = torch.randint(2**63 - 1, (1,), generator=generator)
+    return np.random.Generator(np.random.SFC64(seed.numpy()))
+
+
+def exponential(out: Tensor, noise: Noise) -> Tensor:
+    """Exp(1) noise −log u in the place of ``out``, which is contiguous."""
+    if isinstance(noise, Generator):
+        return out.exponential_(generator=noise)
+    flat = out.view(-1).numpy()
+    noise.random(out=flat, dtype=flat.dtype)
+    return out.clamp_(min=SMALLEST).log_().neg_()
 
 
 def gumbel(like: Tensor, generator: Generator) -> Tensor:
     """Gumbel(0, 1) noise −log(−log u) of ``like``'s shape."""
-    return exponential(like, generator).log_().neg_()
+    # not empty_like: the order of the noise must not hang on strides
+    return exponential(like.new_empty(like.shape), noise_of(generator)).log_().neg_()
 
 
 def logits_of(v: Tensor, codebook: Tensor, scale: float) -> Tensor:
@@ -34,42 +52,6 @@ def categorical_kl(logits: Tensor, log_prior: Tensor) -> Tensor:
     """KL(q ‖ p) = Σ_c q_c (log q_c − log p_c) [nats]: (K, N, C), (K, C) → (K, N)."""
     log_q = logits.log_softmax(-1)
     return (log_q.exp() * (log_q - log_prior.unsqueeze(1))).sum(-1)
-
-
-def inverse_draw(logits: Tensor, count: int, generator: Generator) -> Tensor:
-    """``count`` draws z ~ Cat(softmax l) for each row: (K, N, C) → (K, N, count).
-
-    The first c with q(z ≤ c) ≥ u, one random number a draw (the Gumbel maximum takes one a category). It is
-    never one of probability 0: u > 0, and the sums rise only where q does. They do so on a GPU, which adds in
-    another order than from left to right, in float64.
-    """
-    q = logits.softmax(-1)
-    below = (q.double() if q.is_cuda else q).cumsum(-1)
-    u = below.new_empty(*q.shape[:2], count).uniform_(SMALLEST, 1, generator=generator)
-    return torch.searchsorted(below, u.mul_(below[..., -1:]))
-
-
-def plain_score(
-    logits: Tensor, log_prior: Tensor, count: int, generator: Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``count`` draws z ~ q, log q(z) to differentiate, and the rate.
-
-    Args:
-        logits: (K, N, C); log_prior: (K, C).
-
-    Returns:
-        (count, K, N) integers; (count, K, N) [nats]; Σ KL(q ‖ p) over all latent variables, detached [nats].
-    """
-    with torch.no_grad():
-        codes = inverse_draw(logits, count, generator)
-        rate = categorical_kl(logits, log_prior).sum()
-    log_q = logits.gather(-1, codes) - logits.logsumexp(-1, keepdim=True)
-    return codes.movedim(-1, 0), log_q.movedim(-1, 0), rate
-
-
-def onehot(y: Tensor) -> Tensor:
-    """1 at the largest y of each row."""
-    return torch.zeros_like(y).scatter_(-1, y.argmax(-1, keepdim=True), 1.0)
 
 
 def plain_relax(
@@ -91,15 +73,65 @@ def plain_relax(
         (K, N, D), and Σ KL(q ‖ p) over all latent variables, a scalar [nats].
     """
     y = ((logits + gumbel(logits, generator)) / temperature).softmax(-1)
-    seen = onehot(y) + (y - y.detach()) if hard else y
+    onehot = torch.zeros_like(y).scatter_(-1, y.argmax(-1, keepdim=True), 1.0)
+    seen = onehot + (y - y.detach()) if hard else y
     return torch.bmm(seen, codebook), categorical_kl(logits, log_prior).sum()
+
+
+def tiles(v: Tensor, codes: int) -> Iterator[tuple[slice, slice]]:
+    """Places in v (K, N, D) whose logits (·, ·, C) have TILE elements at most: some rows of a codebook, or
+    several codebooks whole. In the order of the noise."""
+    count, rows, _ = v.shape
+    tile = max(1, TILE["cuda" if v.is_cuda else "cpu"] // codes)
+    several = max(1, tile // rows)
+    for k in range(0, count, several):
+        for start in range(0, rows, tile):
+            yield slice(k, k + several), slice(start, start + tile)
+
+
+class Logits:
+    """l in tiles, each a single product: l = [v, 1]·[2sM, −s‖m‖²]ᵀ, and log q with another column."""
+
+    def __init__(self, v: Tensor, codebook: Tensor, scale: float, log_sum: Tensor | None = None) -> None:
+        ones, norms = v.new_ones(*v.shape[:2], 1), codebook.square().sum(-1, keepdim=True)
+        left, right = [v, ones], [2 * scale * codebook, -scale * norms]
+        if log_sum is not None:
+            left, right = [*left, log_sum.unsqueeze(-1)], [*right, norms.new_full(norms.shape, -1)]
+        self.left, self.right = torch.cat(left, -1), torch.cat(right, -1).mT
+
+    def __getitem__(self, at: tuple[slice, slice]) -> Tensor:
+        return torch.bmm(self.left[at], self.right[at[0]])
+
+
+def weigh(
+    logits: Tensor, log_prior: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w = exp(l − max l), its sum, log Σ exp l, and KL(q ‖ p), in tiles; ``logits`` is used up.
+
+        KL = (Σ w·l − Σ w·log p)/Σ w − log Σ w,  l less its largest
+
+    Args:
+        logits: (K, N, C); log_prior: (K, C); out: (K, N, C), where to put w.
+
+    Returns:
+        (K, N, C), (K, N), (K, N) and (K, N).
+    """
+    top = logits.amax(-1, keepdim=True)
+    logits -= top
+    weights = torch.exp(logits, out=out)
+    total = weights.sum(-1)
+    log_total = total.log()
+    mean_log_p = torch.bmm(weights, log_prior.unsqueeze(-1)).squeeze(-1)
+    logits *= weights
+    kl = (logits.sum(-1) - mean_log_p) / total - log_total
+    return weights, total, log_total + top.squeeze(-1), kl
 
 
 class _Relaxed(torch.autograd.Function):
     """In tiles that stay in the cache, with the backward pass in closed form.
 
     The relaxed sample needs no Gumbel noise: with E = −log u ~ Exp(1), y ∝ exp((l − log E)/τ) = (exp(l)/E)^(1/τ).
-    Between the passes only y and two numbers a row are kept; q is made again.
+    Between the passes only this, the factors that make it y, and a few numbers a row are kept; q is made again.
     """
 
     @staticmethod
@@ -113,124 +145,61 @@ class _Relaxed(torch.autograd.Function):
         hard: bool,
         generator: Generator,
     ) -> tuple[Tensor, Tensor]:
-        log_prior = prior_logits.log_softmax(-1)
-        vectors, log_sum, kl = torch.empty_like(v), v.new_empty(v.shape[:2]), v.new_empty(v.shape[:2])
-        kept = []
-        for at, tile in tiles(v, codebook.shape[1]):
-            m = codebook[at[0]]
-            logits = logits_of(tile, m, scale)
-            top = logits.amax(-1, keepdim=True)
-            logits -= top
-            weights = logits.exp()
-            total = weights.sum(-1)
-            log_total = total.log()
-            log_sum[at] = log_total + top.squeeze(-1)
-            # KL = (Σ w·l − Σ w·log p)/Σ w − log Σ w
-            mean_log_p = torch.bmm(weights, log_prior[at[0]].unsqueeze(-1)).squeeze(-1)
-            kl[at] = (torch.linalg.vecdot(weights, logits) - mean_log_p) / total - log_total
-            weights /= exponential(logits, generator, out=logits)
-            weights /= weights.amax(-1, keepdim=True)
-            y = weights.pow_(1 / temperature)
-            y /= y.sum(-1, keepdim=True)
-            vectors[at] = torch.bmm(onehot(y) if hard else y, m)
-            kept.append(y)
-        ctx.save_for_backward(v, codebook, log_sum, kl, log_prior, *kept)
+        log_prior, noise = prior_logits.log_softmax(-1), noise_of(generator)
+        y = v.new_empty(*v.shape[:2], codebook.shape[1])
+        mean, factor = torch.empty_like(v), v.new_empty(*v.shape[:2], 1)
+        log_sum, kl = v.new_empty(v.shape[:2]), v.new_empty(v.shape[:2])
+        codes = torch.empty(v.shape[:2] if hard else 0, dtype=torch.long, device=v.device)
+        sharp = isinstance(temperature, Tensor) or temperature < SHARP
+        make = Logits(v, codebook, scale)
+        for at in tiles(v, codebook.shape[1]):
+            logits = make[at]
+            weights, _, log_sum[at], kl[at] = weigh(logits, log_prior[at[0]], out=y[at])
+            weights /= exponential(logits, noise)
+            if sharp:
+                weights /= weights.amax(-1, keepdim=True)
+            weights.pow_(1 / temperature)
+            factor[at] = weights.sum(-1, keepdim=True).reciprocal_()
+            mean[at] = torch.bmm(weights, codebook[at[0]]).mul_(factor[at])
+            if hard:
+                codes[at] = largest(weights)
+        ctx.save_for_backward(v, codebook, log_sum, kl, log_prior, y, factor, mean, codes)
         ctx.scale, ctx.temperature, ctx.hard = scale, temperature, hard
-        return vectors, kl.sum()
+        return look_up(codebook, codes) if hard else mean, kl.sum()
 
     @staticmethod
     def backward(ctx: Any, g_z: Tensor, g_kl: Tensor) -> tuple[Tensor | None, ...]:
-        """With g_y = g_z Mᵀ:  g_l = (g_y − Σ g_y·y)·y/τ + g_kl·q·(log q − log p − KL),  g_v = 2s g_l M,
+        """With g_y = g_z Mᵀ, and so Σ g_y·y = g_z·(y M):
+        g_l = (g_y − Σ g_y·y)·y/τ + g_kl·q·(log q − log p − KL),  g_v = 2s g_l M,
         g_M = yᵀ g_z + 2s (g_lᵀ v − (Σ_n g_l)·M),  g_θ = g_kl (N softmax θ − Σ_n q)."""
-        v, codebook, log_sum, kl, log_prior, *kept = ctx.saved_tensors
+        v, codebook, log_sum, kl, log_prior, y, factor, mean, codes = ctx.saved_tensors
         g_v, g_m = torch.empty_like(v), torch.zeros_like(codebook)
         q_sums, l_sums = torch.zeros_like(log_prior), torch.zeros_like(log_prior)
-        for (at, tile), y in zip(tiles(v, codebook.shape[1]), kept, strict=True):
-            ks, m, g = at[0], codebook[at[0]], g_z[at]
-            ratio = logits_of(tile, m, ctx.scale)
-            ratio -= log_sum[at].unsqueeze(-1)
+        make = Logits(v, codebook, ctx.scale, log_sum)
+        g_seen = g_z * factor  # y is without its factor
+        g_left = torch.cat([g_seen, -(g_seen * mean).sum(-1, keepdim=True)], -1) / ctx.temperature
+        g_right = torch.cat([codebook, torch.ones_like(codebook[..., :1])], -1).mT
+        for at in tiles(v, codebook.shape[1]):
+            ks = at[0]
+            ratio = make[at]  # log q
             q = ratio.exp()
             q_sums[ks] += q.sum(1)
             ratio -= log_prior[ks].unsqueeze(1)
             ratio -= kl[at].unsqueeze(-1)
-            g_m[ks].baddbmm_((onehot(y) if ctx.hard else y).mT, g)
-            g_l = torch.bmm(g, m.mT)  # g_y
-            g_l -= torch.linalg.vecdot(g_l, y).unsqueeze(-1)
-            g_l *= y
-            g_l *= 1 / ctx.temperature
+            if not ctx.hard:
+                g_m[ks].baddbmm_(y[at].mT, g_seen[at])
+            g_l = torch.bmm(g_left[at], g_right[ks])
+            g_l *= y[at]
             g_l.addcmul_(ratio, q.mul_(g_kl))
-            g_v[at] = torch.bmm(g_l, m)
-            g_m[ks].baddbmm_(g_l.mT, tile, alpha=2 * ctx.scale)
+            g_v[at] = torch.bmm(g_l, codebook[ks])
+            g_m[ks].baddbmm_(g_l.mT, v[at], alpha=2 * ctx.scale)
             l_sums[ks] += g_l.sum(1)
+        if ctx.hard:
+            g_m += code_sums(g_z, codes, codebook.shape[1])
         g_v *= 2 * ctx.scale
         g_m.addcmul_(l_sums.unsqueeze(-1), codebook, value=-2 * ctx.scale)
         g_prior = g_kl * (v.shape[1] * log_prior.exp() - q_sums)
         return g_v, g_m, g_prior, None, None, None, None
-
-
-class _Scored(torch.autograd.Function):
-    """Likewise for hard samples: between the passes only their codes and a number a row are kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        v: Tensor,
-        codebook: Tensor,
-        log_prior: Tensor,
-        scale: float,
-        count: int,
-        generator: Generator,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        shape = (*v.shape[:2], count)
-        codes, log_q = torch.empty(shape, dtype=torch.long, device=v.device), v.new_empty(shape)
-        log_sum, rate = v.new_empty(v.shape[:2]), v.new_zeros(())
-        for at, tile in tiles(v, codebook.shape[1]):
-            logits = logits_of(tile, codebook[at[0]], scale)
-            log_sum[at] = logits.logsumexp(-1)
-            codes[at] = inverse_draw(logits, count, generator)
-            log_q[at] = logits.gather(-1, codes[at]) - log_sum[at].unsqueeze(-1)
-            rate += categorical_kl(logits, log_prior[at[0]]).sum()
-        ctx.save_for_backward(v, codebook, log_sum, codes)
-        ctx.scale = scale
-        ctx.mark_non_differentiable(codes, rate)
-        return codes, log_q, rate
-
-    @staticmethod
-    def backward(ctx: Any, _: Any, g_log_q: Tensor, __: Any) -> tuple[Tensor | None, ...]:
-        """g_l = Σ_s g_s·(onehot(z_s) − q),  g_v = 2s g_l M,  g_M = 2s (g_lᵀ v − (Σ_n g_l)·M)."""
-        v, codebook, log_sum, codes = ctx.saved_tensors
-        g_v, g_m = torch.empty_like(v), torch.zeros_like(codebook)
-        for at, tile in tiles(v, codebook.shape[1]):
-            m, g = codebook[at[0]], g_log_q[at]
-            g_l = logits_of(tile, m, ctx.scale).sub_(log_sum[at].unsqueeze(-1)).exp_()  # q
-            g_l *= -g.sum(-1, keepdim=True)
-            for s in range(g.shape[-1]):  # one by one: draws of one code would be added in any order
-                g_l.scatter_add_(-1, codes[at][..., s : s + 1], g[..., s : s + 1])
-            g_v[at] = torch.bmm(g_l, m)
-            g_m[at[0]].baddbmm_(g_l.mT, tile).addcmul_(g_l.sum(1).unsqueeze(-1), m, value=-1)
-        return g_v.mul_(2 * ctx.scale), g_m.mul_(2 * ctx.scale), None, None, None, None
-
-
-def fast_score(
-    v: Tensor, codebook: Tensor, log_prior: Tensor, scale: float, count: int, generator: Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as :func:`logits_of` and :func:`plain_score`, from the same random numbers."""
-    codes, log_q, rate = _Scored.apply(  # type: ignore[no-untyped-call]
-        v, codebook, log_prior.detach(), scale, count, generator
-    )
-    return codes.movedim(-1, 0), log_q.movedim(-1, 0), rate
-
-
-def tiles(v: Tensor, codes: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-    """Pieces of v (K, N, D) whose logits (·, ·, C) have TILE elements at most: some rows of a codebook, or
-    several codebooks whole. In the order of the noise."""
-    count, rows, _ = v.shape
-    tile = TILE["cuda" if v.is_cuda else "cpu"] // codes
-    several = max(1, tile // rows)
-    for k in range(0, count, several):
-        for start in range(0, rows, max(1, tile)):
-            at = slice(k, k + several), slice(start, start + max(1, tile))
-            yield at, v[at]
 
 
 def fast_relax(

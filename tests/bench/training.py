@@ -4,6 +4,7 @@ All variants make their steps in turn, round by round in one process, so that th
 all alike: on a CPU process time of one step on one thread, on a GPU wall time of 20, synchronized. A ratio is made
 within a round. The share of the ceiling is the model's own FLOPs (PyTorch's counter on the plain version, forward and
 backward) in that time over the fastest large matrix product of the same run: float32 on one thread, bf16 on a GPU.
+dvq's steps flush denormal numbers, as its training does; the others leave PyTorch as it begins.
 """
 
 import argparse
@@ -58,7 +59,14 @@ def torch_step(make: Callable[[Trial], Plain], one: Trial, images: np.ndarray, d
 
 
 def dvq_step(one: Trial, images: np.ndarray, device: torch.device) -> Step:
-    return Trainer(one, images, device, torch.float32).step
+    trainer = Trainer(one, images, device, torch.float32)
+
+    def step(at: int) -> None:
+        torch.set_flush_denormal(True)  # as in training
+        trainer.step(at)
+        torch.set_flush_denormal(False)
+
+    return step
 
 
 VARIANTS: dict[str, Callable[[Trial, np.ndarray, torch.device], Step]] = {

@@ -1,0 +1,92 @@
+"""Hard draws from the posterior and their log q: the equations as they stand, and a faster form."""
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from dvq.relaxation import SMALLEST, Logits, categorical_kl, tiles, weigh
+
+
+def inverse_draw(weights: Tensor, count: int, generator: Generator) -> Tensor:
+    """``count`` draws z ~ w/Σw for each row: (K, N, C) → (K, N, count).
+
+    The first c with q(z ≤ c) ≥ u, one random number a draw (the Gumbel maximum takes one a category). It is
+    never one of probability 0: u > 0, and the sums rise only where w does. They do so on a GPU, which adds in
+    another order than from left to right, in float64.
+    """
+    below = (weights.double() if weights.is_cuda else weights).cumsum(-1)
+    u = below.new_empty(*weights.shape[:2], count).uniform_(SMALLEST, 1, generator=generator)
+    return torch.searchsorted(below, u.mul_(below[..., -1:]))
+
+
+def plain_score(
+    logits: Tensor, log_prior: Tensor, count: int, generator: Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``count`` draws z ~ q, log q(z) to differentiate, and the rate.
+
+    Args:
+        logits: (K, N, C); log_prior: (K, C).
+
+    Returns:
+        (count, K, N) integers; (count, K, N) [nats]; Σ KL(q ‖ p) over all latent variables, detached [nats].
+    """
+    with torch.no_grad():
+        codes = inverse_draw(logits.softmax(-1), count, generator)
+        rate = categorical_kl(logits, log_prior).sum()
+    log_q = logits.gather(-1, codes) - logits.logsumexp(-1, keepdim=True)
+    return codes.movedim(-1, 0), log_q.movedim(-1, 0), rate
+
+
+class _Scored(torch.autograd.Function):
+    """In tiles, as the relaxation: between the passes only the codes and a number a row are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        v: Tensor,
+        codebook: Tensor,
+        log_prior: Tensor,
+        scale: float,
+        count: int,
+        generator: Generator,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (*v.shape[:2], count)
+        codes, log_q = torch.empty(shape, dtype=torch.long, device=v.device), v.new_empty(shape)
+        log_sum, rate = v.new_empty(v.shape[:2]), v.new_zeros(())
+        make = Logits(v, codebook, scale)
+        for at in tiles(v, codebook.shape[1]):
+            weights, total, log_sum[at], kl = weigh(make[at], log_prior[at[0]])
+            codes[at] = inverse_draw(weights, count, generator)
+            log_q[at] = weights.gather(-1, codes[at]).log_() - total.log().unsqueeze(-1)
+            rate += kl.sum()
+        ctx.save_for_backward(v, codebook, log_sum, codes)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(codes, rate)
+        return codes, log_q, rate
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, g_log_q: Tensor, __: Any) -> tuple[Tensor | None, ...]:
+        """g_l = Σ_s g_s·(onehot(z_s) − q),  g_v = 2s g_l M,  g_M = 2s (g_lᵀ v − (Σ_n g_l)·M)."""
+        v, codebook, log_sum, codes = ctx.saved_tensors
+        g_v, g_m = torch.empty_like(v), torch.zeros_like(codebook)
+        make = Logits(v, codebook, ctx.scale, log_sum)
+        for at in tiles(v, codebook.shape[1]):
+            m, g = codebook[at[0]], g_log_q[at]
+            g_l = make[at].exp_()  # q
+            g_l *= -g.sum(-1, keepdim=True)
+            for s in range(g.shape[-1]):  # one by one: draws of one code would be added in any order
+                g_l.scatter_add_(-1, codes[at][..., s : s + 1], g[..., s : s + 1])
+            g_v[at] = torch.bmm(g_l, m)
+            g_m[at[0]].baddbmm_(g_l.mT, v[at]).addcmul_(g_l.sum(1).unsqueeze(-1), m, value=-1)
+        return g_v.mul_(2 * ctx.scale), g_m.mul_(2 * ctx.scale), None, None, None, None
+
+
+def fast_score(
+    v: Tensor, codebook: Tensor, log_prior: Tensor, scale: float, count: int, generator: Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as :func:`dvq.relaxation.logits_of` and :func:`plain_score`, from the same random numbers."""
+    codes, log_q, rate = _Scored.apply(  # type: ignore[no-untyped-call]
+        v, codebook, log_prior.detach(), scale, count, generator
+    )
+    return codes.movedim(-1, 0), log_q.movedim(-1, 0), rate
