@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -132,14 +133,23 @@ def meets(peer: dict[str, Any], space: dict[str, str], pod: dict[str, str]) -> b
     return selects(spaces, space) and selects(peer.get("podSelector", {}), pod)
 
 
-def may(policies: list[dict[str, Any]], way: str, mine: dict[str, str], other: Peer, port: int) -> bool:
+def may(
+    policies: list[dict[str, Any]],
+    way: str,
+    mine: dict[str, str],
+    other: Peer,
+    port: int,
+    protocol: str = "TCP",
+) -> bool:
     """Whether the policies of this namespace let the pod ``mine`` reach (Egress) or be reached by ``other``."""
     specs = [one["spec"] for one in policies if way in one["spec"]["policyTypes"]]
     about = [spec for spec in specs if selects(spec["podSelector"], mine)]
     side = {"Ingress": "from", "Egress": "to"}[way]
     return not about or any(
         (side not in rule or any(meets(peer, *other) for peer in rule[side]))
-        and any(port == allowed["port"] for allowed in rule.get("ports", ()))
+        and any(
+            (port, protocol) == (one["port"], one.get("protocol", "TCP")) for one in rule.get("ports", ())
+        )
         for spec in about
         for rule in spec.get(way.lower(), ())
     )
@@ -194,7 +204,9 @@ def test_servers_reach_nothing_else(built: Built) -> None:
     names = ({"kubernetes.io/metadata.name": "kube-system"}, {"k8s-app": "kube-dns"})
     outside: Peer = ({}, {})
     for server in ("mlflow", "backup", "postgres", "s3"):
-        assert may(single, "Egress", named(server), names, 53)
+        # Pods of kube-system, or an address outside: NodeLocal DNSCache, Cloud DNS.
+        for policies, dns, protocol in product((single, production), (names, outside), ("UDP", "TCP")):
+            assert may(policies, "Egress", named(server), dns, 53, protocol)
         assert not may(single, "Egress", named(server), outside, 443)
     for port, allowed in ((443, True), (5432, True), (22, False)):
         assert may(production, "Egress", named("mlflow"), outside, port) is allowed
