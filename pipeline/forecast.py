@@ -154,14 +154,12 @@ def lines(found: Plan, profile: Profile, jobs: int, image: str, budget: float | 
     gpu = f"{profile.gpu} {name}" if profile.gpu else ""
     limits = (gpu, f"{profile.cpu:g} CPU" if profile.cpu else "", profile.memory or "")
     each = ", ".join(filter(None, limits))
+    driven = ", and a driver for each" if profile.cluster else ""
+    hold = f"; {len(TRAINS)} of a trial's {TASKS} hold its GPU" if profile.cluster and profile.gpu else ""
     told = [
         f"trials   {', '.join(f'{number} {state}' for state, number in found.states.items())}",
         f"at once  {at_once} trials" + (f", each {each}" if each else ""),
-        f"{'pods' if profile.cluster else 'tasks':8} {TASKS * todo + 3}"
-        + (
-            f", and a driver for each; {len(TRAINS)} of a trial's {TASKS} hold its GPU"
-            * bool(profile.cluster)
-        ),
+        f"{'pods' if profile.cluster else 'tasks':8} {TASKS * todo + 3}{driven}{hold}",
         f"devices  {at_once * devices(profile):g} {'GPUs' if profile.gpu else 'CPUs'} at most",
         f"image    {image}",
         f"forecast {_hours(found, profile, at_once)}",

@@ -48,13 +48,28 @@ def test_what_serves_is_watched(built: Built, overlay: str) -> None:
         labels = pods[name]["metadata"]["labels"]
         assert one["spec"]["selector"]["matchLabels"].items() <= labels.items()
         assert kinds["Service"][name]["spec"]["selector"].items() <= labels.items()
-        assert kinds["PodDisruptionBudget"][name]["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        budget = kinds["PodDisruptionBudget"][name]["spec"]
+        assert budget["selector"]["matchLabels"].items() <= labels.items()
+        assert (one["spec"]["replicas"], budget["maxUnavailable"]) == (1, 1)  # else no node could be drained
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         assert [(port["port"], port["targetPort"]) for port in kinds["Service"][name]["spec"]["ports"]] == [
             (number, title) for title, number in ports.items()
         ]
         others = [template["metadata"]["labels"] for other, template in pods.items() if other != name]
         assert not any(one["spec"]["selector"]["matchLabels"].items() <= other.items() for other in others)
+
+
+def test_volumes_are_their_users(built: Built) -> None:
+    """Who is not root writes to a volume as its group; and what a server made stays as strict as it made it, for
+    PostgreSQL refuses a folder that its group may write."""
+    for overlay in OURS:
+        for template in built.pods(overlay).values():
+            user = template["spec"]["securityContext"]
+            assert user["fsGroup"] == user["runAsGroup"] == user["runAsUser"]
+    sets = [one for _, one in built.all() if one["kind"] == "StatefulSet"]
+    assert {one["metadata"]["name"] for one in sets} == {"postgres", "s3"}
+    for one in sets:
+        assert one["spec"]["template"]["spec"]["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
 
 
 @pytest.mark.parametrize("overlay", OURS)
@@ -86,6 +101,7 @@ def test_every_secret_and_setting_that_is_named_is_there(built: Built, overlay: 
 def test_the_runs_find_what_the_profiles_name(built: Built) -> None:
     config, secret = built.one("runs", "ConfigMap", "dvq"), built.one("runs", "Secret", "dvq")
     its = Cluster()
+    assert its.config_maps.keys() == {config["metadata"]["name"]}
     assert sorted(its.config_maps["dvq"]) == sorted(config["data"])
     assert its.secrets == {secret["metadata"]["name"]: sorted(secret["data"])}
     for path in PROFILES.glob("*.yaml"):

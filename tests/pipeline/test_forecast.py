@@ -106,7 +106,7 @@ def test_a_budget_refuses_what_is_over_it(store: Store) -> None:
     lines = forecast.lines(found, GPU, 4, "r/dvq:1", 3.9)
     assert lines[0] == "trials   1 finished, 0 going on, 72 new"
     assert lines[1] == "at once  4 trials, each 1 nvidia.com/gpu"
-    assert lines[2].startswith("pods     219, and a driver for each")
+    assert lines[2] == "pods     219, and a driver for each; 2 of a trial's 3 hold its GPU"
     assert lines[3] == "devices  4 GPUs at most"
     assert lines[5] == "forecast 4.00 GPU-hours, at least 1.00 hours, by images/s measured on cuda:0 (H200)"
 
