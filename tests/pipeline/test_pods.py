@@ -18,6 +18,7 @@ from pipeline.local import KEEP_MEMORY, ONE_THREAD
 from pipeline.preflight import PROFILE
 from pipeline.profile import PROFILES, Cluster, Profile, Toleration, find_profile, size
 
+ROOT = Path(__file__).parents[2]
 TASKS = {"plan", "prepare-data", "train", "evaluate", "analyze", "report"}
 TRAIN = {"train", "evaluate"}
 SHIPPED = sorted(path.stem for path in PROFILES.glob("*.yaml"))
@@ -109,7 +110,8 @@ def test_each_task_has_what_the_profile_says(name: str) -> None:
         container = executors[f"exec-{task}"]["container"]
         assert container["image"] == (profile.image or IMAGE)
         told = {one["name"]: one["value"] for one in container["env"]}
-        assert told == {**ONE_THREAD, **KEEP_MEMORY, "DVQ_STORE": "s3://dvq/store"}
+        device = {"DVQ_DEVICE": "cuda"} if task in TRAIN and profile.gpu else {}
+        assert told == {**ONE_THREAD, **KEEP_MEMORY, **device, "DVQ_STORE": "s3://dvq/store"}
         limits, resources = (profile if task in TRAIN else its.light), container["resources"]
         cpu, memory = f"{limits.cpu:g}", limits.memory
         assert memory
@@ -158,10 +160,41 @@ def test_it_is_the_same_pipeline_as_on_this_machine() -> None:
     assert there == {name: task.get("dependentTasks") for name, task in here["root"]["dag"]["tasks"].items()}
 
 
+@pytest.mark.parametrize(
+    ("name", "selector", "taints"),
+    [
+        ("nvidia", {}, {"nvidia.com/gpu"}),
+        (
+            "gke", {"cloud.google.com/gke-accelerator": "nvidia-l4", "cloud.google.com/gke-spot": "true"},
+            {"nvidia.com/gpu", "cloud.google.com/gke-spot"},
+        ),
+        (
+            "eks", {"karpenter.k8s.aws/instance-gpu-name": "a10g", "karpenter.sh/capacity-type": "spot"},
+            {"nvidia.com/gpu"},
+        ),
+        ("kind", {}, set()),
+    ],
+)  # fmt: skip
+def test_the_nodes_that_a_profile_is_for(name: str, selector: dict[str, str], taints: set[str]) -> None:
+    """The labels and taints that the providers give their GPU nodes: without one of them pods wait for ever."""
+    found = find_profile(name)
+    assert found.cluster
+    assert found.cluster.node_selector == selector
+    assert {(one.key, one.effect) for one in found.cluster.tolerations} == {
+        (key, "NoSchedule") for key in taints
+    }
+
+
 def test_the_profiles_that_are_shipped() -> None:
     assert SHIPPED == ["docker", "eks", "gke", "kind", "nvidia"]
     assert set(PROFILE.values()) <= set(SHIPPED)
     assert [name for name in CLUSTERS if not find_profile(name).gpu] == ["kind"]
+    eks = find_profile("eks").cluster
+    assert eks
+    assert not eks.secrets  # the role's credentials would lose against keys in the environment
+    assert "AWS_ENDPOINT_URL" not in eks.config_maps["dvq"]
+    # GKE's nodes mount the driver there, and no runtime tells the loader.
+    assert "LD_LIBRARY_PATH=/usr/local/nvidia/lib64" in (ROOT / "docker/Dockerfile").read_text()
     for name in CLUSTERS:
         found = find_profile(name)
         assert size(found.shared_memory or "") < size(found.memory or "")  # which it counts towards
