@@ -9,6 +9,8 @@ from typing import IO
 
 import torch
 
+from dvq import DvqError
+
 _held: list[IO[str]] = []
 
 
@@ -17,8 +19,18 @@ def pick() -> torch.device:
 
     So the trials of one sweep spread over a workstation's GPUs, and share one when there are more of them. The
     place is held until the process ends, however it does.
+
+    Raises:
+        DvqError: the environment wants a GPU, ``DVQ_DEVICE=cuda``, and there is none to be seen.
     """
     count = torch.cuda.device_count()
+    if (
+        not count and os.environ.get("DVQ_DEVICE") == "cuda"
+    ):  # which is paid for: better no trial than a slow one
+        raise DvqError(
+            f"DVQ_DEVICE=cuda, but torch {torch.__version__} sees no GPU: is it a build with CUDA, and the folder "
+            "of the driver's libcuda.so.1 in LD_LIBRARY_PATH?"
+        )
     if not count:
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

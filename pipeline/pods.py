@@ -51,6 +51,7 @@ def _limits(task: Any, profile: Profile, cluster: Cluster, trains: bool) -> None
         return
     if profile.gpu:
         task.set_accelerator_type(cluster.accelerator).set_accelerator_limit(profile.gpu)
+        task.set_env_variable("DVQ_DEVICE", "cuda")
     if profile.shared_memory:
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=profile.shared_memory)
     for key, value in cluster.node_selector.items():

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dvq import DvqError
 from dvq.codes import code_sums, ordered_code_sums
 from dvq.config import estimators, trial
-from dvq.device import take
+from dvq.device import pick, take
 from dvq.evaluate import evaluate
 from dvq.model import BITS_PER_DIM
 from dvq.recorded import Recorded
@@ -130,3 +131,13 @@ def test_trials_spread_over_the_gpus_and_a_dead_one_gives_its_place_back(tmp_pat
     for process, _ in held:
         process.kill()
         process.wait()
+
+
+def test_a_gpu_that_is_wanted_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod that has a GPU which torch cannot see must say so, not train on its CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("DVQ_DEVICE", raising=False)
+    assert pick() == torch.device("cpu")
+    monkeypatch.setenv("DVQ_DEVICE", "cuda")
+    with pytest.raises(DvqError, match="sees no GPU: is it a build with CUDA"):
+        pick()
