@@ -154,10 +154,11 @@ def follow(messages: Iterable[Mapping[str, Any]]) -> None:
 
 
 def push(client: docker.DockerClient, tag: str, place: str) -> str:
-    """Push the image to the registry ``place``; the name that it has there."""
-    name = f"{place}/{tag}"
-    client.images.get(tag).tag(name)
-    follow(client.images.push(name, stream=True, decode=True))
+    """Push the image to the registry ``place``, under the release's name too, which the manifests in k8s/ can know
+    before there is an image; its own name there."""
+    for name in (f"{place}/{IMAGE}", f"{place}/{tag}"):
+        client.images.get(tag).tag(name)
+        follow(client.images.push(name, stream=True, decode=True))
     return name
 
 
@@ -168,7 +169,7 @@ def image(
     ] = "",
     base: Annotated[str, typer.Option(help="the base image, if it is not the Dockerfile's")] = "",
     profile: Annotated[
-        str, typer.Option(help="of whose cluster: a name in pipeline/profiles, or a file")
+        str, typer.Option(help="of whose cluster: a name in pipeline/profiles, or a file; to push, nvidia")
     ] = "",
     pushed: Annotated[
         bool, typer.Option("--push", help="push it to REGISTRY, or the profile's registry")
@@ -176,7 +177,10 @@ def image(
 ) -> None:
     """Build the image, unless it is there; push it if that is asked."""
     with preflight.one_sentence():
-        limits = find_profile(profile) if profile else Profile(cluster=Cluster())
+        named = (
+            profile or preflight.PROFILE["kfp"] * pushed
+        )  # what submit-sweep ON=kfp looks for in the registry
+        limits = find_profile(named) if named else Profile(cluster=Cluster())
         place = registry(limits)
         if pushed and not place:
             raise DvqError("PUSH=1: name a registry, REGISTRY=host/path, or cluster.registry in the profile")

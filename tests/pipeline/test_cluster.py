@@ -9,12 +9,14 @@ import pytest
 from docker.errors import NotFound
 from rich.console import Console
 
+from components import IMAGE
 from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep
-from pipeline import cluster, containers
+from pipeline import cluster, containers, image
 from pipeline.kubeflow import Run, UnreachableError
-from pipeline.profile import Cluster, Profile
+from pipeline.preflight import PROFILE
+from pipeline.profile import Cluster, Profile, find_profile
 from pipeline.watch import Job
 from tests.kubeflow_server import KubeflowServer
 
@@ -93,6 +95,38 @@ def test_an_image_that_was_not_pushed_is_refused(make: Make, monkeypatch: pytest
 
     monkeypatch.setattr(containers, "connect", none)
     assert cluster.check(make(profile=pushed)).image == "r.example.org/dvq:1"
+
+
+class Daemon:
+    """A Docker daemon that has every image, and pushes."""
+
+    def __init__(self) -> None:
+        self.images, self.tagged, self.pushed = self, list[str](), list[str]()
+
+    def get(self, _: str) -> "Daemon":
+        return self
+
+    def tag(self, name: str) -> None:
+        self.tagged.append(name)
+
+    def push(self, name: str, **_: Any) -> list[dict[str, str]]:
+        assert name in self.tagged
+        self.pushed.append(name)
+        return []
+
+
+@pytest.mark.parametrize("profile", ["", "gke", "kind"])
+def test_what_is_pushed_is_what_the_sweep_and_the_manifests_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], profile: str
+) -> None:
+    """`make image PUSH=1`, then `submit-sweep ON=kfp`, each with that profile or without one."""
+    monkeypatch.setenv("REGISTRY", "r.example.org/me")
+    daemon = Daemon()
+    monkeypatch.setattr(image, "connect", lambda: daemon)
+    image.image("", "", profile, True)
+    wanted = image.name(find_profile(profile or PROFILE["kfp"]))
+    assert capsys.readouterr().out.strip() == wanted
+    assert daemon.pushed == [f"r.example.org/me/{IMAGE}", wanted]
 
 
 def test_data_of_this_machine_goes_to_the_store(
