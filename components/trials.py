@@ -30,8 +30,9 @@ CGROUP = Path("/sys/fs/cgroup")
 INTERRUPTED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM)
 
 
-def unfinished(sweep: Sweep) -> list[Point]:
-    """The sweep's points that the store does not have finished, or that its experiment does not have whole.
+def unfinished(sweep: Sweep, limit: int = 0) -> list[Point]:
+    """The sweep's points that the store does not have finished, or that its experiment does not have whole; with a
+    ``limit`` so many at most, and those that failed before last, lest they stand in the others' way each time.
 
     Raises:
         DvqError: no trial, one that is wrong, or one that stands in the sweep twice.
@@ -40,7 +41,10 @@ def unfinished(sweep: Sweep) -> list[Point]:
     store = Store.from_environment()
     if store:
         store.look([trial.key() for trial in trials], "tracked.json")
-    return [point for point in sweep.points() if not (store and _done(store, sweep, point))]
+    points = [point for point in sweep.points() if not (store and _done(store, sweep, point))]
+    if store and limit:
+        points.sort(key=lambda one: store.state(sweep.trial(one).key()).name == "failed")
+    return points[: limit or None]
 
 
 def _done(store: Store, sweep: Sweep, point: Point) -> bool:

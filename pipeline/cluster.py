@@ -40,7 +40,8 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
     """Submit the sweep, or find it under way; with ``wait`` follow it, and submit it again while it gets on. The
     exit status."""
     profile = check(job)
-    kubeflow = Kubeflow(profile.cluster)  # type: ignore[arg-type]
+    assert profile.cluster
+    kubeflow, most = Kubeflow(profile.cluster), profile.cluster.limit
     experiment = kubeflow.experiment(job.sweep.name)
     going = kubeflow.going(experiment)
     if going and (fresh or not wait):
@@ -54,15 +55,18 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
     job, plan = bring_data(job), forecast.plan(job.trials, job.store, profile)
     began, submit = time.time(), Submitter(job, profile, kubeflow, experiment, console)
     results.say(console, f"sweep {job.sweep.name}: {len(job.trials)} trials on {LABELS[_data(job)]}")
+    if sum(plan.states.values()) - plan.states["finished"] > most:
+        results.say(console, f"{most} of them in each run; the next one goes on, by WAIT=1 or this command")
     current = going or submit()
     if not wait:
         results.say(console, f"the same command with WAIT=1 follows it; make cancel RUN={current} ends it")
         return 0
     try:
         ended = follow(job, kubeflow, current, console)
-        while (before := _progress(job)) and ended.state != "CANCELED" and _interrupted(job):
-            results.say(console, "trials were interrupted: submitting it again")
-            ended = follow(job, kubeflow, submit(), console)
+        while (before := _progress(job)) and ended.state != "CANCELED" and (left := _left(job)):
+            results.say(console, f"{len(left)} trials are left: submitting it again")
+            current = submit()
+            ended = follow(job, kubeflow, current, console)
             if _progress(job) <= before:
                 break
     except KeyboardInterrupt:
@@ -89,10 +93,8 @@ def check(job: Job) -> Profile:
             f"ON=kfp: pods cannot reach this machine's folder {job.store.place}; set DVQ_STORE=s3://bucket/prefix, "
             "and AWS_ENDPOINT_URL to its server as it is reached from here"
         )
-    for name, value in {
-        **job.arguments,
-        "the trials": json.dumps(list(map(overrides, job.sweep.points()))),
-    }.items():
+    longest = sorted(map(overrides, job.sweep.points()), key=len)[-profile.cluster.limit :]
+    for name, value in {**job.arguments, "the trials of a run": json.dumps(longest)}.items():
         if len(value.encode()) > PARAMETER:
             raise DvqError(
                 f"the sweep '{job.sweep.name}' is too large for one pipeline ({name}: {len(value) >> 10} KiB of "
@@ -131,7 +133,7 @@ def compiled(profile: Profile, jobs: int, store: str) -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "pipeline.yaml")
-        made = definition.sweep_pipeline(jobs, profile.image, settle, cluster.ttl)
+        made = definition.sweep_pipeline(jobs, profile.image, settle, cluster.ttl, cluster.limit)
         Compiler().compile(made, str(path))
         return path.read_text(encoding="utf-8")
 
@@ -211,16 +213,16 @@ class Look:
 
 
 def _progress(job: Job) -> int:
-    """Steps that are done and kept, of all trials, and one for each that is finished."""
+    """Steps that are done and kept, of all trials, and one for each that is finished or failed."""
     store: Store = job.store
     done = 0
     for trial in job.trials.values():
-        finished = store.state(trial.key()).name == "finished"
-        done += trial.steps + 1 if finished else store.reached(trial)
+        state = store.state(trial.key()).name
+        done += trial.steps + 1 if state == "finished" else store.reached(trial) + (state == "failed")
     return done
 
 
-def _interrupted(job: Job) -> list[str]:
+def _left(job: Job) -> list[str]:
     """The trials that neither finished nor failed."""
     states = {name: job.store.state(trial.key()).name for name, trial in job.trials.items()}
     return [name for name, state in states.items() if state in ("interrupted", "new")]

@@ -32,7 +32,11 @@ NAME = "dvq-sweep"
 
 
 def sweep_pipeline(
-    jobs: int, image: str = IMAGE, settle: Callable[[Any, str], Any] | None = None, ttl: int | None = None
+    jobs: int,
+    image: str = IMAGE,
+    settle: Callable[[Any, str], Any] | None = None,
+    ttl: int | None = None,
+    limit: int = 0,
 ) -> Any:
     """The pipeline that computes a sweep.
 
@@ -44,6 +48,7 @@ def sweep_pipeline(
         image: what every task runs in.
         settle: gives a task, by its component's name, what the place where it runs needs.
         ttl: seconds after which a cluster removes what is left of a run that ended.
+        limit: trials that a run computes, at most; 0 for all.
     """
 
     def task(component: Any, **arguments: Any) -> Any:
@@ -61,7 +66,7 @@ def sweep_pipeline(
 
     @dsl.pipeline(name=NAME, pipeline_config=dsl.PipelineConfig(ttl_seconds_after_finished=ttl))
     def dvq_sweep(sweep: str, base: str, data_name: str, source: str, experiment: str) -> None:
-        items = task(plan, sweep=sweep)
+        items = task(plan, sweep=sweep, **({"limit": limit} if limit else {}))
         data = task(prepare_data, name=data_name, source=source)
         all_trials = trials(items=items.output, data=data.output, base=base, experiment=experiment)
         task(report, sweep=sweep).after(all_trials).ignore_upstream_failure()

@@ -154,16 +154,19 @@ def lines(found: Plan, profile: Profile, jobs: int, image: str, budget: float | 
     gpu = f"{profile.gpu} {name}" if profile.gpu else ""
     limits = (gpu, f"{profile.cpu:g} CPU" if profile.cpu else "", profile.memory or "")
     each = ", ".join(filter(None, limits))
+    runs = -(-todo // profile.cluster.limit) if profile.cluster else 1
     driven = ", and a driver for each" if profile.cluster else ""
     hold = f"; {len(TRAINS)} of a trial's {TASKS} hold its GPU" if profile.cluster and profile.gpu else ""
     told = [
         f"trials   {', '.join(f'{number} {state}' for state, number in found.states.items())}",
         f"at once  {at_once} trials" + (f", each {each}" if each else ""),
-        f"{'pods' if profile.cluster else 'tasks':8} {TASKS * todo + 3}{driven}{hold}",
+        f"{'pods' if profile.cluster else 'tasks':8} {TASKS * todo + 3 * max(runs, 1)}{driven}{hold}",
         f"devices  {at_once * devices(profile):g} {'GPUs' if profile.gpu else 'CPUs'} at most",
         f"image    {image}",
         f"forecast {_hours(found, profile, at_once)}",
     ]
+    if runs > 1 and profile.cluster:
+        told.insert(1, f"runs     {runs}, each of {profile.cluster.limit} trials at most")
     return told + ([f"budget   {budget:g} {unit(profile)}"] if budget else [])
 
 

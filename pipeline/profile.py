@@ -70,6 +70,9 @@ class Cluster(_Strict):
     tolerations: list[Toleration] = []
     """of the same"""
     light: Light = Light()
+    limit: int = Field(128, ge=1)
+    """trials of one run, at most; the next run goes on. Argo keeps a run's state in an object of 1 MiB and ends a run
+    that outgrows it; a trial takes about 4 KiB of that, reckoned from the compiled pipeline and not measured"""
     retries: int = Field(2, ge=0)
     """of a task whose pod fails; KFP 2.17 leaves them out in the loop over trials, where the store goes on"""
     timeout: int | None = Field(None, ge=60)

@@ -6,11 +6,12 @@ from components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def plan(sweep: str) -> list[str]:
+def plan(sweep: str, limit: int = 0) -> list[str]:
     """The sweep's trials that the store does not have finished, each as what it sets over the sweep's base.
 
     Args:
         sweep: the sweep as JSON (``dvq.config.Sweep``).
+        limit: how many at most, those that failed before last; 0 for all.
 
     Returns:
         one text a trial: ``estimator=gs-soft num_codes=512 seed=0``.
@@ -19,6 +20,6 @@ def plan(sweep: str) -> list[str]:
     from dvq.config import Sweep, overrides
 
     checked = Sweep.model_validate_json(sweep)
-    points = trials.unfinished(checked)
-    print(f"{len(points)} of {len(checked.points())} trials to do")
+    points = trials.unfinished(checked, limit)
+    print(f"{len(points)} of {len(checked.points())} trials to do now")
     return [overrides(point) for point in points]

@@ -12,7 +12,7 @@ import pytest
 from components import trials
 from components.store import State, Store, begin, state
 from dvq import data, events, goodput
-from dvq.config import trial
+from dvq.config import Sweep, trial
 from dvq.fingerprints import FINGERPRINTS
 
 BASE: dict[str, Any] = {
@@ -78,6 +78,18 @@ def test_a_finished_trial_is_not_computed_again(store: Store, prepared: Path, tm
     assert run("estimator=vq-ema", prepared, tmp_path / "b") == first
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert (tmp_path / "b" / "analysis" / "results.json").exists()
+
+
+def test_a_plan_with_a_limit_has_those_last_that_failed(store: Store) -> None:
+    """So that a sweep larger than a run gets to its end, however many of its trials fail."""
+    sweep = Sweep(name="s", base=BASE, grid={"estimator": ["vq-ema"]}, seeds=[0, 1, 2, 3])
+    for seed in (0, 2):
+        failed = trial({**BASE, "estimator": "vq-ema", "seed": seed})
+        begin(store.trial(failed.key()), failed, f"s{seed}")
+        events.Events(store.trial(failed.key())).failure("out of memory")
+    assert [one["seed"] for one in trials.unfinished(sweep)] == [0, 1, 2, 3]
+    assert [one["seed"] for one in trials.unfinished(sweep, 3)] == [1, 3, 0]
+    assert [one["seed"] for one in trials.unfinished(sweep, 9)] == [1, 3, 0, 2]
 
 
 def test_a_longer_trial_goes_on_from_a_shorter_one(store: Store, prepared: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from components import IMAGE
 from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep
+from dvq.events import Events
 from pipeline import cluster, containers, image
 from pipeline.kubeflow import Run, UnreachableError
 from pipeline.preflight import PROFILE
@@ -34,12 +35,14 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    def job(profile: Profile | None = PLAIN, place: str = "s3://dvq/store", **arguments: str) -> Job:
+    def job(
+        profile: Profile | None = PLAIN, place: str = "s3://dvq/store", seeds: int = 2, **arguments: str
+    ) -> Job:
         sweep = Sweep(
             name="s",
             base={"data": "cifar10-sample", "steps": 100},
             grid={"estimator": ["vq-ema"]},
-            seeds=[0, 1],
+            seeds=list(range(seeds)),
         )
         store = Store(tmp_path / "store")
         store.place = place or store.place
@@ -69,6 +72,13 @@ def finish(job: Job, seed: int) -> None:
         ({"profile": Profile()}, "the profile has no 'cluster'"),
         ({"place": ""}, "set DVQ_STORE=s3://bucket/prefix"),
         ({"base": "x" * 70000}, r"too large for one pipeline \(base: 68 KiB of 64\)"),
+        (
+            {
+                "profile": PLAIN.model_copy(update={"cluster": Cluster(pull_policy="Never", limit=4000)}),
+                "seeds": 4000,
+            },
+            r"the trials of a run: \d+ KiB of 64",
+        ),
         ({"profile": Profile(cluster=Cluster())}, "name the registry of the image, REGISTRY="),
     ],
 )
@@ -185,10 +195,52 @@ def test_it_is_submitted_again_while_it_gets_on(make: Make, server: KubeflowServ
     server.started = started
     code, told = run(job)
     assert (code, len(server.runs)) == (0, 4)
-    assert told.count("trials were interrupted: submitting it again") == 3
+    assert told.count("2 trials are left: submitting it again") == 3
     assert told.count("/#/runs/details/") == 4
     assert "mlflow: http://mlflow.example.org/#/experiments" in told
     assert len(server.versions) == 1
+
+
+@pytest.mark.usefixtures("_plain_end")
+def test_more_trials_than_a_run_may_have_are_several_runs(make: Make, server: KubeflowServer) -> None:
+    """The first trial fails at once, which is news enough to go on with the second."""
+    job = make(PLAIN.model_copy(update={"cluster": Cluster(pull_policy="Never", limit=1)}))
+
+    def started(made: Any, _: str) -> None:
+        seed = len(server.runs) - 1
+        checkpoint(job, 0, seed)
+        if seed == 0:
+            Events(job.store.trial(job.keys()[0])).failure("out of memory")
+        else:
+            finish(job, seed)
+        made.state = "SUCCEEDED" if seed else "FAILED"
+
+    server.started = started
+    code, told = run(job)
+    assert (code, len(server.runs)) == (0, 2)
+    assert "1 of them in each run" in told
+    assert "1 trials are left: submitting it again" in told
+
+
+@pytest.mark.usefixtures("_plain_end")
+def test_who_stops_following_is_told_the_run_that_goes_on(
+    make: Make, server: KubeflowServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, follow = make(), cluster.follow
+
+    def interrupted(*given: Any) -> Any:
+        if len(server.runs) == 2:
+            raise KeyboardInterrupt
+        return follow(*given)
+
+    def started(made: Any, _: str) -> None:
+        made.state = "FAILED"
+        checkpoint(job, 20 * len(server.runs))
+
+    server.started = started
+    monkeypatch.setattr(cluster, "follow", interrupted)
+    assert run(job)[0] == 130
+    assert f"make cancel RUN={list(server.runs)[1]}" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("_plain_end")

@@ -108,6 +108,11 @@ def test_a_budget_refuses_what_is_over_it(store: Store) -> None:
     assert lines[1] == "at once  4 trials, each 1 nvidia.com/gpu"
     assert lines[2] == "pods     219, and a driver for each; 2 of a trial's 3 hold its GPU"
     assert lines[3] == "devices  4 GPUs at most"
+    assert GPU.cluster
+    few = GPU.model_copy(update={"cluster": GPU.cluster.model_copy(update={"limit": 30})})
+    several = forecast.lines(found, few, 4, "r/dvq:1", 3.9)
+    assert several[1] == "runs     3, each of 30 trials at most"
+    assert several[3].startswith("pods     225,")
     assert lines[5] == "forecast 4.00 GPU-hours, at least 1.00 hours, by images/s measured on cuda:0 (H200)"
 
 

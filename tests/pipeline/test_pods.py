@@ -30,7 +30,7 @@ EVERYTHING = Profile(
         tolerations=[
             Toleration(key="spot", operator="Equal", value="true", effect="NoExecute", seconds=30), Toleration()
         ],
-        pull_secrets=["regcred"], pull_policy="Always", retries=5, timeout=3600, ttl=60, user=1234,
+        pull_secrets=["regcred"], pull_policy="Always", retries=5, timeout=3600, limit=9, ttl=60, user=1234,
         config_maps={"here": ["MLFLOW_TRACKING_URI"]}, secrets={"keys": ["AWS_ACCESS_KEY_ID"], "more": ["A_B"]},
         labels={"team": "vision"}, priority="low",
     ),
@@ -126,6 +126,8 @@ def test_each_task_has_what_the_profile_says(name: str) -> None:
         task for one in spec["components"].values() for task in one.get("dag", {}).get("tasks", {}).values()
     ]
     assert {one["retryPolicy"]["maxRetryCount"] for one in trials if "retryPolicy" in one} == {its.retries}
+    planned = spec["root"]["dag"]["tasks"]["plan"]["inputs"]["parameters"]["limit"]
+    assert planned == {"runtimeValue": {"constant": its.limit}}
     (loop,) = [one["iteratorPolicy"] for one in trials if "iteratorPolicy" in one]
     assert loop == {"parallelismLimit": profile.parallelism}
     assert platform.get("pipelineConfig") == ({"resourceTtlOnCompletion": its.ttl} if its.ttl else None)

@@ -113,7 +113,7 @@ def test_an_interrupted_run_is_submitted_again_until_it_is_done(launch: Launch) 
     assert process.returncode == 0, output + trial
     assert len(launch.server.runs) == 2
     assert [one.state for one in launch.server.runs.values()] == ["FAILED", "SUCCEEDED"]
-    assert "trials were interrupted: submitting it again" in output
+    assert "1 trials are left: submitting it again" in output
     assert "goodput 1 interruptions" in output
 
 
