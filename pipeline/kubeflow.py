@@ -277,7 +277,9 @@ def _message(error: Any) -> str:
     """What an error of the API says."""
     try:
         content = json.loads(error.body)
-        details = [one.get("error_message") for one in content.get("details") or ()]
+        details = [
+            one.get("error_message") for one in (content, *(content.get("details") or ()))
+        ]  # uploads: itself
         return _line(next(filter(None, details), "") or content.get("message") or content.get("error") or "")
     except (TypeError, ValueError, AttributeError):
         return _line(str(error.reason or "no reason"))

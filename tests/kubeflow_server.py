@@ -38,8 +38,10 @@ class RefusedError(Exception):
         super().__init__(message)
         self.status = status
 
-    def body(self) -> dict[str, Any]:
+    def body(self, path: str) -> dict[str, Any]:
         told = str(self)
+        if "/upload" in path:  # answered by a handler of its own
+            return {"error_message": told, "error_details": told}
         detail = {
             "@type": "type.googleapis.com/google.rpc.Status",
             "error_message": told,
@@ -233,7 +235,7 @@ class Handler(BaseHTTPRequestHandler):
             path = split.path.removeprefix("/pipeline")
             status, content = 200, state.plain(state.answer(self.command, path, query, self.headers, body))
         except RefusedError as error:
-            status, content = error.status, error.body()
+            status, content = error.status, error.body(split.path)
         self._send(status, json.dumps(content).encode(), "application/json")
 
     def _send(self, status: int, content: bytes, kind: str) -> None:

@@ -147,6 +147,12 @@ def test_what_the_api_refuses_is_one_sentence(kubeflow: Kubeflow, server: Kubefl
         kubeflow.look("x")
 
 
+def test_what_an_upload_is_refused_for_is_told(kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubeflow, "_pipeline", lambda _: "gone")
+    with pytest.raises(DvqError, match=r"answers with an error \(400: Invalid input error\)$"):
+        kubeflow.upload("text", "dvq-sweep")
+
+
 def test_a_namespace_of_many_users(
     address: str, server: KubeflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
