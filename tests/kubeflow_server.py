@@ -69,6 +69,8 @@ class KubeflowServer:
         self.started: Callable[[Any, str], None] = lambda *_: None
         """called with each new run and its pipeline's text"""
         self._codec = api.ApiClient()
+        self._one = threading.Lock()
+        """held while a request is answered: KFP's database looks and writes in one step"""
 
     def plain(self, model: Any) -> Any:
         return self._codec.sanitize_for_serialization(model)
@@ -97,7 +99,8 @@ class KubeflowServer:
         found = getattr(self, f"_{method.lower()}_{kind.partition(':')[0]}", None)
         if not path.startswith(PREFIX) or found is None:
             raise RefusedError(404, "Not Found")
-        return found(rest, query, headers, body)
+        with self._one:
+            return found(rest, query, headers, body)
 
     def _may(self, namespace: str | None) -> None:
         if not self.multi_user and namespace:
