@@ -81,6 +81,7 @@ def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
     """
     environment = {name: value for name, value in os.environ.items() if PASSED.fullmatch(name)}
     gpus = [DeviceRequest(count=profile.gpu, capabilities=[["gpu"]])] if profile.gpu else []
+    environment |= {"DVQ_DEVICE": "cuda"} if gpus else {}  # no trial falls back on a CPU in silence
     return {
         "environment": {**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder / "work/tmp")},
         "mounts": list(_mounts(environment, folder / "work", source)),
