@@ -70,14 +70,13 @@ class Setting(NamedTuple):
     estimator: str
     num_codes: int
     num_latents: int
-    steps: int
 
 
 class Miniature:
-    """The sweep's results by setting; C, K and the steps vary one at a time from the sweep's ``base``."""
+    """The sweep's results by setting; C and K vary one at a time from the sweep's ``base``."""
 
     def __init__(self, base: dict[str, Any], results: Iterable[Result]) -> None:
-        self.center = Setting("", base["num_codes"], base["num_latents"], base["steps"])
+        self.center = Setting("", base["num_codes"], base["num_latents"])
         self.settings: dict[Setting, list[Result]] = {}
         for result in results:
             setting = Setting(*(result["trial"][field] for field in Setting._fields))
@@ -90,8 +89,8 @@ class Miniature:
         on_it = {value: line._replace(**{field: value}) for value in values}
         return {value: self.settings[one] for value, one in on_it.items() if one in self.settings}
 
-    def longest(self, estimator: str) -> list[Result]:
-        return list(self.along(estimator, "steps").values())[-1]
+    def central(self, estimator: str) -> list[Result]:
+        return self.settings[self.center._replace(estimator=estimator)]
 
 
 def label(estimator: str) -> str:
@@ -176,12 +175,12 @@ def noise(mini: Miniature) -> Iterator[Claim]:
 
 def rates(mini: Miniature) -> Iterator[Claim]:
     def moved(name: str, term: str) -> Estimate:
-        return over(mini.longest(name), lambda result: result["curves"][-1][term] - result["curves"][0][term])
+        return over(mini.central(name), lambda result: result["curves"][-1][term] - result["curves"][0][term])
 
     rate = {name: moved(name, "rate") for name in ESTIMATORS}
     shown = {}
     for name in ESTIMATORS:
-        points = mini.longest(name)[0]["curves"]
+        points = mini.central(name)[0]["curves"]
         steps = f"from step {points[0]['step']} to {points[-1]['step']}"
         shown[name] = f"{steps}: rate {rate[name]}, distortion {moved(name, 'distortion')}"
     for name in ("gs-soft", "vimco"):
@@ -194,7 +193,7 @@ def rates(mini: Miniature) -> Iterator[Claim]:
 
 def components(mini: Miniature) -> Iterator[Claim]:
     for name in ESTIMATORS:
-        some = mini.longest(name)
+        some = mini.central(name)
         for key, which in (("components_95_mean", "all"), ("components_95_weighted_mean", "used")):
             found = Estimate.over([result["analysis"][key] for result in some])
             says = f"fewer than {FEW} components explain {label(name)}'s codes ({which})"
@@ -219,7 +218,7 @@ def draw(mini: Miniature, path: Path) -> None:
                 _curve(axes, bits, **drawn)
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(list(bits), labels=map(str, bits))
-        points = zip(*(result["curves"] for result in mini.longest(name)), strict=True)
+        points = zip(*(result["curves"] for result in mini.central(name)), strict=True)
         _curve(along, {at[0]["step"]: Estimate.over([one["rate"] for one in at]) for at in points}, **drawn)
         if name != "vq-ema":
             found = {POSITIONS * at: some for at, some in mini.along(name, "num_latents").items()}

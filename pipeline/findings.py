@@ -50,8 +50,8 @@ def markdown(mini: Miniature, told: Sequence[Claim]) -> str:
         f"errors says nothing: {OPEN}.\n",
         "| | the paper | the miniature | |\n| --- | --- | --- | --- |",
         *(f"| {one.number} | {one.says} | {one.shows} | {one.verdict()} |" for one in told),
-        "\n| estimator | C | K | steps | bits/dim | rate | distortion | perplexity |",
-        "| --- |" + " --- |" * 7,
+        "\n| estimator | C | K | bits/dim | rate | distortion | perplexity |",
+        "| --- |" + " --- |" * 6,
     ]
     for (name, *size), some in sorted(mini.settings.items()):
         bits = over(some, bits_per_dim)
