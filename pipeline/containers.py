@@ -37,14 +37,21 @@ def connect() -> docker.DockerClient:
     try:
         return docker.from_env()
     except DockerException as error:
+        place = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+        if "PermissionError" in str(error):
+            raise DvqError(
+                f"the Docker daemon at {place} is not open to this user: usermod -aG docker NAME, and log in anew"
+            ) from None
         raise DvqError(
-            f"no Docker daemon answers ({first_line(error)}); install one (on Debian: apt-get install docker.io) "
-            "and start it, or set DOCKER_HOST"
+            f"no Docker daemon answers at {place}; install one (on Debian: apt-get install docker.io) and start "
+            "it, or set DOCKER_HOST"
         ) from None
 
 
-def first_line(error: object) -> str:
-    return (str(error).splitlines() or [""])[0]
+def reason(error: DockerException) -> str:
+    """What the daemon says, in one line, without the request's address."""
+    told = error.explanation if isinstance(error, APIError) else None
+    return (str(told or error).splitlines() or [""])[0]
 
 
 def check_image(image: str) -> None:
@@ -57,7 +64,7 @@ def check_image(image: str) -> None:
             client.images.pull(image)
         except DockerException as error:
             raise DvqError(
-                f"the image {image} is not here and cannot be pulled ({first_line(error)}): make image"
+                f"the image {image} is not here and cannot be pulled ({reason(error)}): make image"
             ) from None
 
 
@@ -67,7 +74,7 @@ def check_pushed(image: str) -> None:
         connect().images.get_registry_data(image)
     except NotFound as error:
         raise DvqError(
-            f"the image {image} is not in its registry ({first_line(error)}): make image PUSH=1"
+            f"the image {image} is not in its registry ({reason(error)}): make image PUSH=1"
         ) from None
     except (DvqError, DockerException):  # the nodes have a registry, credentials and a network of their own
         return

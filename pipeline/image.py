@@ -24,12 +24,21 @@ from docker.utils.build import exclude_paths
 from components import IMAGE
 from dvq import DvqError, __version__
 from pipeline import preflight
-from pipeline.containers import connect, first_line
+from pipeline.containers import connect, reason
 from pipeline.profile import Cluster, Profile, find_profile
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = "docker/Dockerfile"
 SETTING = re.compile(r"^[^.]*\.(index-url|extra-index-url|find-links)='(.*)'$", re.MULTILINE)
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+CHATTER = re.compile(r" ---> |Removing intermediate container ")
+"""what the classic builder says beside a step's own output"""
+REMEDIES = {
+    "no space left": "make room: docker system prune",
+    "unauthorized": "docker login",
+    "denied": "docker login",
+    "no basic auth": "docker login",
+}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -124,12 +133,18 @@ def has(client: docker.DockerClient, tag: str) -> bool:
 def build(client: docker.DockerClient, made_of: Content) -> None:
     """Build the image and tag it, its log on standard output; DvqError names the step that failed."""
     settings = pip_settings()
-    whole = Content({**made_of.files, **wheels(made_of.arguments["TORCH"], settings)}, made_of.arguments)
+    torch = made_of.arguments["TORCH"]
+    given, index = wheels(torch, settings), index_arguments(settings)
+    if not given and not index and "+" in torch:
+        index = {
+            "UV_TORCH_BACKEND": torch.partition("+")[2]
+        }  # no other index than PyPI, which has no such builds
+    whole = Content({**made_of.files, **given}, made_of.arguments)
     revision = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True, text=True, check=False,
     ).stdout.strip()  # fmt: skip
-    arguments = {**whole.arguments, **index_arguments(settings), "VERSION": __version__, "REVISION": revision}
+    arguments = {**whole.arguments, **index, "VERSION": __version__, "REVISION": revision}
     with tempfile.TemporaryFile() as context:
         whole.write(context)
         context.seek(0)
@@ -140,25 +155,40 @@ def build(client: docker.DockerClient, made_of: Content) -> None:
         follow(told)
 
 
-def follow(messages: Iterable[Mapping[str, Any]]) -> None:
-    """Print a build's or a push's messages; DvqError if one of them is an error."""
-    step = ""
+def follow(messages: Iterable[Mapping[str, Any]], step: str = "the daemon") -> None:
+    """Print a build's or a push's messages; DvqError if one of them is an error, with the failed step and why."""
+    told = ""
     for message in messages:
-        text = message.get("stream") or message.get("status", "") * ("progressDetail" not in message)
-        print(text, end="" if text.endswith("\n") or not text else "\n", flush=True)
+        text = COLOUR.sub("", message.get("stream", ""))
+        if "status" in message and "progressDetail" not in message:
+            text = f"{message['status']}\n"
+        print(text, end="", flush=True)
+        told = text if text.startswith("Step ") else told + text
         step = text.strip() if text.startswith("Step ") else step
         if "error" in message:
-            reason = message["error"].strip()
-            remedy = "; make room: docker system prune" if "no space left" in reason else ""
-            raise DvqError(f"the image: {step or 'the daemon'} failed: {reason}{remedy}")
+            raise DvqError(f"the image: {step} failed: {_why(message['error'].strip(), told)}")
+
+
+def _why(error: str, told: str) -> str:
+    """The daemon's reason with its remedy; of a command that failed, its own last line."""
+    lines = [line.strip() for line in told.splitlines() if line.strip() and not CHATTER.match(line)]
+    if "returned a non-zero code" in error and len(lines) > 1:
+        return lines[-1]
+    for sign, remedy in REMEDIES.items():
+        if sign in error:
+            return f"{error}; {remedy}"
+    return error
 
 
 def push(client: docker.DockerClient, tag: str, place: str) -> str:
     """Push the image to the registry ``place``, under the release's name too, which the manifests in k8s/ can know
     before there is an image; its own name there."""
     for name in (f"{place}/{IMAGE}", f"{place}/{tag}"):
-        client.images.get(tag).tag(name)
-        follow(client.images.push(name, stream=True, decode=True))
+        try:
+            client.images.get(tag).tag(name)
+        except docker.errors.APIError as error:
+            raise DvqError(f"REGISTRY = '{place}': {reason(error)}; give host/path") from None
+        follow(client.images.push(name, stream=True, decode=True), f"the push of {name}")
     return name
 
 
@@ -193,7 +223,7 @@ def image(
             client.images.get(tag).tag(IMAGE)  # what the compiled components name
             print(push(client, tag, place) if pushed else tag)
         except DockerException as error:
-            raise DvqError(f"the image {tag}: {first_line(error)}") from None
+            raise DvqError(f"the image {tag}: {reason(error)}") from None
 
 
 if __name__ == "__main__":

@@ -1,10 +1,6 @@
-"""What a container comes to, and what others do with the image and the components."""
+"""What a container comes to, and what others do with the components."""
 
-import io
-import json
 import os
-import tarfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,10 +13,10 @@ from kfp.dsl import Model as ModelArtifact
 from kfp.local import docker_task_handler
 
 from components import IMAGE
-from dvq import DvqError, data
+from dvq import data
 from dvq.config import trial
 from dvq.model import Model, save
-from pipeline import containers, image
+from pipeline import containers
 from pipeline.profile import Profile
 
 ROOT = Path(__file__).parents[2]
@@ -51,32 +47,6 @@ def test_out_of_memory_is_named(
     assert "exit code 137, out of memory, over its limit of 64 MiB" in capfd.readouterr().out
 
 
-def test_the_image_runs_with_a_read_only_root_and_no_name_for_its_user(
-    client: docker.DockerClient, tag: str
-) -> None:
-    code = "import os, torch, mlflow, dvq, pipeline.profile; print(os.getuid(), torch.__version__)"
-    options = {"read_only": True, "tmpfs": {"/tmp": ""}, "cap_drop": ["ALL"], "remove": True}
-    for user in (None, "12345:12345"):
-        told = client.containers.run(tag, ["python", "-c", code], user=user, stderr=False, **options).decode()
-        assert told.split() == [(user or "10001:").partition(":")[0], image.content().arguments["TORCH"]]
-    bill = client.containers.run(tag, ["cat", "/opt/venv/sbom.cdx.json"], remove=True)
-    names = {one["name"] for one in json.loads(bill)["components"]}
-    assert {"torch", "mlflow", "kfp"} <= names
-
-
-def test_the_image_serves_mlflow(client: docker.DockerClient, tag: str) -> None:
-    command = ["mlflow", "server", "--backend-store-uri", "sqlite:////tmp/m.db", "--workers", "1"]
-    probe = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:5000/health').read().decode())"
-    server = client.containers.run(tag, command, read_only=True, tmpfs={"/tmp": ""}, detach=True)
-    try:
-        deadline = time.monotonic() + 90
-        while server.exec_run(["python", "-c", probe]).output.strip() != b"OK":
-            assert time.monotonic() < deadline, server.logs().decode()
-            time.sleep(1)
-    finally:
-        server.remove(force=True)
-
-
 def test_evaluate_alone_in_a_foreign_pipeline(
     client: docker.DockerClient, tag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,28 +71,6 @@ def test_evaluate_alone_in_a_foreign_pipeline(
     metadata = foreign().output.metadata
     assert metadata["bits_per_dim"] == pytest.approx(metadata["rate"] + metadata["distortion"])
     assert 7 < metadata["bits_per_dim"] < 12
-
-
-def test_a_failed_step_and_a_missing_daemon_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DvqError, match="Step 3/9 : RUN false failed: it returned 1"):
-        image.follow([{"stream": "Step 3/9 : RUN false\n"}, {"error": "it returned 1"}])
-    with pytest.raises(DvqError, match="docker system prune"):
-        image.follow([{"error": "write /x: no space left on device"}])
-    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
-    with pytest.raises(DvqError, match=r"no Docker daemon answers.*apt-get install docker.io"):
-        containers.connect()
-
-
-def test_the_context_holds_what_is_allowed() -> None:
-    made = image.content()
-    buffer = io.BytesIO()
-    made.write(buffer)
-    with tarfile.open(fileobj=io.BytesIO(buffer.getvalue())) as tar:
-        names = tar.getnames()
-    tops = {name.partition("/")[0] for name in names}
-    allowed = {"LICENSE", "README.md", "pyproject.toml", "requirements.lock", "requirements-services.lock"}
-    assert tops == allowed | {"docker", "dvq", "components", "pipeline"}
-    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 
 def test_services_on_loopback_are_reached_by_the_hosts_network(

@@ -8,17 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from components.store import Store
 from dvq import events
 from dvq.config import load_sweep
 
+pytestmark = pytest.mark.timeout(600)
 GRID = {"estimator": ["gs-soft", "vq-ema"]}
 CERTIFICATE = re.compile(r"certificate (\w+)")
 
 
-def wait(condition: Callable[[], Any], seconds: float = 90) -> Any:
+def wait(condition: Callable[[], Any], seconds: float = 240) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -49,12 +51,12 @@ def _training(folder: Path) -> bool:
 
 def test_a_container_killed_in_training_is_told_and_the_same_command_goes_on(sweep: Any, mine: Any) -> None:
     grid = {"estimator": ["gs-soft"]}
-    sweep.write(grid, steps=1500, checkpoint_every=20)
+    sweep.write(grid, steps=600, checkpoint_every=100)
     process = sweep.start("--on", "docker")
     wait(lambda: _training(sweep.folder))
     for one in mine():
         one.kill()
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 1, output
     assert "container of train estimator=gs-soft" in output
     assert "exit code 137 (SIGKILL)" in output
