@@ -31,8 +31,6 @@ ROOT = Path(__file__).parent.parent
 DOCKERFILE = "docker/Dockerfile"
 SETTING = re.compile(r"^[^.]*\.(index-url|extra-index-url|find-links)='(.*)'$", re.MULTILINE)
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-CHATTER = re.compile(r" ---> |Removing intermediate container ")
-"""what the classic builder says beside a step's own output"""
 REMEDIES = {
     "no space left": "make room: docker system prune",
     "unauthorized": "docker login",
@@ -157,23 +155,25 @@ def build(client: docker.DockerClient, made_of: Content) -> None:
 
 def follow(messages: Iterable[Mapping[str, Any]], step: str = "the daemon") -> None:
     """Print a build's or a push's messages; DvqError if one of them is an error, with the failed step and why."""
-    told = ""
+    complaint = ""
     for message in messages:
-        text = COLOUR.sub("", message.get("stream", ""))
+        raw = message.get("stream", "")
+        text = COLOUR.sub("", raw)
+        if text.startswith("Step "):
+            step, complaint = text.strip(), ""
+        if raw != text:  # the daemon colours what a command says on its standard error
+            complaint += text
         if "status" in message and "progressDetail" not in message:
             text = f"{message['status']}\n"
         print(text, end="", flush=True)
-        told = text if text.startswith("Step ") else told + text
-        step = text.strip() if text.startswith("Step ") else step
         if "error" in message:
-            raise DvqError(f"the image: {step} failed: {_why(message['error'].strip(), told)}")
+            raise DvqError(f"the image: {step} failed: {_why(message['error'].strip(), complaint)}")
 
 
-def _why(error: str, told: str) -> str:
-    """The daemon's reason with its remedy; of a command that failed, its own last line."""
-    lines = [line.strip() for line in told.splitlines() if line.strip() and not CHATTER.match(line)]
-    if "returned a non-zero code" in error and len(lines) > 1:
-        return lines[-1]
+def _why(error: str, complaint: str) -> str:
+    """The daemon's reason with its remedy; of a command that failed, the last line of its complaint."""
+    if "returned a non-zero code" in error and complaint.strip():
+        return complaint.strip().splitlines()[-1].strip()
     for sign, remedy in REMEDIES.items():
         if sign in error:
             return f"{error}; {remedy}"
