@@ -36,6 +36,7 @@ REMEDIES = {
     "unauthorized": "docker login",
     "denied": "docker login",
     "no basic auth": "docker login",
+    "registry-1.docker.io": "where no registry is reached, make base makes the base image",
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -171,9 +172,11 @@ def follow(messages: Iterable[Mapping[str, Any]], step: str = "the daemon") -> N
 
 
 def _why(error: str, complaint: str) -> str:
-    """The daemon's reason with its remedy; of a command that failed, the last line of its complaint."""
-    if "returned a non-zero code" in error and complaint.strip():
-        return complaint.strip().splitlines()[-1].strip()
+    """The daemon's reason with its remedy; of a command that failed, its complaint from the last "error" on."""
+    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
+    if "returned a non-zero code" in error and lines:
+        starts = [at for at, line in enumerate(lines) if line.lower().startswith("error")]
+        return " ".join(lines[starts[-1] if starts else -1 :])
     for sign, remedy in REMEDIES.items():
         if sign in error:
             return f"{error}; {remedy}"

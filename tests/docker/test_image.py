@@ -74,6 +74,7 @@ def test_a_build_that_fails_says_why(client: docker.DockerClient, tag: str, tmp_
     """The daemon's own messages of a step that fails, and of a disk that is full."""
     for command, why in {
         "echo begin; echo the reason >&2; exit 3": "Step 2/2 : RUN .* failed: the reason$",
+        "(echo a; echo error: b; echo cause: c) >&2; exit 3": "Step 2/2 : RUN .* failed: error: b cause: c$",
         "exit 3": "Step 2/2 : RUN exit 3 failed: The command .* returned a non-zero code: 3$",
     }.items():
         (tmp_path / "Dockerfile").write_text(f"FROM {tag}\nRUN {command}\n")
