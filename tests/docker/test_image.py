@@ -113,7 +113,8 @@ def test_the_context_holds_what_is_allowed(tmp_path: Path, monkeypatch: pytest.M
 def registry(tmp_path: Path) -> Iterator[str]:
     """A registry on loopback, which the daemon trusts without TLS: Debian's docker-registry."""
     program = shutil.which("docker-registry")
-    assert program, "no registry to push to: apt-get install docker-registry"
+    if not program:
+        pytest.skip("no registry to push to: apt-get install docker-registry")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
