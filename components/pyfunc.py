@@ -19,7 +19,7 @@ class DiscreteModel(PythonModel):  # type: ignore[misc]
         method = (params or {}).get("method", "encode")
         if method not in ("encode", "reconstruct"):
             raise ValueError(f"method is 'encode' or 'reconstruct', not '{method}'")
-        images = torch.from_numpy(np.ascontiguousarray(model_input, dtype=np.uint8))
+        images = torch.from_numpy(np.ascontiguousarray(model_input))
         return getattr(self.model, method)(images).numpy()
 
 

@@ -7,7 +7,7 @@ milliseconds; ``dvq.load`` and the submodules bring torch when they are used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dvq.model import load as load
+    from dvq.saved import load as load
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ class DvqError(Exception):
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from dvq.model import load
+        from dvq.saved import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

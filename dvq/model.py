@@ -4,28 +4,24 @@ Source: "Continuous Relaxation Training of Discrete Latent Variable Image Models
 Bayesian Deep Learning), section 3; the residual blocks are those of van den Oord et al. 2017, section 4.1.
 """
 
-import json
 import math
 from collections.abc import Callable
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dvq import DvqError
-from dvq.config import trial as make_trial
+from dvq import DvqError, inputs
 from dvq.latents import per_image
 from dvq.likelihood import VALUES, plain_nll, tiled_nll
-from dvq.trial import values
 
 if TYPE_CHECKING:
     from dvq.trial import Trial
 
 Weigh = Callable[[Tensor], Tensor]
+Images = Tensor | NDArray[np.uint8]
 SIDE = 32
 GRID = 8  # positions a side after two convolutions of stride 2
 POSITIONS = GRID * GRID
@@ -190,83 +186,64 @@ class Model(nn.Module):
         return self.decoder.nll(vectors, images, None)[1]
 
     @torch.no_grad()
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One sample z ~ q(z|x) (for VQ-VAE the nearest codes): (B, 32, 32, 3) → (B, 8, 8, K)."""
-        generator = generator or torch.Generator(images.device).manual_seed(0)
-        codes = self.latents.sample(self.encoder(images), generator).codes
+    def encode(self, images: Images, generator: torch.Generator | None = None) -> Tensor:
+        """One sample z ~ q(z|x); for VQ-VAE the nearest codes.
+
+        Args:
+            images: (B, 32, 32, 3) uint8, a tensor or a numpy array on any device.
+            generator: of the samples, on the model's device; None: one with seed 0, the same samples each time.
+
+        Returns:
+            codes (B, 8, 8, K), int64, 0 to C − 1.
+
+        Raises:
+            DvqError: other images, or a model whose latent variables are continuous.
+        """
+        codes = self._sample(x := inputs.images(images, self._device()), generator).codes
         if codes is None:
             raise DvqError(
                 f"a {self.trial.estimator} model has no codes: its latent variables are continuous"
             )
-        return codes.T.reshape(len(images), GRID, GRID, -1)
+        return codes.T.reshape(len(x), GRID, GRID, -1)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """The mean of p(x|z), rounded: (B, 8, 8, K) → (B, 32, 32, 3) uint8."""
-        return self._mean_image(self.latents.vectors(codes.flatten(0, 2).T))
+    def decode(self, codes: Tensor | NDArray[np.integer]) -> Tensor:
+        """The mean of p(x|z), rounded: codes (B, 8, 8, K), 0 to C − 1 → images (B, 32, 32, 3) uint8.
+
+        Raises:
+            DvqError: other codes, or a model whose latent variables are continuous.
+        """
+        checked = inputs.codes(codes, self.trial, self._device())
+        return self._mean_image(self.latents.vectors(checked.flatten(0, 2).T))
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """``decode(encode(images))``: uint8 (B, 32, 32, 3) → the same."""
-        generator = generator or torch.Generator(images.device).manual_seed(0)
-        return self._mean_image(self.latents.sample(self.encoder(images), generator).vectors)
+    def reconstruct(self, images: Images, generator: torch.Generator | None = None) -> Tensor:
+        """``decode(encode(images))``, of continuous latent variables too: uint8 (B, 32, 32, 3) → the same."""
+        return self._mean_image(self._sample(inputs.images(images, self._device()), generator).vectors)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """The mean of p(x|z) for ``n`` draws z ~ p(z), rounded: uint8 (n, 32, 32, 3)."""
-        generator = generator or torch.Generator(next(self.parameters()).device).manual_seed(0)
+        """The mean of p(x|z) for ``n`` ≥ 1 draws z ~ p(z), rounded: uint8 (n, 32, 32, 3)."""
+        if not isinstance(n, int) or n < 1:
+            raise DvqError(f"sample: n = {n!r}; give a whole number of at least 1")
+        generator = generator or torch.Generator(self._device()).manual_seed(0)
         return self._mean_image(self.latents.prior_sample(n * POSITIONS, generator))
 
     @torch.no_grad()
-    def bits_per_dim(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(distortion + rate) / (3072 ln 2) of each image, by one hard sample: (B, 32, 32, 3) → (B,)."""
-        generator = generator or torch.Generator(images.device).manual_seed(0)
-        sample = self.latents.sample(self.encoder(images), generator)
-        nats = self.distortions(sample.vectors, images).sum(1) + per_image(sample.rate, len(images))
+    def bits_per_dim(self, images: Images, generator: torch.Generator | None = None) -> Tensor:
+        """(distortion + rate) / (3072 ln 2) of each image, by one hard sample: uint8 (B, 32, 32, 3) → (B,)."""
+        sample = self._sample(x := inputs.images(images, self._device()), generator)
+        nats = self.distortions(sample.vectors, x).sum(1) + per_image(sample.rate, len(x))
         return nats * BITS_PER_DIM
+
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _sample(self, images: Tensor, generator: torch.Generator | None) -> Any:
+        generator = generator or torch.Generator(images.device).manual_seed(0)
+        return self.latents.sample(self.encoder(images), generator)
 
     def _mean_image(self, vectors: Tensor) -> Tensor:
         p = self.decoder(vectors).unflatten(-1, (3, VALUES)).softmax(-1)  # (B, 1024, 3, 256)
         mean = p @ torch.arange(VALUES, dtype=p.dtype, device=p.device)
         return mean.round().to(torch.uint8).unflatten(1, (SIDE, SIDE))
-
-
-def _fetch(scheme: str, address: str) -> str:
-    for found in entry_points(group="dvq.load", name=scheme):
-        return str(found.load()(address))
-    raise DvqError(f"{address}: nothing here knows addresses that begin with '{scheme}:/'; give a folder")
-
-
-def save(model: Model, folder: Path) -> None:
-    """Write the weights (model.safetensors) and the trial (trial.json) to ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "trial.json").write_text(json.dumps(values(model.trial), indent=1) + "\n", encoding="utf-8")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
-        folder / "model.safetensors",
-    )
-
-
-def load(path: str | Path) -> Model:
-    """A trained model, in evaluation mode.
-
-    Args:
-        path: a folder that :func:`save` wrote, or an address that an installed package knows how to fetch
-            (the entry points of the group ``dvq.load``, by scheme): with this project installed, MLflow's
-            ``models:/…`` and ``runs:/…``.
-
-    Raises:
-        DvqError: there is no model, it is damaged, or nothing knows the address.
-    """
-    scheme, address, _ = str(path).partition(":/")
-    folder = Path(_fetch(scheme, str(path)) if address else path)
-    try:
-        fields = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise DvqError(f"{folder}: no model here: {Path(error.filename).name} is missing") from None
-    except (ValueError, SafetensorError) as error:
-        raise DvqError(f"{folder}: the model's files are damaged: {error}") from None
-    model = Model(make_trial(fields, where=str(folder / "trial.json")))
-    model.load_state_dict(weights)
-    return model.eval()

@@ -23,9 +23,10 @@ from dvq.config import trial as make_trial
 from dvq.data import Data, load
 from dvq.evaluate import evaluate
 from dvq.events import Events
-from dvq.model import BITS_PER_DIM, Model, save
+from dvq.model import BITS_PER_DIM, Model
 from dvq.probe import probe
 from dvq.provenance import provenance
+from dvq.saved import save
 from dvq.trainer import Trainer, noise
 from dvq.trial import Trial
 

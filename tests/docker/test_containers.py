@@ -15,7 +15,8 @@ from kfp.local import docker_task_handler
 from components import IMAGE
 from dvq import data
 from dvq.config import trial
-from dvq.model import Model, save
+from dvq.model import Model
+from dvq.saved import save
 from pipeline import containers
 from pipeline.profile import Profile
 

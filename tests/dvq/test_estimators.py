@@ -16,7 +16,8 @@ from dvq.estimators.gs_soft import GSSoft
 from dvq.estimators.vimco import leave_one_out
 from dvq.evaluate import evaluate
 from dvq.latents import Categorical, Nearest
-from dvq.model import Model, save
+from dvq.model import Model
+from dvq.saved import save
 from dvq.train import Trainer
 
 IMAGES = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)

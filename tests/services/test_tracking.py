@@ -22,7 +22,8 @@ from dvq.config import trial
 from dvq.data import prepare
 from dvq.events import Events
 from dvq.figures import save_png
-from dvq.model import Model, save
+from dvq.model import Model
+from dvq.saved import save
 from pipeline.stack import Stack
 from tests.services.conftest import wait_for
 from tests.services.proxy import Exchange, Proxy, answer, answer_up_to, cut, hang

@@ -1,0 +1,52 @@
+"""What a trained model is given, checked: other images or codes would be an error deep inside, or wrong numbers."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dvq import DvqError
+
+if TYPE_CHECKING:
+    from dvq.trial import Trial
+
+
+def images(given: Any, device: torch.device) -> Tensor:
+    """The images (B, 32, 32, 3) as a uint8 tensor on ``device``; DvqError if they are no such images."""
+    found = _tensor(given, "images")
+    wanted = "give uint8 (B, 32, 32, 3), values 0 to 255"
+    if found.dtype != torch.uint8:
+        raise DvqError(f"images are {_told(found)}: {wanted}; for floats in [0, 1]: (x * 255).round().byte()")
+    if found.ndim != 4 or tuple(found.shape[1:]) != (32, 32, 3) or not len(found):
+        hint = "; for channels first: x.permute(0, 2, 3, 1)" if tuple(found.shape[1:]) == (3, 32, 32) else ""
+        hint = "; for one image: x[None]" if tuple(found.shape) == (32, 32, 3) else hint
+        raise DvqError(f"images are {_told(found)}: {wanted}{hint}")
+    return found.to(device)
+
+
+def codes(given: Any, trial: "Trial", device: torch.device) -> Tensor:
+    """The codes (B, 8, 8, K) as an int64 tensor on ``device``; DvqError if ``trial`` has no such codes."""
+    count = getattr(trial, "num_codes", None)
+    if count is None:
+        raise DvqError(f"a {trial.estimator} model has no codes: its latent variables are continuous")
+    found = _tensor(given, "codes")
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise DvqError(f"codes are {_told(found)}: give integers, as encode does")
+    if found.ndim != 4 or tuple(found.shape[1:]) != (8, 8, trial.num_latents) or not len(found):
+        raise DvqError(f"codes are {_told(found)}: give (B, 8, 8, {trial.num_latents}), as encode does")
+    found = found.long()
+    least, most = int(found.min()), int(found.max())
+    if least < 0 or most >= count:
+        raise DvqError(f"codes go from {least} to {most}: this model's go from 0 to {count - 1}")
+    return found.to(device)
+
+
+def _tensor(given: Any, what: str) -> Tensor:
+    try:
+        return given if isinstance(given, Tensor) else torch.tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise DvqError(f"{what} are a {type(given).__name__}: give a tensor or a numpy array") from None
+
+
+def _told(found: Tensor) -> str:
+    return f"{str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}"

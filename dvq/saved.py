@@ -1,0 +1,88 @@
+"""A trained model as files: ``model.safetensors`` and ``trial.json`` in a folder."""
+
+import hashlib
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dvq import DvqError
+from dvq.config import trial as make_trial
+from dvq.model import Model
+from dvq.trial import values
+
+
+def save(model: Model, folder: Path) -> None:
+    """Write the weights (model.safetensors, their SHA-256 in it) and the trial (trial.json) to ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trial.json").write_text(json.dumps(values(model.trial), indent=1) + "\n", encoding="utf-8")
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"sha256": _digest(weights)})
+
+
+def load(path: str | Path) -> Model:
+    """A trained model, in evaluation mode, on the CPU.
+
+    Args:
+        path: a folder that :func:`save` wrote (a trial's ``model``), or an address that an installed package
+            knows how to fetch (the entry points of the group ``dvq.load``, by scheme): with this project
+            installed, MLflow's ``models:/…`` and ``runs:/…``, from the server or database that
+            ``MLFLOW_TRACKING_URI`` names.
+
+    Returns:
+        a :class:`dvq.model.Model`: ``encode``, ``decode``, ``reconstruct``, ``sample``, ``bits_per_dim``, on
+        images uint8 (B, 32, 32, 3) and codes (B, 8, 8, K).
+
+    Raises:
+        DvqError: there is no model, it is damaged, or nothing knows the address.
+    """
+    scheme, address, _ = str(path).partition(":/")
+    folder = Path(_fetch(scheme, str(path)) if address else path)
+    for name in ("trial.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            inside = (folder / "model" / name).is_file()
+            hint = (
+                f"; give {folder / 'model'}" if inside else "; give the folder 'model' of a trial in a store"
+            )
+            raise DvqError(f"{folder}: no model here: {name} is missing{hint}")
+    try:
+        return _read(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DvqError(f"{folder}: the model's files are damaged: {error}") from None
+
+
+def _read(folder: Path) -> Model:
+    """ValueError for files that do not belong together, or are not what was written."""
+    fields = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
+    if not isinstance(fields, dict):
+        raise ValueError("trial.json holds no trial")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        written = (file.metadata() or {}).get("sha256")
+    weights = load_file(folder / "model.safetensors")
+    if written not in (None, _digest(weights)):  # older models do not say
+        raise ValueError("model.safetensors does not have the SHA-256 that it was written with")
+    model = Model(make_trial(fields, where=str(folder / "trial.json")))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise ValueError("model.safetensors holds another network than trial.json describes") from None
+    return model.eval()
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    """SHA-256 over the tensors' names, types, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        array: Any = tensor.cpu().numpy()
+        found.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+    return found.hexdigest()
+
+
+def _fetch(scheme: str, address: str) -> str:
+    for found in entry_points(group="dvq.load", name=scheme):
+        return str(found.load()(address))
+    raise DvqError(f"{address}: nothing here knows addresses that begin with '{scheme}:/'; give a folder")

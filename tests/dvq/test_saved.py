@@ -1,0 +1,127 @@
+"""A trained model as one uses it: what it takes and gives, and what is wrong in one sentence."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import dvq
+from dvq import DvqError
+from dvq.config import trial
+from dvq.model import Model
+from dvq.saved import save
+
+SIZE = {"data": "cifar10-sample", "features": 8, "num_latents": 2, "code_dim": 4}
+IMAGES = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def model(estimator="gs-soft", **fields):
+    torch.manual_seed(0)
+    size = {} if estimator == "gaussian" else {"num_codes": 5}
+    return Model(trial({"estimator": estimator, **SIZE, **size, **fields})).eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save(model(), tmp_path / "trial/model")
+    return tmp_path / "trial/model"
+
+
+def test_arrays_and_tensors_give_the_same() -> None:
+    one = model()
+    codes = one.encode(IMAGES)
+    assert codes.shape == (3, 8, 8, 2)
+    assert codes.dtype == torch.int64
+    assert torch.equal(codes, one.encode(IMAGES.numpy()))
+    assert torch.equal(one.decode(codes), one.reconstruct(IMAGES))
+    assert torch.equal(one.decode(codes), one.decode(codes.numpy().astype(np.uint8)))
+    assert one.bits_per_dim(IMAGES).shape == (3,)
+    assert one.sample(2).shape == (2, 32, 32, 3)
+
+
+@pytest.mark.parametrize("method", ["encode", "reconstruct", "bits_per_dim"])
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        (IMAGES / 255, r"float32 \(3, 32, 32, 3\): give uint8 .*round"),
+        (IMAGES.long(), "int64"),
+        (IMAGES.permute(0, 3, 1, 2), "channels first: x.permute"),
+        (IMAGES[0], r"one image: x\[None\]"),
+        (IMAGES[:0], r"\(0, 32, 32, 3\)"),
+        (torch.zeros(1, 64, 64, 3, dtype=torch.uint8), r"\(1, 64, 64, 3\)"),
+        ("cat.png", "are a str: give a tensor or a numpy array"),
+    ],
+)
+def test_other_images_are_refused(method, images, told) -> None:
+    with pytest.raises(DvqError, match=f"^images are.*{told}|^images {told}"):
+        getattr(model(), method)(images)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda codes: codes + 5, "this model's go from 0 to 4"),
+        (lambda codes: codes - 9, "this model's go from 0 to 4"),
+        (lambda codes: codes.float(), "give integers"),
+        (lambda codes: codes[..., :1], r"give \(B, 8, 8, 2\)"),
+        (lambda codes: codes[:, :4], r"give \(B, 8, 8, 2\)"),
+    ],
+)
+def test_other_codes_are_refused(change, told) -> None:
+    one = model()
+    with pytest.raises(DvqError, match=told):
+        one.decode(change(one.encode(IMAGES)))
+
+
+def test_a_continuous_model_has_no_codes() -> None:
+    for call in (lambda one: one.encode(IMAGES), lambda one: one.decode(IMAGES[:, :8, :8, :2])):
+        with pytest.raises(DvqError, match="gaussian model has no codes"):
+            call(model("gaussian"))
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5])
+def test_a_number_of_samples_is_whole_and_positive(n) -> None:
+    with pytest.raises(DvqError, match="whole number of at least 1"):
+        model().sample(n)
+
+
+def _flip(folder):
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-100, 2)
+        byte = file.read(1)
+        file.seek(-100, 2)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def _other_size(folder):
+    fields = json.loads((folder / "trial.json").read_text())
+    (folder / "trial.json").write_text(json.dumps({**fields, "num_codes": 6}))
+
+
+DAMAGE = {
+    "a flipped bit": (_flip, "SHA-256"),
+    "cut short": (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "damaged"),
+    "no JSON": (lambda folder: (folder / "trial.json").write_text('{"a":'), "damaged"),
+    "a list": (lambda folder: (folder / "trial.json").write_text("[1]"), "holds no trial"),
+    "another size": (_other_size, "another network"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_model_is_refused(folder, damage) -> None:
+    assert torch.equal(dvq.load(folder).encode(IMAGES), model().encode(IMAGES))
+    act, told = DAMAGE[damage]
+    act(folder)
+    with pytest.raises(DvqError, match=told):
+        dvq.load(folder)
+
+
+def test_a_trials_folder_is_told_from_its_model(folder) -> None:
+    shutil.copy(folder / "trial.json", folder.parent)
+    with pytest.raises(DvqError, match=f"model.safetensors is missing; give {folder}$"):
+        dvq.load(folder.parent)
+    with pytest.raises(DvqError, match=r"no model here: trial\.json is missing"):
+        dvq.load(folder / "trial.json")
