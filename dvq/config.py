@@ -19,6 +19,8 @@ from dvq.estimators import Estimator
 from dvq.trial import Trial, Unkeyed
 
 Point = dict[str, Any]
+NAME = re.compile(r"^[a-z0-9][a-z0-9-]*$")
+"""of a sweep, which is also its experiment's in MLflow and its report's folder"""
 
 
 def estimators() -> dict[str, type[Trial]]:
@@ -31,6 +33,14 @@ def estimators() -> dict[str, type[Trial]]:
 def _nearest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _elsewhere(key: str, cls: type[Trial]) -> str:
+    """Whose field ``key`` is, or else which one of ``cls`` was meant."""
+    owners = [name for name, one in estimators().items() if key in one.model_fields]
+    if not owners:
+        return _nearest(key, list(cls.model_fields))
+    return f", which is a field of {', '.join(owners)}; set it in 'include', beside their names"
 
 
 def _sentence(error: ValidationError, where: str) -> DvqError:
@@ -49,9 +59,11 @@ def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
     if not isinstance(name, str) or name not in known:
         raise DvqError(f"{where}: unknown estimator '{name}'{_nearest(str(name), list(known))}")
     cls = known[name]
-    for key in values:
+    for key, value in values.items():
         if key not in cls.model_fields:
-            raise DvqError(f"{where}: {name} has no '{key}'{_nearest(str(key), list(cls.model_fields))}")
+            raise DvqError(f"{where}: {name} has no '{key}'{_elsewhere(str(key), cls)}")
+        if isinstance(value, bool):  # pydantic would take it for 0 or 1
+            raise DvqError(f"{where}: {key} = {value}: no field is a yes or no")
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
@@ -76,7 +88,7 @@ class Sweep(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    name: Annotated[str, Field(pattern=NAME.pattern)]
     description: str = ""
     base: Point = {}
     grid: dict[str, list[Any]] = {}
@@ -142,6 +154,12 @@ def load_sweep(path: Path) -> Sweep:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DvqError(f"sweep file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DvqError(f"sweep file {path}: this is no text in UTF-8; give a YAML file") from None
+    if not NAME.match(path.stem):
+        raise DvqError(
+            f"sweep file {path}: a sweep has its file's name; name it in small letters, digits and hyphens"
+        )
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:

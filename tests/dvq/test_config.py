@@ -19,7 +19,15 @@ GS = {"estimator": "gs-soft"}
         ({}, "no estimator is named"),
         ({"estimator": "gs-sof"}, "unknown estimator 'gs-sof'; did you mean 'gs-soft'?"),
         ({**GS, "num_code": 3}, "gs-soft has no 'num_code'; did you mean 'num_codes'?"),
-        ({**GS, "commitment": 1.0}, "gs-soft has no 'commitment'"),
+        (
+            {**GS, "commitment": 1.0},
+            "gs-soft has no 'commitment', which is a field of vq-ema, vq-loss; set it in",
+        ),
+        (
+            {"estimator": "gaussian", "num_codes": 8},
+            "gaussian has no 'num_codes', which is a field of gs-soft",
+        ),
+        ({**GS, "steps": True}, "steps = True: no field is a yes or no"),
         ({**GS, "num_codes": 1}, "num_codes = 1: input should be greater than or equal to 2"),
         ({**GS, "steps": -5}, "steps = -5"),
         ({**GS, "learning_rate": "fast"}, "learning_rate = 'fast'"),
@@ -49,6 +57,27 @@ def test_a_wrong_sweep_is_one_sentence(sweep: dict[str, Any], says: str) -> None
     with pytest.raises(DvqError, match="sweep 's'") as caught:
         Sweep(name="s", **sweep).trials()
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("binary.yaml", b"\xbb\xff", "no text in UTF-8"),
+        ("My Sweep.yaml", b"grid: {estimator: [gs-soft]}", "small letters, digits and hyphens"),
+        ("empty.yaml", b"", "expected a mapping"),
+        ("broken.yaml", b"base:\n  data: x\n steps: 3\n", "line 3: not valid YAML"),
+        ("near.yaml", b"grids: {}", "did you mean 'grid'?"),
+        ("scalar.yaml", b"grid: {estimator: gs-soft}", "needs a list"),
+        ("missing.yaml", None, "No such file"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DvqError) as caught:
+        load_sweep(tmp_path / name)
+    assert says in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
 
 
 def test_a_sweep_is_its_grid_and_what_it_includes_for_every_seed() -> None:
