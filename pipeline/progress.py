@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +21,10 @@ WAITING, FINISHED, FAILED = "waiting", "finished", "failed"
 STYLES = {WAITING: "dim", FINISHED: "green", FAILED: "red"}
 LOOK = 0.5
 """Seconds between two looks at the events."""
+MARGIN = 3
+"""Columns that the live table leaves free: the terminal's own ^C there would break a line and spoil the drawing."""
+NUMBERS = 58
+"""Columns of the live table beside the names, where a trial has 100,000 steps."""
 
 
 @dataclass
@@ -98,8 +103,9 @@ class LiveTable:
     def show(self, rows: list[Row], note: str) -> None:
         for row in rows:
             row.news.clear()
-        height = max(3, self._console.height - 6)
-        self._live.update(table(rows, note, self._jobs, time.time() - self._began, height), refresh=True)
+        height, width = max(3, self._console.height - 6), self._console.width - MARGIN
+        drawn = table(rows, note, self._jobs, time.time() - self._began, height, width)
+        self._live.update(Constrain(drawn, width), refresh=True)
 
     def __enter__(self) -> "LiveTable":
         self._live.start()
@@ -134,17 +140,19 @@ class PlainLines:
         pass
 
 
-def table(rows: list[Row], note: str, jobs: int, elapsed: float, height: int) -> Table:
-    """The rows as a table of at most ``height`` lines: those in motion first, then the failed ones."""
+def table(rows: list[Row], note: str, jobs: int, elapsed: float, height: int, width: int) -> Table:
+    """The rows as a table of at most ``height`` lines: those in motion first, then the failed ones. What is too
+    wide for ``width`` is cut out of the names' middles and off the failures' ends: numbers stay whole."""
     made = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", caption_style="")
-    made.add_column("trial", no_wrap=True, overflow="ellipsis", min_width=16)
-    made.add_column("state", no_wrap=True, overflow="ellipsis")
+    made.add_column("trial", no_wrap=True)
+    made.add_column("state")  # the one that gives way
     for title in ("step", "images/s", "bits/dim", "time left"):
         made.add_column(title, justify="right", no_wrap=True)
     shown = rows if len(rows) <= height else sorted(rows, key=_urgency)[: height - 1]
     now = time.time()
     for row in shown:
-        made.add_row(*map(Text, _cells(row, now)), style=STYLES.get(row.state, ""))
+        cells = (Text(cell, no_wrap=True, overflow="ellipsis") for cell in _cells(row, now, width - NUMBERS))
+        made.add_row(*cells, style=STYLES.get(row.state, ""))
     if len(shown) < len(rows):
         made.add_row(f"… {len(rows) - len(shown)} more", style="dim")
     made.caption = Text(_caption(rows, note, jobs, elapsed, now))
@@ -155,11 +163,17 @@ def _urgency(row: Row) -> int:
     return {FAILED: 1, WAITING: 2, FINISHED: 3}.get(row.state, 0)
 
 
-def _cells(row: Row, now: float) -> Iterable[str]:
+def shorten(name: str, width: int) -> str:
+    """``name`` without its middle if it is longer than ``width``, or 16: the ends tell trials apart."""
+    begin, end = divmod(max(width, 16) - 1, 2)
+    return name if len(name) <= begin * 2 + end + 1 else f"{name[: begin + end]}…{name[-begin:]}"
+
+
+def _cells(row: Row, now: float, width: int) -> Iterable[str]:
     left = row.seconds_left(now)
     speed, bits = row.images_per_second, row.bits_per_dim
     return (
-        row.name,
+        shorten(row.name, width),
         f"{row.state}: {row.reason}" if row.reason else row.state,
         f"{row.step}/{row.trial.steps}" if row.step else "",
         f"{speed:.0f}" if speed and row.state not in (FINISHED, FAILED) else "",

@@ -133,7 +133,11 @@ def run(job: Job, console: Console) -> int:
     )
     try:
         with local.running(job.arguments, job.jobs, job.folder, job.profile) as process:
-            watch(job, shown, began, console, lambda: (process.poll() is not None, _note(shown, job)))
+            try:
+                watch(job, shown, began, console, lambda: (process.poll() is not None, _note(shown, job)))
+            except KeyboardInterrupt:
+                print(f"ending the trials at a checkpoint, {local.GRACE} seconds at most", flush=True)
+                raise
     except KeyboardInterrupt:
         print("interrupted; the same command goes on")
         return 130

@@ -1,6 +1,7 @@
 """What the live table and the plain lines say, from the events that tasks write."""
 
 import io
+import re
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from dvq import events as diary
 from dvq.config import trial as make_trial
 from dvq.events import Events, Tail
-from pipeline.progress import LiveTable, PlainLines, Row, clock, sweep_seconds_left, table
+from pipeline.progress import MARGIN, LiveTable, PlainLines, Row, clock, shorten, sweep_seconds_left, table
 
 TRIAL = make_trial({"estimator": "gs-soft", "steps": 100, "batch_size": 10})
 
@@ -19,9 +20,9 @@ def row(folder: Path, name: str = "gs-soft-c512-k8-s0") -> Row:
     return Row(name, TRIAL, Tail(folder))
 
 
-def text(*rows: Row, height: int = 20) -> str:
-    console = Console(file=io.StringIO(), width=120)
-    console.print(table(list(rows), "", 2, 61, height))
+def text(*rows: Row, height: int = 20, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table(list(rows), "", 2, 61, height, width))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -115,6 +116,34 @@ def test_a_long_table_shows_what_moves(tmp_path: Path) -> None:
     shown = text(*rows, height=5)
     assert all(part in shown for part in ("trial-29", "why not", "26 more", "28 waiting"))
     assert "trial-9" not in shown
+
+
+def test_numbers_stay_whole_in_a_narrow_terminal(tmp_path: Path) -> None:
+    names = [f"gs-soft-c512-k16-s0-learning-rate-{rate}-temperature-0.5" for rate in (0.001, 0.002)]
+    rows = [row(tmp_path, name) for name in names]
+    for one in rows:
+        one.state, one.reason, one.step, one.bits_per_dim = "failed", "why not " * 20, 100, 7.25
+        one.trial = TRIAL.model_copy(update={"steps": 100_000})
+    shown = text(*rows, width=77).splitlines()
+    assert [len(line) <= 77 for line in shown] == [True] * len(shown)
+    assert len(shown) == 4, "a line a trial"
+    assert ["100/100000" in line and "7.250" in line and "…" in line for line in shown[1:3]] == [True] * 2
+    assert shown[0].split() == ["trial", "state", "step", "images/s", "bits/dim", "time", "left"]
+    assert shorten("gs-soft-c256-k16-s0", 19) == "gs-soft-c256-k16-s0"
+    assert shorten("gs-soft-c256-k16-s10", 19) == "gs-soft-c…6-k16-s10"
+    assert shorten("gs-soft-c256-k16-s10", 5) == "gs-soft-…k16-s10", "never less than 16"
+
+
+def test_the_live_table_leaves_the_margin_to_the_terminal(tmp_path: Path) -> None:
+    """Where it prints ^C, which must not break a line, or what is drawn next stands beside what is there."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=10, color_system=None)
+    one = row(tmp_path, "a-trial-" * 20)
+    one.state, one.reason = "failed", "why not " * 20
+    with LiveTable(console, 2) as live:
+        live.show([one], "preparing " * 20)
+    assert isinstance(console.file, io.StringIO)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) == 80 - MARGIN
 
 
 def test_plain_lines_are_said_once(tmp_path: Path) -> None:
