@@ -25,11 +25,13 @@ TRIAL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help image base submit-sweep cancel explain report replay ui local-ui stack-up stack-down test test-services test-docker check components release-components findings bench soak golden clean
+.PHONY: help image base submit-sweep cancel explain report replay ui stack-up stack-down test test-services test-docker check components release-components findings bench soak golden clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s ", $$1; n = split($$2, word, " "); at = 24; \
+	  for (i = 1; i <= n; i++) { if (at + length(word[i]) > 78) { printf "\n%24s", ""; at = 24 } \
+	    printf "%s ", word[i]; at += length(word[i]) + 1 } print "" }' Makefile
 
 submit-sweep: $(READY) $(if $(filter docker,$(ON)),$(if $(filter-out 0,$(DRY_RUN)),,image)) ## run a sweep: SWEEP=smoke or path.yaml, ON=local, docker or kfp, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew, DRY_RUN=1 what it would take, BUDGET=hours of GPUs, PROFILE=the place's; on kfp WAIT=1 follows it
 	@$(PYTHON) -m pipeline.submit "$(SWEEP)" --on "$(ON)" --jobs "$(JOBS)" --data "$(DATA)" --profile "$(PROFILE)" \
@@ -54,14 +56,8 @@ stack-up: $(SERVICES) ## MLflow's server, PostgreSQL and S3 as services of this 
 stack-down: $(READY) ## end them; what they keep stays
 	@$(PYTHON) -m pipeline.stack down
 
-ui: $(READY) ## MLflow's pages: the stack's, or on this machine's sweeps, PORT=5000
-	@$(PYTHON) -m pipeline.stack address || \
-	  { test $$? = 1 && $(MAKE) --no-print-directory local-ui; }
-
-local-ui:
-	@test -e outputs/mlflow.db || { echo "error: no sweep was run here yet: make submit-sweep" >&2; exit 2; }
-	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(PYTHON) -m mlflow ui \
-	  --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
+ui: $(READY) ## MLflow's pages on the sweeps: their address, served at PORT=5000 unless a server tracks them
+	@$(PYTHON) -m pipeline.ui --port "$(PORT)"
 
 test: $(READY) ## every test that needs no daemon
 	@$(PYTHON) -m pytest -n auto --dist loadfile

@@ -22,6 +22,9 @@ SWEEPS = Path(__file__).parent / "sweeps"
 PROFILE = {"docker": "docker", "kfp": "nvidia"}
 """The profile of each place that has one, unless another is named."""
 
+TRACKERS = ("", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks")
+"""What an address of MLflow may begin with."""
+
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
@@ -121,7 +124,13 @@ def check_tracking() -> str:
             "MLFLOW_TRACKING_URI has a password in it, which logs would show; a server's goes into "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's to an MLflow server"
         )
-    if not uri.startswith("http"):
+    scheme = uri.partition(":/")[0] if ":/" in uri else ""
+    if scheme.partition("+")[0] not in TRACKERS:
+        raise DvqError(
+            f"MLFLOW_TRACKING_URI = '{uri}': MLflow knows no '{scheme}:'; give a server's address, http://host:port, "
+            "or a database's, sqlite:///path"
+        )
+    if not scheme.startswith("http"):
         return ""
     request = urllib.request.Request(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1")
     user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))

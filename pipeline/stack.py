@@ -1,4 +1,4 @@
-"""MLflow's server with PostgreSQL and S3 behind it, on this machine: python -m pipeline.stack up | down | address
+"""MLflow's server with PostgreSQL and S3 behind it, on this machine: python -m pipeline.stack up | down
 
 All of it is in outputs/stack: the data, logs/ and stack.json, which only its owner can read, with the ports, the
 generated passwords and the process ids. However it ended, it starts again with the same data and passwords.
@@ -202,15 +202,6 @@ def down() -> None:
     """End the stack; its data stays."""
     with _here() as stack:
         print("the stack is down" if stack.down() else "the stack was down")
-
-
-@app.command()
-def address() -> None:
-    """Print MLflow's address; exit status 1 if the stack is down."""
-    with _here() as stack:
-        if not stack.environment():
-            raise SystemExit(1)
-        print(stack.address)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Each wrong input is one sentence on standard error and exit status 2, and nothing is begun."""
 
 import json
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from components.store import Store
 from dvq.config import load_sweep
-from pipeline import explain, local, preflight, report, submit
+from pipeline import explain, local, preflight, report, submit, ui
 
 GRID = {"estimator": ["gs-soft"]}
 Refusal = Callable[..., str]
@@ -115,6 +116,33 @@ def test_a_password_in_an_address(
 def test_a_tracking_server_that_is_down_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     assert preflight.check_tracking() == "MLflow at http://127.0.0.1:1 does not answer"
+
+
+def test_a_tracker_of_no_known_kind(
+    refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sweep(grid=GRID)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "foo://bar")
+    assert "MLflow knows no 'foo:'" in refusal("tiny.yaml")
+    assert "MLflow knows no 'foo:'" in refusal(command=ui)
+
+
+def test_pages_that_cannot_be_served(
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert "mlflow.db, for no sweep was tracked" in refusal(command=ui)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs/mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = str(taken.getsockname()[1])
+        assert f"PORT = '{busy}' cannot be listened on (Address already in use)" in refusal(
+            "--port", busy, command=ui
+        )
+    assert "65535" in refusal("--port", "70000", command=ui)
+    assert "whole number" in refusal("--port", "abc", command=ui)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert "does not answer" in refusal(command=ui)
 
 
 def test_a_path_that_kfp_cannot_run_from(

@@ -92,7 +92,8 @@ def test_it_starts_once_and_says_where(home: Home) -> None:
     pids = home.stack.pids
     assert home.run("stack", "up")[0] == 0
     assert home.stack.pids == pids
-    assert home.run("stack", "address") == (0, f"{home.stack.address}\n")
+    code, said = home.run("ui")
+    assert (code, said.startswith(f"{home.stack.address}/#/experiments")) == (0, True), said
     file = home.folder / "outputs" / "stack" / "stack.json"
     assert oct(file.stat().st_mode)[-3:] == "600"
     assert oct(file.parent.stat().st_mode)[-3:] == "700"
@@ -254,7 +255,8 @@ def test_it_ends_nothing_but_its_own(home: Home) -> None:
         stack._save()
         assert home.run("stack", "down") == (0, "the stack is down\n")
         assert home.run("stack", "down") == (0, "the stack was down\n")
-        assert home.run("stack", "address")[0] == 1
+        code, said = home.run("ui")
+        assert (code, "no sweep was tracked in it yet" in said) == (2, True), said
     finally:
         other.kill()
         other.wait()

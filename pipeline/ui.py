@@ -1,0 +1,66 @@
+"""MLflow's pages on the sweeps, wherever they are tracked: python -m pipeline.ui [--port 5000]"""
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dvq import DvqError
+from pipeline import preflight
+from pipeline.services import HOST
+from pipeline.stack import Stack
+
+START = "#/experiments?workflowType=machine_learning"
+"""MLflow's page of experiments, in its form for training rather than for language models."""
+FILE = "sqlite:///"
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "PYTHONWARNINGS": "ignore",
+}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> None:
+    """Print where MLflow's pages are; serve them if no server does."""
+    with preflight.one_sentence():
+        home = preflight.outputs()
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            os.environ.update(Stack(home / "stack").environment())
+        uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
+        fault = preflight.check_tracking()
+        if fault:
+            raise DvqError(fault)
+        if uri.startswith("http"):
+            print(f"{uri.rstrip('/')}/{START}")
+            return
+        if uri.startswith(FILE) and not Path(uri.removeprefix(FILE)).exists():
+            raise DvqError(
+                f"there is no {uri.removeprefix(FILE)}, for no sweep was tracked in it yet: make submit-sweep"
+            )
+        _check_port(port)
+    print(f"MLflow on {uri.removeprefix(FILE)}; Ctrl-C ends it\nhttp://{HOST}:{port}/{START}", flush=True)
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    command += ["--host", HOST, "--port", port, "--workers", "1", "--uvicorn-opts", "--log-level warning"]
+    os.execve(sys.executable, command, {**os.environ, **QUIET})
+
+
+def _check_port(port: str) -> None:
+    number = preflight.whole_number("PORT", port)
+    try:
+        socket.create_server((HOST, number)).close()
+    except (OSError, OverflowError) as error:
+        reason = (
+            os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "the last is 65535"
+        )
+        raise DvqError(f"PORT = '{port}' cannot be listened on ({reason}): name another") from None
+
+
+if __name__ == "__main__":
+    app()
