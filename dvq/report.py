@@ -143,13 +143,25 @@ def _heading(key: str, heading: str, form: str) -> str:
     return f"<th{kind}{sort}><button>{escape(heading)}</button></th>"
 
 
+def shown(row: Row, key: str) -> str:
+    """A number of a trial as the tables print it: bits/dim with its standard error, dead codes with how many
+    codes there are."""
+    value = row[key]
+    if value is None:
+        return "–"
+    text = format(value, COLUMNS[key][1])
+    if key == "bits_per_dim" and row["bits_per_dim_se"] is not None:
+        text += f" ± {row['bits_per_dim_se']:.3f}"
+    if key == "dead_codes" and row["num_codes"] is not None:
+        text += f"/{row['num_codes'] * row['num_latents']}"
+    return text
+
+
 def _cell(row: Row, key: str) -> str:
-    value, form = row[key], COLUMNS[key][1]
-    shown = "–" if value is None else format(value, form)
-    if key == "bits_per_dim" and value is not None and row["bits_per_dim_se"] is not None:
-        shown += f" ± {row['bits_per_dim_se']:.3f}"
-    kind = "" if form else ' class="text"'
-    return f'<td{kind} data-value="{escape("" if value is None else str(value))}">{escape(shown)}</td>'
+    value, kind = row[key], "" if COLUMNS[key][1] else ' class="text"'
+    return (
+        f'<td{kind} data-value="{escape("" if value is None else str(value))}">{escape(shown(row, key))}</td>'
+    )
 
 
 def _figure(name: str, png: bytes) -> str:

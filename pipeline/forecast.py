@@ -66,8 +66,8 @@ def spent(trials: Iterable[Trial], store: Store, profile: Profile, since: float)
     return sum(held(store.trial(one.key()), since) for one in trials) * devices(profile) / 3600
 
 
-def plan(trials: Mapping[str, Trial], store: Store, profile: Profile) -> Plan:
-    """Look at the store, and reckon."""
+def plan(trials: Mapping[str, Trial], store: Store, profile: Profile, fresh: bool = False) -> Plan:
+    """Look at the store, and reckon; ``fresh``: as if it had nothing of the trials but their speed."""
     keys = [one.key() for one in trials.values()]
     store.look(keys)
     families = {key for one in trials.values() for key in store.family(one)}
@@ -75,8 +75,8 @@ def plan(trials: Mapping[str, Trial], store: Store, profile: Profile) -> Plan:
     states = dict.fromkeys(("finished", "going on", "new"), 0)
     seconds, guessed, unknown = 0.0, 0, []
     for name, one in trials.items():
-        reached = store.reached(one)
-        done = store.state(one.key()).name == "finished"
+        reached = 0 if fresh else store.reached(one)
+        done = not fresh and store.state(one.key()).name == "finished"
         states["finished" if done else "going on" if reached else "new"] += 1
         if done:
             continue
@@ -149,6 +149,9 @@ def check(found: Plan, budget: float | None, profile: Profile) -> None:
 def lines(found: Plan, profile: Profile, jobs: int, image: str, budget: float | None) -> list[str]:
     """The plan, as it is printed."""
     todo = found.states["going on"] + found.states["new"]
+    trials = f"trials   {', '.join(f'{number} {state}' for state, number in found.states.items())}"
+    if not todo:
+        return [trials, "forecast nothing to compute"]
     at_once = min(jobs, todo)
     name = profile.cluster.accelerator if profile.cluster else "GPU"
     gpu = f"{profile.gpu} {name}" if profile.gpu else ""
@@ -158,7 +161,7 @@ def lines(found: Plan, profile: Profile, jobs: int, image: str, budget: float | 
     driven = ", and a driver for each" if profile.cluster else ""
     hold = f"; {len(TRAINS)} of a trial's {TASKS} hold its GPU" if profile.cluster and profile.gpu else ""
     told = [
-        f"trials   {', '.join(f'{number} {state}' for state, number in found.states.items())}",
+        trials,
         f"at once  {at_once} trials" + (f", each {each}" if each else ""),
         f"{'pods' if profile.cluster else 'tasks':8} {TASKS * todo + 3 * max(runs, 1)}{driven}{hold}",
         f"devices  {at_once * devices(profile):g} {'GPUs' if profile.gpu else 'CPUs'} at most",
@@ -172,8 +175,6 @@ def lines(found: Plan, profile: Profile, jobs: int, image: str, budget: float | 
 
 def _hours(found: Plan, profile: Profile, at_once: int) -> str:
     todo = found.states["going on"] + found.states["new"]
-    if not todo:
-        return "nothing to compute"
     if len(found.unknown) == todo:
         return "unknown: no trial like these was measured"
     wall = found.hours / devices(profile) / at_once

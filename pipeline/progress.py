@@ -177,7 +177,7 @@ def _cells(row: Row, now: float, width: int) -> Iterable[str]:
         f"{row.state}: {row.reason}" if row.reason else row.state,
         f"{row.step}/{row.trial.steps}" if row.step else "",
         f"{speed:.0f}" if speed and row.state not in (FINISHED, FAILED) else "",
-        f"{bits:.3f}" if bits else "",
+        f"{bits:.3f}" if bits and bits < 1000 else f"{bits:.2g}" if bits else "",
         clock(left) if left is not None else "",
     )
 

@@ -11,8 +11,8 @@ from dvq.config import Sweep
 from dvq.fingerprints import LABELS
 from dvq.trial import Trial
 
-COLUMNS = ("name", "bits_per_dim", "rate", "distortion", "perplexity", "dead_codes", "images_per_second")
-"""of dvq.report's rows"""
+COLUMNS = ("name", "bits_per_dim", "rate", "distortion", "perplexity", "dead_codes")
+"""of dvq.report's rows, as many as 80 characters hold"""
 DID_NOT_START = "it did not start"
 DID_NOT_FINISH = "it did not finish; the log may say why"
 
@@ -28,25 +28,31 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
     if finished:
         data = LABELS[next(iter(trials.values())).data]
         split = finished[0]["evaluation"]["split"]
-        say(console, f"\n{sweep.name} on {data}, split {split}; rate, distortion and their sum in bits/dim")
-        console.print(_table(report.rows(finished, {})))
+        say(console, f"\n{sweep.name} on {data}")
+        say(console, f"split {split}; bits/dim = distortion + rate, ± the standard error over images")
+        whole = None if console.is_terminal else sum(map(len, trials)) + 80  # in a file no name is broken
+        console.print(_table(report.rows(finished, {})), width=whole)
         say(
             console,
             f"certificate {report.certificate(finished)}: equal when every number is equal, bit for bit",
         )
-        say(console, goodput([one["training"]["goodput"] for one in finished]))
+        lost = goodput([one["training"]["goodput"] for one in finished])
+        if lost:
+            say(console, lost)
     if failures:
-        say(console, f"\n{len(failures)} of {len(trials)} trials failed; the same command tries them again:")
+        came = "are not computed" if set(failures.values()) == {DID_NOT_START} else "failed"
+        say(console, f"\n{len(failures)} of {len(trials)} trials {came}; make submit-sweep tries them again:")
     for name, reason in failures.items():
         say(console, f"  {name}: {reason}")
     return failures
 
 
 def goodput(trials: list[dict[str, Any]]) -> str:
-    """What interruptions cost, over the finished trials."""
+    """What interruptions cost, over the finished trials; empty if there were none."""
     steps, seconds = (sum(one[key] for one in trials) for key in ("steps_lost", "seconds_lost"))
     again = sum(max(0, one["attempts"] - 1) for one in trials)
-    return f"goodput {again} interruptions, which lost {steps} steps and {seconds:.0f} s of training"
+    told = f"goodput {again} interruptions, which lost {steps} steps and {seconds:.0f} s of training"
+    return told if again else ""
 
 
 def say(console: Console, line: str) -> None:
@@ -56,14 +62,14 @@ def say(console: Console, line: str) -> None:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     from dvq.report import COLUMNS as FORMS
+    from dvq.report import shown
 
     made = Table(box=None, pad_edge=False, header_style="bold")
     for key in COLUMNS:
         heading, form = FORMS[key]
         made.add_column(heading, justify="right" if form else "left", no_wrap=bool(form), overflow="fold")
     for row in rows:
-        cells = [(row[key], FORMS[key][1]) for key in COLUMNS]
-        made.add_row(*("–" if value is None else format(value, form) for value, form in cells))
+        made.add_row(*(shown(row, key) for key in COLUMNS))
     return made
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from dvq import DvqError
 from dvq.fingerprints import FINGERPRINTS, LABELS
 from pipeline import forecast, local, preflight, results
 from pipeline.containers import ENDED
@@ -45,15 +46,18 @@ def submit(
     """Run a sweep; what the store has is not computed again."""
     with preflight.one_sentence():
         preflight.check_place(on)
+        if on == "local" and profile:
+            raise DvqError(
+                f"PROFILE = '{profile}': this machine's own processes have none; give ON=docker or ON=kfp"
+            )
         limits = None if on == "local" else find_profile(profile or preflight.PROFILE[on])
         job = look_at(sweep, jobs, data, limits)
         cap = preflight.hours(budget) or (limits.budget if limits else None)
         if dry_run:
-            return _print_plan(job, cap, on)
+            return _print_plan(job, cap, on, fresh)
         if cap:
-            forecast.check(
-                forecast.plan(job.trials, job.store, limits or Profile()), cap, limits or Profile()
-            )
+            place = limits or Profile()
+            forecast.check(forecast.plan(job.trials, job.store, place, fresh), cap, place)
         if on == "kfp":
             from pipeline import cluster
 
@@ -85,11 +89,11 @@ def look_at(name: str, jobs: str, source: str, profile: Profile | None) -> Job:
     return job
 
 
-def _print_plan(job: Job, cap: float | None, on: str) -> None:
+def _print_plan(job: Job, cap: float | None, on: str, fresh: bool) -> None:
     from pipeline import image
 
     profile = job.profile or Profile(parallelism=job.jobs)
-    plan = forecast.plan(job.trials, job.store, profile)
+    plan = forecast.plan(job.trials, job.store, profile, fresh)
     name = image.name(profile) if on != "local" else "none: processes of this machine"
     print(f"{job.sweep.name}, ON={on}, the store {job.store.place}; nothing is started")
     for line in forecast.lines(plan, profile, job.jobs, name, cap):

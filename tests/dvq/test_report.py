@@ -101,6 +101,11 @@ def test_rows_are_sorted_by_bits_per_dim_and_failures_come_last(sweep):
     assert (best["bits_per_dim"], best["bits_per_dim_se"], best["rate"]) == (6.9, 0.0123, 0.25)
     assert (best["perplexity"], best["dead_codes"], best["images_per_second"]) == (7.5, 3, 101.4)
     assert best["components_95"] == sweep[0][1]["analysis"]["components_95_mean"]
+    assert [report.shown(best, key) for key in ("bits_per_dim", "rate", "dead_codes")] == [
+        "6.900 ± 0.012",
+        "0.250",
+        "3/1024",
+    ]
 
 
 def test_numbers_that_are_not_there_or_not_finite_are_none_and_sort_last(sweep):

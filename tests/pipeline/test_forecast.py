@@ -74,7 +74,13 @@ def test_finished_trials_take_nothing(store: Store) -> None:
         finish(store, sweep("vq-ema"), f"vq-ema-c512-k8-s{seed}")
     found = forecast.plan(sweep("vq-ema").trials(), store, GPU)
     assert found.hours == 0
-    assert forecast.lines(found, GPU, 4, "image", None)[-1] == "forecast nothing to compute"
+    assert forecast.lines(found, GPU, 4, "image", None) == [
+        "trials   2 finished, 0 going on, 0 new",
+        "forecast nothing to compute",
+    ]
+    anew = forecast.plan(sweep("vq-ema").trials(), store, GPU, fresh=True)
+    assert anew.states == {"finished": 0, "going on": 0, "new": 2}
+    assert anew.hours * 3600 == pytest.approx(2 * HELD)
 
 
 def test_others_are_guessed_by_the_slowest_of_their_estimator(store: Store) -> None:

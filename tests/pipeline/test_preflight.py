@@ -76,6 +76,7 @@ def test_a_sweep_that_is_not_there(refusal: Refusal) -> None:
         (("--jobs", "0"), "JOBS"),
         (("--jobs", "two"), "JOBS"),
         (("--on", "mars"), "ON = 'mars'"),
+        (("--profile", "gke"), "PROFILE = 'gke'"),
         (("--data", "gone.tar.gz"), "gone.tar.gz"),
         (("--data", "http://127.0.0.1:9/x.tar.gz"), "127.0.0.1:9"),
         (("--data", "batches"), "data_batch_1"),
