@@ -212,7 +212,7 @@ def _analyze(
 ) -> None:
     import numpy as np
 
-    from dvq import figures
+    from dvq import figures, style
     from dvq import load as load_model
     from dvq.analyze import analyze as analyze_codebooks
 
@@ -234,10 +234,10 @@ def _analyze(
         found = analyze_codebooks(model.latents.codebook.detach().numpy(), np.asarray(judged["usage"]))
         found.save(folder / "analysis.npz")
         title = f"{results['name']}, {data.info['label']}"
-        figures.save_png(
+        style.save_png(
             figures.explained_variance(found, title), folder / "figures" / "explained_variance.png"
         )
-        figures.save_png(figures.codebooks_3d(found, title), folder / "figures" / "codebooks.png")
+        style.save_png(figures.codebooks_3d(found, title), folder / "figures" / "codebooks.png")
         results["analysis"] = found.summary()
     write_json(folder / "results.json", results)
 

@@ -1,4 +1,4 @@
-"""The figures of a sweep and of a trial, and mosaics of reconstructions.
+"""The figures of a sweep and of a trial.
 
 Results are the contents of ``results.json`` files, in the sweep's order; analyses are by the trials' names.
 Everything is drawn on ``matplotlib.figure.Figure`` objects, which belong to no window and no global state.
@@ -6,7 +6,6 @@ Everything is drawn on ``matplotlib.figure.Figure`` objects, which belong to no 
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
-from numpy.typing import NDArray
 
 from dvq.analyze import Analysis, Floats
 from dvq.style import Analyses, Group, Result, alike, legend, look, new_figure, shown, style
@@ -56,8 +54,9 @@ def figure_1a(results: Sequence[Result]) -> Figure:
     panels[0, 0].set_ylabel(f"{' and '.join(sorted({trial['split'] for trial in trials}))} bits/dim")
     drawn = [artist for axes in panels.flat for artist in axes.get_legend_handles_labels()[0]]
     named = {artist.get_label(): artist for artist in drawn}
-    legend(figure, (named[label] for label in named if label not in PAPER), "this sweep")
-    legend(figure, (named[label] for label in PAPER), "the paper, on all of CIFAR-10", "lower")
+    ours = [named[label] for label in named if label not in PAPER]
+    heading = Line2D([], [], lw=0, label="\nthe paper, on all of CIFAR-10")
+    legend(figure, [*ours, heading, *(named[label] for label in PAPER)], "this sweep")
     return figure
 
 
@@ -69,17 +68,24 @@ def _sizes(axes: Axes, results: Sequence[Result]) -> None:
         label, colour, marker = style(curve[0]["trial"]["estimator"])
         label += f" ({many} settings)" if many > 1 else ""
         width, size = (0.8, 3) if many > 1 else (1.8, 5.5)
-        points: dict[int, list[float]] = {}
+        points: dict[int, list[Result]] = {}
         for result in curve:
-            c = result["trial"].get("num_codes", 0)
-            points.setdefault(c, []).append(result["evaluation"]["bits_per_dim"])
+            points.setdefault(result["trial"].get("num_codes", 0), []).append(result["evaluation"])
+        codes, found = zip(*sorted(points.items()), strict=True)
+        means = [float(np.mean([one["bits_per_dim"] for one in seeds])) for seeds in found]
         if 0 in points:  # a continuous latent variable has no C
-            axes.axhline(float(np.mean(points[0])), color=colour, lw=width, label=label)
+            axes.axhline(means[0], color=colour, lw=width, label=label)
             continue
-        codes, values = zip(*sorted(points.items()), strict=True)
-        means = [np.mean(v) for v in values]
         axes.plot(codes, means, color=colour, marker=marker, ms=size, lw=width, label=label)
-        axes.vlines(codes, [min(v) for v in values], [max(v) for v in values], color=colour, lw=3, alpha=0.4)
+        low, high = zip(*map(_spread, found), strict=True)
+        axes.vlines(codes, low, high, color=colour, lw=3, alpha=0.4)
+
+
+def _spread(seeds: Sequence[Result]) -> tuple[float, float]:
+    """The range of bits/dim over seeds; of a single one ± its standard error over images."""
+    bits = [one["bits_per_dim"] for one in seeds]
+    error = 0.0 if len(bits) > 1 else seeds[0].get("bits_per_dim_se", 0.0)
+    return min(bits) - error, max(bits) + error
 
 
 def _paper(axes: Axes) -> None:
@@ -95,8 +101,11 @@ def figure_1b(results: Sequence[Result], analyses: Analyses) -> Figure:
     over codebooks (and seeds), of all codes and weighted by usage."""
     figure = new_figure("Variance of the codes that principal components explain", results, 10, 4.2)
     panels = figure.subplots(1, 2, sharey=True)
-    for group, found in _analyzed(results, analyses):
+    groups = _analyzed(results, analyses)
+    widths = np.linspace(3.0, 1.2, max(2, len(groups)))  # so that curves that coincide are all seen
+    for (group, found), width in zip(groups, widths, strict=False):
         drawn = {"color": group.colour, "ls": group.dashes, "marker": group.marker, "label": group.label}
+        drawn["lw"] = width
         _explained(panels[0], np.concatenate([analysis.explained for analysis in found]), **drawn)
         _explained(panels[1], np.concatenate([analysis.explained_weighted for analysis in found]), **drawn)
     _explained_axes(panels)
@@ -124,7 +133,7 @@ def _analyzed(results: Sequence[Result], analyses: Analyses) -> list[tuple[Group
 
 def _explained(axes: Axes, explained: Floats, **drawn: Any) -> None:
     n = np.arange(explained.shape[1])
-    axes.plot(n, explained.mean(axis=0), ms=3, lw=1.5, **drawn)
+    axes.plot(n, explained.mean(axis=0), ms=3, **drawn)
     axes.fill_between(n, explained.min(axis=0), explained.max(axis=0), color=drawn["color"], alpha=0.15, lw=0)
 
 
@@ -132,7 +141,7 @@ def _explained_axes(panels: Sequence[Axes]) -> None:
     for axes, title in zip(panels, ("all codes", "codes weighted by usage"), strict=True):
         axes.axhline(0.95, color="0.5", lw=1, ls=":")
         axes.annotate("95%", (1, 0.94), xycoords=("axes fraction", "data"), ha="right", va="top", size=8)
-        axes.set(title=title, xlabel="principal components", ylim=(0, 1.03))
+        axes.set(title=title, xlabel="number of principal components", ylim=(0, 1.03))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("fraction of variance explained")
 
@@ -163,13 +172,14 @@ def figure_1c(results: Sequence[Result]) -> Figure:
 def _diagonals(axes: Axes) -> None:
     """Lines of constant rate + distortion, each with its number where it leaves the frame."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    small: dict[str, Any] = {"color": "0.5", "size": 8}
+    small: dict[str, Any] = {"color": "0.4", "size": 8, "bbox": {"fc": "white", "ec": "none", "pad": 0}}
     for bits in MaxNLocator(8).tick_values(left + bottom, right + top):
         axes.plot([left, right], [bits - left, bits - right], color="0.8", lw=0.8, zorder=1, label="_")
         if bottom <= bits - right <= top:
             axes.text(right, bits - right, f" {bits:g}", va="center", **small)
         elif left < bits - bottom < right:
-            axes.text(bits - bottom, bottom, f"{bits:g} ", ha="right", va="bottom", **small)
+            above = bottom + 0.015 * (top - bottom)
+            axes.text(bits - above, above, f"{bits:g}", ha="center", va="bottom", **small)
     axes.set(xlim=(left, right), ylim=(bottom, top))
 
 
@@ -219,32 +229,6 @@ def _codebooks(figure: Figure, panels: Any, analysis: Analysis) -> None:
         axes.text2D(1.05, 0.95, f"k = {k + 1}", transform=axes.transAxes, size=8, ha="right")
     bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels[: len(analysis.norms)], shrink=0.7).ax
     bar.set_title("norm", size=8)
-    figure.set_layout_engine("constrained", rect=(0.01, 0, 0.95, 1))  # else the bars' numbers may be cut off
-
-
-def reconstructions(
-    images: NDArray[np.uint8], reconstructed: NDArray[np.uint8], scale: int = 3
-) -> NDArray[np.uint8]:
-    """A mosaic of uint8 images (N, H, W, 3), 16 to a row: each row of originals above its reconstructions,
-    every pixel ``scale`` pixels wide and high."""
-    if images.shape != reconstructed.shape:
-        raise ValueError(f"reconstructions: {images.shape} images and {reconstructed.shape} reconstructions")
-    n, height, width, channels = images.shape
-    columns = min(n, 16)
-    rows = -(-n // columns)
-    tiles = np.full((rows * columns, 2, height + 1, width + 1, channels), 255, np.uint8)
-    tiles[:n, 0, :height, :width] = images
-    tiles[:n, 1, :height, :width] = reconstructed
-    tiles = tiles.reshape(rows, columns, 2, height + 1, width + 1, channels).transpose(0, 2, 3, 1, 4, 5)
-    mosaic = tiles.reshape(rows * 2 * (height + 1), columns * (width + 1), channels)[:-1, :-1]
-    return mosaic.repeat(scale, axis=0).repeat(scale, axis=1)
-
-
-@look
-def save_png(picture: Figure | NDArray[np.uint8], path: Path) -> None:
-    """Writes a figure, or an image (H, W, 3) pixel by pixel, as a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(picture, Figure):
-        picture.savefig(path, format="png")
-    else:
-        imsave(path, picture, format="png")
+    figure.set_layout_engine(
+        "constrained", rect=(0.01, 0, 0.95, 0.985)
+    )  # else the bars' numbers may be cut off

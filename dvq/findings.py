@@ -8,8 +8,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from dvq import DvqError
-from dvq.figures import save_png
-from dvq.style import Result, look, new_figure, style
+from dvq.style import Result, look, new_figure, save_png, style
 
 Measure = Callable[[Result], float]
 ESTIMATORS = ("gs-soft", "vimco", "vq-ema")

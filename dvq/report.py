@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from dvq import figures
-from dvq.style import Analyses, Result, notice
+from dvq.style import Analyses, Result, notice, save_png
 
 Row = dict[str, Any]
 
@@ -43,13 +43,15 @@ FIGURES = {
     "figure_1a": (
         "Figure 1(a): bits/dim against C",
         "Single-sample ELBO of each trained model over every image of the split: the mean over seeds, and "
-        "their range as a bar. Grey lines and the star are the paper's numbers, for all of CIFAR-10.",
+        "their range as a bar; of a single seed the bar is ± the standard error over the images. Grey lines and "
+        "the star are the paper's numbers, for all of CIFAR-10.",
     ),
     "figure_1b": (
         "Figure 1(b): how many dimensions the codes use",
         "Cumulative fraction of a codebook's variance in its first principal components: the mean over the "
         "codebooks, and their range. Left, every code counts the same; right, each is weighted by how often "
-        "it was used, so that dead codes, which stay where they were, do not count. " + CHOICE,
+        "it was used, so that dead codes, which stay where they were, do not count. Ever thinner curves show those "
+        "that coincide. " + CHOICE,
     ),
     "figure_1c": (
         "Figure 1(c): rate and distortion along training",
@@ -230,7 +232,7 @@ def _draw(folder: Path, results: Sequence[Result], analyses: Analyses) -> dict[s
         drawn["figure_1b"] = figures.figure_1b(finite, analyses)
         drawn["figure_2"] = figures.figure_2(finite, analyses)
     for name, figure in drawn.items():
-        figures.save_png(figure, folder / f"{name}.png")
+        save_png(figure, folder / f"{name}.png")
     return {name: (folder / f"{name}.png").read_bytes() for name in drawn}
 
 

@@ -1,14 +1,19 @@
-"""What the figures share: an estimator's colour, the look of an axis, and which trials there is room for."""
+"""What the pictures share: an estimator's colour, the look of an axis, which trials there is room for, the files; and
+mosaics of reconstructions."""
 
 import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from numpy.typing import NDArray
 
 from dvq.analyze import Analysis
 
@@ -117,8 +122,37 @@ def new_figure(title: str, results: Sequence[Result], width: float, height: floa
     return figure
 
 
-def legend(figure: Figure, handles: Iterable[Artist], title: str = "", place: str = "upper") -> None:
+def legend(figure: Figure, handles: Iterable[Artist], title: str = "") -> None:
     """A legend to the right of the axes, where it covers no data."""
-    clear = "" if place == "lower" else "\n\n"  # of the figure's title and notice
-    where: dict[str, Any] = {"loc": f"outside right {place}", "alignment": "left"}
-    figure.legend(handles=list(handles), title=clear + title, title_fontsize=9, **where)
+    below = "\n\n" + title  # the figure's title and notice
+    figure.legend(
+        handles=list(handles), title=below, title_fontsize=9, loc="outside right upper", alignment="left"
+    )
+
+
+def reconstructions(
+    images: NDArray[np.uint8], reconstructed: NDArray[np.uint8], scale: int = 3
+) -> NDArray[np.uint8]:
+    """A mosaic of uint8 images (N, H, W, 3), 16 to a row: each row of originals above its reconstructions,
+    every pixel ``scale`` pixels wide and high."""
+    if images.shape != reconstructed.shape:
+        raise ValueError(f"reconstructions: {images.shape} images and {reconstructed.shape} reconstructions")
+    n, height, width, channels = images.shape
+    columns = min(n, 16)
+    rows = -(-n // columns)
+    tiles = np.full((rows * columns, 2, height + 1, width + 1, channels), 255, np.uint8)
+    tiles[:n, 0, :height, :width] = images
+    tiles[:n, 1, :height, :width] = reconstructed
+    tiles = tiles.reshape(rows, columns, 2, height + 1, width + 1, channels).transpose(0, 2, 3, 1, 4, 5)
+    mosaic = tiles.reshape(rows * 2 * (height + 1), columns * (width + 1), channels)[:-1, :-1]
+    return mosaic.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+@look
+def save_png(picture: Figure | NDArray[np.uint8], path: Path) -> None:
+    """Writes a figure, or an image (H, W, 3) pixel by pixel, as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(picture, Figure):
+        picture.savefig(path, format="png")
+    else:
+        imsave(path, picture, format="png")

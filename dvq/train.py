@@ -203,7 +203,7 @@ def _evaluate(
     model: Model, trial: Trial, judged: NDArray[np.uint8], folder: Path, events: Events, step: int
 ) -> None:
     """Evaluate on all evaluation images, and draw some reconstructions."""
-    from dvq.figures import reconstructions, save_png
+    from dvq.style import reconstructions, save_png
 
     result = evaluate(model, judged)
     told = ("bits_per_dim", "distortion", "rate", "perplexity", "dead_codes")

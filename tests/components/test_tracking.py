@@ -15,9 +15,9 @@ from components.store import begin, state, write_json
 from dvq import events
 from dvq.config import trial
 from dvq.events import Events
-from dvq.figures import save_png
 from dvq.model import Model
 from dvq.saved import save
+from dvq.style import save_png
 
 TINY = trial({"estimator": "gs-soft", "data": "cifar10-sample", "features": 4, "num_codes": 4, "code_dim": 3})
 

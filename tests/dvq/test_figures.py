@@ -76,6 +76,14 @@ def test_figure_1a_is_the_mean_and_range_over_seeds():
     assert [text.get_text() for text in axes.get_xticklabels()] == ["16", "64", "256", "512"]
 
 
+def test_a_single_seed_has_its_standard_error_in_figure_1a():
+    one = sweep(estimators=("gs-soft",), seeds=(0,))
+    for each in one:
+        each["evaluation"]["bits_per_dim_se"] = 0.02
+    ranges = figures.figure_1a(one).axes[0].collections[0].get_segments()
+    assert ranges[0] == pytest.approx(np.array([[16, 4.996], [16, 5.036]]))
+
+
 def test_figure_1a_bears_the_papers_numbers():
     figure = figures.figure_1a(sweep())
     assert len(figure.axes) == 1
@@ -88,8 +96,7 @@ def test_figure_1a_bears_the_papers_numbers():
     assert all(label.endswith(str(value)) for label, value in marks.items())
     star = next(line for line in figure.axes[0].lines if line.get_label().startswith("GS-Soft, C = 512"))
     assert star.get_xdata() == [512]
-    assert legend(figure) == ["GS-Soft", "VQ-VAE, EMA", *figures.PAPER]
-    assert "the paper, on all of CIFAR-10" in words(figure)
+    assert legend(figure) == ["GS-Soft", "VQ-VAE, EMA", "\nthe paper, on all of CIFAR-10", *figures.PAPER]
 
 
 def test_results_far_above_the_papers_have_axes_of_their_own():
@@ -156,7 +163,9 @@ def test_figure_1b_shows_all_codes_beside_the_used():
     assert everything.get_ylabel() == "fraction of variance explained"
     seeds = [found[f"gs-soft-c16-k4-s{seed}"] for seed in (0, 1)]
     for axes, field in ((everything, "explained"), (used, "explained_weighted")):
-        assert axes.get_xlabel() == "principal components"
+        assert axes.get_xlabel() == "number of principal components"
+        first, second = axes.lines[:2]
+        assert first.get_linewidth() > second.get_linewidth(), "the one below is seen where they coincide"
         mean = np.mean([getattr(seed, field) for seed in seeds], axis=(0, 1))
         assert axes.lines[0].get_ydata() == pytest.approx(mean)
         assert axes.lines[0].get_xdata() == pytest.approx(np.arange(6))
@@ -216,7 +225,7 @@ def test_figures_of_one_trial(shape, tmp_path):
         found = analyze(codebook)
         for figure in (figures.explained_variance(found, "a trial"), figures.codebooks_3d(found, "a trial")):
             assert "a trial" in words(figure)
-            figures.save_png(figure, tmp_path / "figures" / "one.png")
+            style.save_png(figure, tmp_path / "figures" / "one.png")
             assert imread(tmp_path / "figures" / "one.png").shape[2] == 4
     panels = [axes for axes in figure.axes if axes.name == "3d"]
     assert len(panels) == min(16, shape[0])
@@ -225,7 +234,7 @@ def test_figures_of_one_trial(shape, tmp_path):
 def test_a_mosaic_holds_each_image_above_its_reconstruction(tmp_path):
     rng = np.random.default_rng(0)
     images, reconstructed = rng.integers(0, 256, (2, 20, 32, 32, 3), dtype=np.uint8)
-    mosaic = figures.reconstructions(images, reconstructed, scale=3)
+    mosaic = style.reconstructions(images, reconstructed, scale=3)
     assert mosaic.shape == (3 * (4 * 33 - 1), 3 * (16 * 33 - 1), 3)
     small = mosaic[1::3, 1::3]
     np.testing.assert_array_equal(mosaic, small.repeat(3, 0).repeat(3, 1))
@@ -234,8 +243,8 @@ def test_a_mosaic_holds_each_image_above_its_reconstruction(tmp_path):
     np.testing.assert_array_equal(small[66:98, 3 * 33 : 3 * 33 + 32], images[19])
     np.testing.assert_array_equal(small[99:131, 3 * 33 : 3 * 33 + 32], reconstructed[19])
     assert (small[66:, 4 * 33 :] == 255).all()
-    figures.save_png(mosaic, tmp_path / "images" / "mosaic.png")
+    style.save_png(mosaic, tmp_path / "images" / "mosaic.png")
     read = imread(tmp_path / "images" / "mosaic.png")[..., :3]
     np.testing.assert_array_equal(np.round(read * 255).astype(np.uint8), mosaic)
     with pytest.raises(ValueError, match="20, 32"):
-        figures.reconstructions(images, reconstructed[:1])
+        style.reconstructions(images, reconstructed[:1])

@@ -21,9 +21,9 @@ from dvq import events
 from dvq.config import trial
 from dvq.data import prepare
 from dvq.events import Events
-from dvq.figures import save_png
 from dvq.model import Model
 from dvq.saved import save
+from dvq.style import save_png
 from pipeline.stack import Stack
 from tests.services.conftest import wait_for
 from tests.services.proxy import Exchange, Proxy, answer, answer_up_to, cut, hang
