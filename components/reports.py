@@ -41,7 +41,7 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
         page.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, page)
     track(sweep, store)
-    tracking.report(sweep.name, path.parent, _note(results, failures), bool(failures))
+    tracking.report(sweep.name, path.parent, _note(sweep.description, results, failures), bool(failures))
     if sweep.champion and results:
         best = min(results, key=lambda one: one["evaluation"]["bits_per_dim"])
         tracking.champion(sweep.champion, sweep.name, best)
@@ -71,15 +71,14 @@ def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
     return sent
 
 
-def _note(results: list[dict[str, Any]], failures: dict[str, str]) -> str:
-    """The table as Markdown."""
-    from dvq.report import certificate, rows
+def _note(description: str, results: list[dict[str, Any]], failures: dict[str, str]) -> str:
+    """What the sweep is in the first line, and its table, as Markdown."""
+    from dvq.report import certificate, rows, shown
 
+    columns = ("name", "bits_per_dim", "rate", "distortion")
     lines = ["| trial | bits/dim | rate | distortion |", "| --- | --- | --- | --- |"]
-    lines += [
-        f"| {row['name']} | {row['bits_per_dim']:.3f} | {row['rate']:.3f} | {row['distortion']:.3f} |"
-        for row in rows(results, {})
-    ]
+    lines += [f"| {' | '.join(shown(row, key) for key in columns)} |" for row in rows(results, {})]
     label = f"{results[0]['data']['label']}, certificate `{certificate(results)}`" if results else ""
+    label = f"{description} {label}".strip()
     failed = [f"- {name} failed: {reason}" for name, reason in failures.items()]
     return "\n".join([label, "", *lines, "", *failed])

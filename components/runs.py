@@ -1,16 +1,15 @@
 """What MLflow gets: a trial's run with its curves, results and model, a sweep's ``report`` run, and its champion."""
 
 import re
-import shutil
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param
 from mlflow.exceptions import MlflowException
 
+from components import logged
 from components.store import read_json
 from components.tracking import experiment_id
 from dvq.events import Tail
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as Found
 
 BATCH = 500  # metrics in a request; MLflow takes 1,000
-REQUIREMENTS = ("torch", "numpy", "pydantic", "pyyaml", "safetensors", "mlflow")
-"""of the logged model"""
 
 
 class Run:
@@ -36,7 +33,7 @@ class Run:
             _send_inputs(server, run.info.run_id, document["trial"])
         self.server, self.folder, self.id = server, folder, run.info.run_id
         self._status, self._reason = run.info.status, run.data.tags.get("dvq.failure", "")
-        self._has_model = _model(server, run) is not None
+        self._model = _model(server, run)
         # The points of a name come in the order of their steps, and of training that goes on after an interruption
         # the same come again: what is new lies beyond the last. Only here has MLflow the steps of the last points.
         self._last = {metric.key: metric.step for metric in run.data._metric_objs}
@@ -118,9 +115,11 @@ class Run:
         for artifact in ("results.json", "evaluation.json", "analysis.npz"):
             self.server.log_artifact(self.id, str(self.folder / artifact))
         self.server.log_artifacts(self.id, str(self.folder / "figures"), "figures")
-        if not self._has_model:
-            _send_model(self.id, self.folder / "model")
-            self._has_model = True
+        self._model = self._model or logged.send(self.id, self.folder / "model")
+        if "evaluation" in results:
+            at = round(1000 * self._told["time"])
+            logged.score(self.server, self.server.get_run(self.id), self._model, results, at)
+            self.server.set_tag(self.id, "mlflow.note.content", logged.note(results, self._model))
 
 
 def _status(event: dict[str, Any]) -> str:
@@ -166,43 +165,11 @@ def _model(server: "MlflowClient", run: "Found") -> str | None:
     return next((one for one in ids if server.get_logged_model(one).status == LoggedModelStatus.READY), None)
 
 
-def _send_model(run_id: str, model: Path) -> None:
-    """The model as a pyfunc made from code and safetensors: nothing in it is a pickle."""
-    import mlflow
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
-
-    import dvq
-
-    images = Schema([TensorSpec(np.dtype(np.uint8), (-1, 32, 32, 3))])
-    method = ParamSchema([ParamSpec("method", "string", "encode")])
-    with tempfile.TemporaryDirectory() as scratch:
-        code = Path(scratch) / "dvq"
-        shutil.copytree(
-            Path(dvq.__file__).parent, code, ignore=shutil.ignore_patterns("sample", "__pycache__")
-        )
-        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MLflow wants type hints or examples where a signature is given
-            mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(Path(__file__).with_name("pyfunc.py")),
-                artifacts={"model": str(model)},
-                code_paths=[str(code)],
-                signature=ModelSignature(inputs=images, params=method),
-                pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
-            )
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package).partition("+")[0]
-
-
 def send_report(server: "MlflowClient", experiment: str, folder: Path, note: str, failed: bool) -> None:
-    """The sweep's ``report`` run, anew: its figures, its page and its table; ``note`` is shown first."""
+    """The sweep's ``report`` run, anew: its figures, its page and its table; ``note`` is shown first, and its first
+    line beside the experiment's name."""
     experiment = experiment_id(server, experiment)
+    server.set_experiment_tag(experiment, "mlflow.note.content", note.partition("\n")[0])
     for old in server.search_runs([experiment], "tags.`dvq.report` = 'true'"):
         server.delete_run(old.info.run_id)
     tags = {"dvq.report": "true", "mlflow.note.content": note}

@@ -21,6 +21,17 @@ from dvq.style import save_png
 
 TINY = trial({"estimator": "gs-soft", "data": "cifar10-sample", "features": 4, "num_codes": 4, "code_dim": 3})
 
+RESULTS = {
+    "name": "gs-soft-c4-k8-s0",
+    "trial": {"steps": 4},
+    "data": {"name": "cifar10-sample", "fingerprint": "f" * 64, "label": "bundled sample"},
+    "provenance": {"torch": "x"},
+    "evaluation": {
+        "split": "test", "bits_per_dim": 7.5, "bits_per_dim_se": 0.25, "rate": 0.5, "distortion": 7, "bound": 7.25,
+    },
+    "analysis": {"components_95_weighted_mean": 2.5},
+}  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +57,7 @@ def finish(folder: Path, diary: Events) -> None:
     save_png(np.zeros((8, 8, 3), dtype=np.uint8), folder / "figures" / "codebooks.png")
     for name in ("evaluation.json", "analysis.npz"):
         write_json(folder / name, {})
-    write_json(folder / "results.json", {"provenance": {"torch": "x"}})
+    write_json(folder / "results.json", RESULTS)
     diary.state("finished")
 
 
@@ -80,6 +91,38 @@ def test_a_finished_trial_is_a_finished_run_with_all_it_made(tmp_path: Path) -> 
     paths = {item.path for item in tracking.client().list_artifacts(run.info.run_id)}
     assert {"figures", "images", "results.json"} <= paths
     assert len(run.outputs.model_outputs) == 1
+
+
+def test_a_finished_trials_numbers_are_on_its_run_and_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, though the first attempt at sending them was cut off at its end."""
+    from mlflow import MlflowClient
+
+    folder, diary = folder_with(tmp_path, 3)
+    diary.metrics(4, {"train/rate": 0.4, "test/bits_per_dim": 7.5})
+    finish(folder, diary)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_terminated", lambda *_: 1 / 0)
+        assert not tracking.TrialRun(folder, "sweep").sync()
+    assert tracking.TrialRun(folder, "sweep").sync()
+    (run,) = runs()
+    for name, value in {
+        "bits_per_dim": 7.5,
+        "bits_per_dim_se": 0.25,
+        "bound": 7.25,
+        "components_95_weighted": 2.5,
+    }.items():
+        assert history(run, f"test/{name}") == [(4, value)]
+    (output,) = run.outputs.model_outputs
+    model = tracking.client().get_logged_model(output.model_id)
+    assert {one.key: one.value for one in model.metrics} == {
+        name: value for name, value in run.data.metrics.items() if name.startswith("test/")
+    }
+    assert {one.dataset_name for one in model.metrics} == {"cifar10-sample"}
+    said = run.data.tags["mlflow.note.content"]
+    assert "**7.500 ± 0.250 bits/dim**" in said
+    assert f'dvq.load("models:/{output.model_id}")' in said
 
 
 def test_another_process_goes_on_without_doubling_a_point(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ DVQ_IN_PIPELINE = {
 ADAPTERS = {
     "dvq/figures.py": {"matplotlib"},
     "dvq/style.py": {"matplotlib"},
+    "components/logged.py": {"mlflow"},
     "components/runs.py": {"mlflow", "PIL"},
     "components/s3.py": {"boto3", "botocore", "tenacity"},
     "components/tracking.py": {"mlflow"},

@@ -1,0 +1,94 @@
+"""A finished trial in MLflow: its model, its numbers on run and model, and what is said of it first."""
+
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow.entities import Metric
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as Found
+
+REQUIREMENTS = ("torch", "numpy", "pydantic", "pyyaml", "safetensors", "mlflow")
+"""of the logged model"""
+FINAL = ("bits_per_dim_se", "bound", "components_95_weighted")
+"""What the results have beside the curves: few, for MLflow draws a chart of each."""
+
+
+def send(run_id: str, model: Path) -> str:
+    """The model as a pyfunc made from code and safetensors: nothing in it is a pickle; its id."""
+    import mlflow
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    import dvq
+
+    images = Schema([TensorSpec(np.dtype(np.uint8), (-1, 32, 32, 3))])
+    method = ParamSchema([ParamSpec("method", "string", "encode")])
+    with tempfile.TemporaryDirectory() as scratch:
+        code = Path(scratch) / "dvq"
+        shutil.copytree(
+            Path(dvq.__file__).parent, code, ignore=shutil.ignore_patterns("sample", "__pycache__")
+        )
+        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MLflow wants type hints or examples where a signature is given
+            made = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("pyfunc.py")),
+                artifacts={"model": str(model)},
+                code_paths=[str(code)],
+                signature=ModelSignature(inputs=images, params=method),
+                pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
+            )
+    return str(made.model_id)
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package).partition("+")[0]
+
+
+def score(server: "MlflowClient", run: "Found", model: str, results: dict[str, Any], at: int) -> None:
+    """The evaluation's numbers, on the run and on its model, by which MLflow compares models. The same points again
+    are no others: MLflow keeps a point once.
+
+    Args:
+        server: MLflow's.
+        run: as it is now, with the curves.
+        model: its model's id.
+        results: the content of results.json.
+        at: when the trial finished [ms since 1970].
+    """
+    split, data = results["evaluation"]["split"], results["data"]
+    known = {
+        **results["evaluation"],
+        "components_95_weighted": results.get("analysis", {}).get("components_95_weighted_mean"),
+    }
+    points = [
+        (one.key, one.value, one.timestamp, one.step)
+        for one in run.data._metric_objs
+        if one.key.startswith(f"{split}/")
+    ]
+    points += [
+        (f"{split}/{name}", known[name], at, results["trial"]["steps"])
+        for name in FINAL
+        if known.get(name) is not None
+    ]
+    about = {"model_id": model, "dataset_name": data["name"], "dataset_digest": data["fingerprint"][:16]}
+    server.log_batch(run.info.run_id, metrics=[Metric(*point, **about) for point in dict.fromkeys(points)])
+
+
+def note(results: dict[str, Any], model: str) -> str:
+    """What the run's page says first."""
+    found = results["evaluation"]
+    return (
+        f"`{results['name']}` on {results['data']['label']}, split {found['split']}: "
+        f"**{found['bits_per_dim']:.3f} ± {found['bits_per_dim_se']:.3f} bits/dim** "
+        f"(rate {found['rate']:.3f}, distortion {found['distortion']:.3f})\n\n"
+        f'`dvq.load("models:/{model}")` loads its model'
+    )
