@@ -60,20 +60,25 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store) -> str:
     """The bits of each latent variable and of each colour channel, which add up to the trial's bits/dim."""
     if name not in trials:
         raise DvqError(f"the sweep has no trial '{name}'; its trials: {', '.join(trials)}")
-    results = store.results(trials[name].key())
+    key = trials[name].key()
+    results = store.results(key)
     if results is None:
-        raise DvqError(f"trial '{name}' is not finished: run the sweep first")
+        raise DvqError(f"trial '{name}' is not finished: make submit-sweep finishes it")
     evaluation = results["evaluation"]
-    entries = [(f"latent variable {k}", bits) for k, bits in enumerate(evaluation["ledger"]["latents"])]
+    latents = enumerate(evaluation["ledger"]["latents"], start=1)  # as the figures count them
+    entries = [(f"latent variable k = {k}", bits) for k, bits in latents]
     entries += list(zip(("red", "green", "blue"), evaluation["ledger"]["channels"], strict=True))
     lines = [f"{name} on {results['data']['label']}, split {evaluation['split']}, in bits/dim"]
-    lines += [f"  {entry:20} {bits:9.5f}" for entry, bits in entries]
-    lines.append(f"  {'rate':20} {evaluation['rate']:9.5f}  the latent variables' sum")
-    lines.append(f"  {'distortion':20} {evaluation['distortion']:9.5f}  the colour channels' sum")
+    lines += [f"  {entry:21} {bits:9.5f}" for entry, bits in entries]
+    lines.append(f"  {'rate':21} {evaluation['rate']:9.5f}  the latent variables' sum")
+    lines.append(f"  {'distortion':21} {evaluation['distortion']:9.5f}  the colour channels' sum")
     error = f"± {evaluation['bits_per_dim_se']:.5f} over {evaluation['images']} images"
-    lines.append(f"  {'bits/dim':20} {evaluation['bits_per_dim']:9.5f}  {error}")
+    lines.append(f"  {'bits/dim':21} {evaluation['bits_per_dim']:9.5f}  {error}")
     if "bound" in evaluation:
-        lines.append(f"  {'L_S':20} {evaluation['bound']:9.5f}  S = {evaluation['bound_samples']}")
+        lines.append(f"  {'L_S':21} {evaluation['bound']:9.5f}  S = {evaluation['bound_samples']}")
+    model = store.trial(key) / "model"
+    if model.is_dir():
+        lines.append(f'its model: dvq.load("{model}")')
     return "\n".join(lines)
 
 
