@@ -34,12 +34,17 @@ REFUSED = (
 
 def client() -> "MlflowClient":
     """The client of the tracking server; its import takes seconds, so it is made where it is needed."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    for name, value in PATIENCE.items():
-        os.environ.setdefault(name, value)
+    _prepare()
     from mlflow import MlflowClient
 
     return MlflowClient()
+
+
+def _prepare() -> None:
+    """How MLflow is to behave, told before its import."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
 
 
 def redacted(text: str) -> str:
@@ -215,9 +220,13 @@ def champion(model: str, experiment: str, best: dict[str, Any]) -> None:
 
 def download(uri: str) -> str:
     """The folder for ``dvq.load`` of a model that MLflow keeps (``models:/…``, ``runs:/…``)."""
-    client()
+    _prepare()
     import mlflow
 
+    if not mlflow.is_tracking_uri_set():  # MLflow would make an empty database where one stands
+        raise DvqError(
+            f"{uri}: no MLflow is named; set MLFLOW_TRACKING_URI to its server's address, or sqlite:///outputs/mlflow.db"
+        )
     try:
         return str(Path(mlflow.artifacts.download_artifacts(uri)) / "artifacts" / "model")
     except Exception as error:

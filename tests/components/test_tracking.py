@@ -227,6 +227,23 @@ def test_the_model_loads_elsewhere_with_pickle_forbidden(tmp_path: Path) -> None
     assert json.loads(done.stdout.splitlines()[-1]) == [[2, 8, 8, 8], [2, 32, 32, 3], "uint8"]
 
 
+def test_a_model_of_no_named_mlflow_is_refused_and_no_database_made(tmp_path: Path) -> None:
+    """In a process of its own: MLflow keeps what it was told once."""
+    script = "import dvq\ntry: dvq.load('models:/m-1')\nexcept dvq.DvqError as error: print(error)\n"
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    environment["PYTHONPATH"] = str(Path(tracking.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "models:/m-1: no MLflow is named; set MLFLOW_TRACKING_URI" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_uri_means_no_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     folder, _ = folder_with(tmp_path, 1)
