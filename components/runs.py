@@ -113,8 +113,10 @@ class Run:
         for name, value in results.get("provenance", {}).items():
             self.server.set_tag(self.id, f"dvq.{name}", value)
         for artifact in ("results.json", "evaluation.json", "analysis.npz"):
-            self.server.log_artifact(self.id, str(self.folder / artifact))
-        self.server.log_artifacts(self.id, str(self.folder / "figures"), "figures")
+            if (self.folder / artifact).exists():  # continuous latent variables have no codebooks to analyse
+                self.server.log_artifact(self.id, str(self.folder / artifact))
+        if (self.folder / "figures").exists():
+            self.server.log_artifacts(self.id, str(self.folder / "figures"), "figures")
         self._model = self._model or logged.send(self.id, self.folder / "model")
         if "evaluation" in results:
             at = round(1000 * self._told["time"])

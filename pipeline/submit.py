@@ -16,8 +16,10 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from components import tracking
 from dvq import DvqError
 from dvq.fingerprints import FINGERPRINTS, LABELS
+from dvq.trial import Trial
 from pipeline import forecast, local, preflight, results
 from pipeline.containers import ENDED
 from pipeline.profile import Profile, find_profile
@@ -166,9 +168,20 @@ def conclude(job: Job, code: int, console: Console) -> int:
     failures = results.show(job.sweep, job.trials, job.store, console)
     for line in _because(code, failures, job.folder / "kfp.log"):
         results.say(console, line)
+    behind = [name for name, trial in job.trials.items() if name not in failures and not _tracked(job, trial)]
+    if behind:
+        results.say(
+            console,
+            f"MLflow lacks {len(behind)} of the finished trials: make replay sends them; the log says why",
+        )
     results.where(job.sweep, job.store, console)
     results.say(console, f"log:    {job.folder / 'kfp.log'}")
     return 1 if failures or code != 0 else 0
+
+
+def _tracked(job: Job, trial: Trial) -> bool:
+    """Whether MLflow has the trial, as far as this machine knows: a container may call the tracker otherwise."""
+    return bool(job.profile) or tracking.known(job.store.trial(trial.key()), job.sweep.name)
 
 
 def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:

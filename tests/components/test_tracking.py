@@ -125,6 +125,17 @@ def test_a_finished_trials_numbers_are_on_its_run_and_its_model(
     assert f'dvq.load("models:/{output.model_id}")' in said
 
 
+def test_a_trial_without_codebooks_is_a_finished_run_too(tmp_path: Path) -> None:
+    folder, diary = folder_with(tmp_path, 1)
+    finish(folder, diary)
+    (folder / "analysis.npz").unlink()
+    shutil.rmtree(folder / "figures")
+    assert tracking.TrialRun(folder, "sweep").sync()
+    (run,) = runs()
+    assert run.info.status == "FINISHED"
+    assert len(run.outputs.model_outputs) == 1
+
+
 def test_another_process_goes_on_without_doubling_a_point(tmp_path: Path) -> None:
     folder, diary = folder_with(tmp_path, 2)
     tracking.TrialRun(folder, "sweep").sync()

@@ -1,0 +1,45 @@
+"""What the launcher says last."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from components import tracking
+from components.store import Store
+from dvq.config import Sweep
+from pipeline import results
+from pipeline.submit import conclude
+from pipeline.watch import Job
+
+SWEEP = Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft", "vq-ema", "vimco"]})
+
+
+def test_finished_trials_that_mlflow_lacks_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own faults are in the log alone, where nobody looks after a success."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    trials, store = SWEEP.trials(), Store(tmp_path)
+    (tmp_path / "kfp.log").touch()
+    job = Job(SWEEP, trials, store, {}, 1, tmp_path, None)
+    first, _, failed = trials
+    monkeypatch.setattr(results, "show", lambda *_: {failed: "why not"})
+    for name, lacks in ((first, "MLflow lacks 1 of"), (None, "MLflow lacks 2 of")):
+        console = Console(file=io.StringIO(), width=200)
+        if name:
+            folder = store.trial(trials[name].key())
+            folder.mkdir(parents=True)
+            tracking.remember(folder, "s")
+        assert conclude(job, 0, console) == 1
+        assert isinstance(console.file, io.StringIO)
+        assert lacks in console.file.getvalue()
+        tracking.forget(store.trial(trials[first].key()), "s")
+    for one in trials.values():
+        store.trial(one.key()).mkdir(parents=True, exist_ok=True)
+        tracking.remember(store.trial(one.key()), "s")
+    console = Console(file=io.StringIO(), width=200)
+    conclude(job, 0, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "MLflow" not in console.file.getvalue()
