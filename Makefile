@@ -87,7 +87,7 @@ components: $(READY) ## compile the components to components/*/component.yaml, a
 release-components: $(READY) ## record what the components take and give, at a release
 	@$(PYTHON) -m pipeline.compile --release
 
-findings: $(READY) ## the paper's findings in miniature: 33 small trials with seeds and error bars
+findings: $(READY) ## the paper's findings in miniature: 36 small trials with seeds and error bars
 	@$(PYTHON) -m pipeline.submit findings --jobs "$(JOBS)" && $(PYTHON) -m pipeline.findings
 
 bench: $(SERVICES) ## speed against plain versions: training (ARGS="--full --device cuda"), S3, tracking, the image
