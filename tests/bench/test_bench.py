@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from dvq.config import estimators, trial
 from dvq.model import Model
+from dvq.trainer import Trainer
 from dvq.trial import Trial
 
 IMAGES = torch.randint(0, 256, (4, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -82,3 +84,36 @@ def test_a_measurement_of_every_variant() -> None:
     assert all(len(spent) == 2 and min(spent) > 0 for spent in times.values())
     assert training.flops(size, "vq-ema", 1) / max(map(min, times.values())) < ceiling
     assert sys.platform != "linux" or training.peak(size, "vq-ema", "dvq", cpu) > 10
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("estimator", ["gs-soft", "vq-ema", "vimco"])
+def test_where_a_step_spends_its_time(estimator: str) -> None:
+    import where
+
+    one = trial({"estimator": estimator, "data": "cifar10-sample", "batch_size": 4, **SMALL})
+    found = where.kernels(where.told(Trainer(one, IMAGES.numpy(), torch.device("cpu"), torch.float32)), 1)
+    assert set(found) == {*where.KINDS, where.OTHER}
+    assert min(found.values()) > 0
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["latents", "aten::bmm"], "latent variables"),
+        (["autograd::engine::evaluate_function: _RelaxedBackward", "aten::bmm"], "latent variables"),
+        (["_TiledNLL", "aten::mm"], "likelihood"),
+        (["Optimizer.step#Adam.step", "aten::_fused_adam_"], "optimizer"),
+        (["aten::convolution", "aten::cudnn_convolution"], "convolutions"),
+        (["ConvolutionBackward0", "aten::convolution_backward"], "convolutions"),
+        (["aten::relu"], "other: ReLU, casts, sums"),
+    ],
+)
+def test_an_operation_counts_for_what_it_belongs_to(names: list[str], kind: str) -> None:
+    import where
+
+    event = None
+    for name in names:
+        event = SimpleNamespace(name=name, cpu_parent=event)
+    assert where.kind(event) == kind

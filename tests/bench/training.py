@@ -33,6 +33,8 @@ SIZES = {
     "F=64 K=8 C=512": {"features": 64, "num_latents": 8, "num_codes": 512, "code_dim": 16},
     "F=64 K=16 C=512": {"features": 64, "num_latents": 16, "num_codes": 512, "code_dim": 16},
     "F=256 K=8 C=128": {"features": 256, "num_latents": 8, "num_codes": 128, "code_dim": 32},
+    "F=256 K=8 C=512": {"features": 256, "num_latents": 8, "num_codes": 512, "code_dim": 32},
+    "F=256 K=16 C=128": {"features": 256, "num_latents": 16, "num_codes": 128, "code_dim": 32},
     "F=256 K=16 C=512": {"features": 256, "num_latents": 16, "num_codes": 512, "code_dim": 32},
 }
 Step = Callable[[int], object]
@@ -136,6 +138,7 @@ def peak(size: str, estimator: str, name: str, device: torch.device) -> float | 
     torch.set_num_threads(1)
     step = VARIANTS[name](*case(size, estimator, 64), device)
     if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step(0), step(1)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
@@ -153,13 +156,14 @@ def resident(field: str) -> int:
 
 
 def peaks(size: str, estimators: list[str], device: torch.device) -> dict[tuple[str, str], float | None]:
-    """:func:`peak` of each variant, in a process of its own."""
+    """:func:`peak` of each variant; on a CPU in a process of its own, for memory there is the process's."""
     print(f"{size}: peak memory", file=sys.stderr)
     whom = [(estimator, name) for estimator in estimators for name in variants(estimator)]
+    if device.type == "cuda":
+        return {who: peak(size, *who, device) for who in whom}
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["dvq.trainer", "plain", "torch._dynamo"])  # seconds, once
-    workers = 2 if device.type == "cpu" else 1
-    with ProcessPoolExecutor(workers, processes, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(2, processes, max_tasks_per_child=1) as pool:
         found = [pool.submit(peak, size, *who, device) for who in whom]
         return {who: one.result() for who, one in zip(whom, found, strict=True)}
 
@@ -177,16 +181,12 @@ def compare(
         for name in variants(estimator):
             spent = times[estimator, name]
             ratios = [a / b for a, b in zip(spent, times[estimator, "dvq"], strict=True)]
-            speed = batch / statistics.median(spent)
+            speed, middle = batch / statistics.median(spent), statistics.median(ratios)
             found["estimators"][estimator]["variants"][name] = {
                 "seconds_a_step": spent,
                 "images_per_second": speed,
                 "share_of_ceiling": speed * work / best,
-                "dvq_is_faster_by": {
-                    "median": statistics.median(ratios),
-                    "min": min(ratios),
-                    "max": max(ratios),
-                },
+                "dvq_is_faster_by": {"median": middle, "min": min(ratios), "max": max(ratios)},
                 "peak_mib_at_64": memory[estimator, name],
             }
     return found
@@ -196,18 +196,12 @@ def markdown(about: dict[str, Any], sizes: list[dict[str, Any]]) -> str:
     lines = [f"{about['device']}, torch {about['torch']}, batch {about['batch']}, {about['rounds']} rounds"]
     for one in sizes:
         lines += ["", f"**{one['size']}**, ceiling {one['ceiling_gflops']:.0f} GFLOP/s", ""]
-        lines += [
-            "| estimator | variant | images/s | dvq is faster by (min to max) | of the ceiling | peak MiB |"
-        ]
+        lines += ["| estimator | variant | images/s | dvq is faster by | of the ceiling | peak MiB |"]
         lines += ["| --- | --- | --- | --- | --- | --- |"]
         for estimator, found in one["estimators"].items():
             for name, it in found["variants"].items():
-                ratio = it["dvq_is_faster_by"]
-                told = (
-                    f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
-                    if name != "dvq"
-                    else ""
-                )
+                ratio = "{median:.2f} ({min:.2f} to {max:.2f})".format(**it["dvq_is_faster_by"])
+                told = "" if name == "dvq" else ratio
                 lines.append(
                     f"| {estimator} | {name} | {it['images_per_second']:.1f} | {told} "
                     f"| {it['share_of_ceiling']:.0%} | {it['peak_mib_at_64'] or 0:.0f} |"
@@ -229,21 +223,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, help="16 on a CPU, 64 on a GPU")
     parser.add_argument("--estimators", nargs="+", choices=PLAIN, default=list(PLAIN))
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES)[:2])
-    parser.add_argument("--full", action="store_true", help="the sizes of 256 maps too")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="F=64 on a CPU, 256 on a GPU")
+    parser.add_argument("--full", action="store_true", help="all sizes")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="writes OUT.json and OUT.md")
     args = parser.parse_args()
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU on this machine")
     torch.set_num_threads(1)
     batch = args.batch or (16 if args.device.type == "cpu" else 64)
-    about = {
-        "device": device_name(args.device),
-        "torch": torch.__version__,
-        "batch": batch,
-        "rounds": args.rounds,
-    }
-    chosen = list(SIZES) if args.full else args.sizes
+    about = {"device": device_name(args.device), "torch": torch.__version__}
+    about |= {"batch": batch, "rounds": args.rounds}
+    usual = list(SIZES)[2:] if args.device.type == "cuda" else list(SIZES)[:2]
+    chosen = list(SIZES) if args.full else args.sizes or usual
     sizes = [compare(size, args.estimators, args.rounds, batch, args.device) for size in chosen]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     json_path, md_path = args.out.with_suffix(".json"), args.out.with_suffix(".md")

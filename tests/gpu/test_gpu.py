@@ -1,0 +1,147 @@
+"""What only a GPU can tell: the recorded step is the step, runs repeat, bfloat16 is near, trials share and resume."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dvq import data, events
+from dvq.config import estimators, trial
+from dvq.evaluate import evaluate
+from dvq.model import BITS_PER_DIM
+from dvq.trainer import Trainer, noise
+from dvq.trial import Trial, values
+
+IMAGES = data.read_sample()
+SMALL: dict[str, Any] = {
+    "features": 64,
+    "num_latents": 4,
+    "num_codes": 64,
+    "code_dim": 16,
+    "batch_size": 32,
+    "log_every": 50,
+    "evaluate_every": 1000,
+}
+SCHEDULES = {"kl_warmup": 5, "temperature": 1.0, "final_temperature": 0.2, "annealing_steps": 4}
+
+
+def make(estimator: str, **options: Any) -> Trial:
+    known = estimators()[estimator].model_fields
+    fields = {name: value for name, value in {**SMALL, **options}.items() if name in known}
+    return trial({"estimator": estimator, "data": "cifar10-sample", **fields})
+
+
+def trainer(one: Trial, gpu: torch.device) -> Trainer:
+    return Trainer(one, IMAGES["train_images"], gpu, torch.float32)
+
+
+def assert_same(one: Trainer, other: Trainer) -> None:
+    for (name, found), (_, right) in zip(one.tensors(), other.tensors(), strict=True):
+        assert torch.equal(found, right), name
+
+
+@pytest.mark.parametrize("estimator", sorted(estimators()))
+def test_the_recorded_step_is_the_step_bit_for_bit(estimator: str, gpu: torch.device) -> None:
+    recorded, plain = (trainer(make(estimator), gpu) for _ in range(2))
+    plain.recorded = None
+    for step in range(30):
+        assert torch.equal(recorded.step(step), plain.step(step)), step
+    assert_same(recorded, plain)
+
+
+@pytest.mark.parametrize("estimator", sorted(estimators()))
+def test_the_recorded_step_follows_its_schedules(estimator: str, gpu: torch.device) -> None:
+    recorded, plain = (trainer(make(estimator, precision="float32", **SCHEDULES), gpu) for _ in range(2))
+    plain.recorded = None
+    for step in range(8):
+        torch.testing.assert_close(recorded.step(step), plain.step(step), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"codebook_init": "kmeans", "revive_below": 1.0, "backward": "one"}])
+@pytest.mark.parametrize("estimator", sorted(estimators()))
+def test_a_run_repeats_bit_for_bit(estimator: str, options: dict[str, Any], gpu: torch.device) -> None:
+    first, second = (trainer(make(estimator, **options), gpu) for _ in range(2))
+    for step in range(100):
+        assert torch.equal(first.step(step), second.step(step)), step
+    assert_same(first, second)
+    judged = [evaluate(one.model, IMAGES["test_images"], bound_samples=2) for one in (first, second)]
+    assert judged[0] == judged[1]
+
+
+@pytest.mark.parametrize("head", ["1x1", "transposed"])
+@pytest.mark.parametrize("estimator", ["gs-soft", "gs-hard", "vimco", "vq-ema", "gaussian"])
+def test_bfloat16_changes_bits_per_dim_by_less_than_0_005(
+    estimator: str, head: str, gpu: torch.device
+) -> None:
+    """Of the network at its full size, after some training in it, with the same noise."""
+    full = {"features": 256, "num_latents": 8, "num_codes": 512, "code_dim": 32, "batch_size": 64}
+    one = trainer(make(estimator, output_head=head, **full), gpu)
+    for step in range(200):
+        one.step(step)
+    found = {}
+    for mixed in (True, False):
+        one.model.mix(mixed)
+        with torch.no_grad():
+            losses = [
+                one.trial.loss(one.model, one.minibatch(at), noise(0, at, gpu), at) for at in range(200, 210)
+            ]
+        found[mixed] = sum((loss.distortion + loss.rate).item() for loss in losses) / 10 * BITS_PER_DIM
+    assert found[True] != found[False]
+    assert abs(found[True] - found[False]) < 0.005
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "sample"
+    data.prepare("cifar10-sample", "", folder)
+    return folder
+
+
+def start(folder: Path, one: Trial, prepared: Path) -> "subprocess.Popen[bytes]":
+    folder.mkdir(exist_ok=True)
+    (folder / "trial.json").write_text(json.dumps({"trial": values(one)}), encoding="utf-8")
+    return subprocess.Popen([sys.executable, "-m", "dvq.train", str(folder), "--data", str(prepared)])
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that training made, but for times and speeds."""
+    measured = [
+        (event["step"], {name: x for name, x in event["values"].items() if name != "images_per_second"})
+        for event in events.read(folder)
+        if event["kind"] == "metrics"
+    ]
+    return {"model": (folder / "model" / "model.safetensors").read_bytes(), "metrics": measured}
+
+
+@pytest.mark.parametrize("estimator", ["gs-soft", "vimco", "vq-ema"])
+def test_killed_training_ends_with_the_same_bits(estimator: str, tmp_path: Path, prepared: Path) -> None:
+    one = make(estimator, steps=3000, checkpoint_every=100)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert start(undisturbed, one, prepared).wait() == 0
+    kills = 0
+    for step in (100, 800, 1500):
+        process = start(killed, one, prepared)
+        while process.poll() is None and not any(
+            int(path.name) >= step for path in (killed / "checkpoints").glob("[0-9]*")
+        ):
+            time.sleep(0.01)
+        process.kill()
+        kills += process.wait() < 0
+    assert kills == 3, "it was over before it was killed: raise its steps"
+    assert start(killed, one, prepared).wait() == 0
+    assert outcome(killed) == outcome(undisturbed)
+
+
+def test_trials_that_share_a_gpu_compute_as_alone(tmp_path: Path, prepared: Path) -> None:
+    trials = {name: make(name, steps=500) for name in ("gs-soft", "vq-ema", "vimco")}
+    for name, one in trials.items():
+        assert start(tmp_path / f"alone-{name}", one, prepared).wait() == 0
+    together = [start(tmp_path / f"together-{name}", one, prepared) for name, one in trials.items()]
+    assert [process.wait() for process in together] == [0, 0, 0]
+    for name in trials:
+        assert outcome(tmp_path / f"together-{name}") == outcome(tmp_path / f"alone-{name}"), name
