@@ -25,7 +25,7 @@ TRIAL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help image base submit-sweep cancel explain report replay ui stack-up stack-down test test-services test-docker check components release-components findings bench soak golden clean
+.PHONY: help image base submit-sweep cancel explain report results replay ui stack-up stack-down test test-services test-docker test-gpu check components release-components findings bench soak golden clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -47,6 +47,9 @@ explain: $(READY) ## what a sweep would compute, and why; TRIAL=name: where that
 report: $(READY) ## write a sweep's report again, from the store
 	@$(PYTHON) -m pipeline.report "$(SWEEP)"
 
+results: $(READY) ## keep a sweep's finished trials on all of CIFAR-10 in pipeline/results, and make the tables and figures there anew
+	@$(PYTHON) -m pipeline.keep "$(SWEEP)"
+
 replay: $(READY) ## bring MLflow up to date with a sweep, from the store
 	@$(PYTHON) -m pipeline.replay "$(SWEEP)"
 
@@ -64,6 +67,9 @@ test: $(READY) ## every test that needs no daemon
 
 test-services: $(SERVICES) ## the tests against real servers and their faults
 	@$(PYTHON) -m pytest tests/services
+
+test-gpu: $(READY) ## the tests that need a GPU; without one they fail
+	@$(PYTHON) -m pytest tests/gpu
 
 test-docker: $(SERVICES) image ## the tests that need a Docker daemon
 	@$(PYTHON) -m pytest tests/docker
@@ -90,7 +96,7 @@ release-components: $(READY) ## record what the components take and give, at a r
 findings: $(READY) ## the paper's findings in miniature: 36 small trials with seeds and error bars
 	@$(PYTHON) -m pipeline.submit findings --jobs "$(JOBS)" && $(PYTHON) -m pipeline.findings
 
-bench: $(SERVICES) ## speed against plain versions: training (ARGS="--full --device cuda"), S3, tracking, the image
+bench: $(SERVICES) ## speed against plain versions: training (ARGS="--full", or "--device cuda"), S3, tracking, the image
 	@$(PYTHON) tests/bench/training.py $(ARGS)
 	@$(PYTHON) tests/bench/store.py
 	@$(PYTHON) tests/bench/tracking.py

@@ -2,13 +2,16 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components import tracking
 from components.store import Store
 from components.tracking import TrialRun
 from dvq import DvqError
 from dvq.config import Sweep
+
+if TYPE_CHECKING:
+    from dvq.analyze import Analysis
 
 
 def report(sweep_json: str, page: Path | None = None) -> Path:
@@ -17,25 +20,13 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
     Raises:
         DvqError: no store, or, after everything is written, trials that failed, each with its reason.
     """
-    from dvq.analyze import Analysis
     from dvq.report import write
 
     store = Store.from_environment()
     if store is None:
         raise DvqError("report: DVQ_STORE is not set; a report is made from the results in a store")
     sweep = Sweep.model_validate_json(sweep_json)
-    results, analyses, failures = [], {}, {}
-    trials = sweep.trials()
-    store.look([trial.key() for trial in trials.values()], "results.json", "analysis.npz")
-    for name, trial in trials.items():
-        found = store.results(trial.key())
-        if found is None:
-            state = store.state(trial.key())
-            failures[name] = state.reason or f"it did not finish ({state.name}): see the log"
-            continue
-        results.append({**found, "name": name})
-        if store.has(trial.key(), "analysis.npz"):
-            analyses[name] = Analysis.load(store.trial(trial.key()) / "analysis.npz")
+    results, analyses, failures = gather(sweep, store)
     path = write(store.report(sweep.name), sweep.name, sweep.description, results, analyses, failures)
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +41,25 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
         named = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise DvqError(f"{len(failures)} of {len(results) + len(failures)} trials failed: {named}")
     return path
+
+
+def gather(sweep: Sweep, store: Store) -> "tuple[list[dict[str, Any]], dict[str, Analysis], dict[str, str]]":
+    """Of the sweep's trials the results, the analyses and, of those that are not finished, the reasons, by name."""
+    from dvq.analyze import Analysis
+
+    results, analyses, failures = [], {}, {}
+    trials = sweep.trials()
+    store.look([trial.key() for trial in trials.values()], "results.json", "analysis.npz")
+    for name, trial in trials.items():
+        found = store.results(trial.key())
+        if found is None:
+            state = store.state(trial.key())
+            failures[name] = state.reason or f"it did not finish ({state.name}): see the log"
+            continue
+        results.append({**found, "name": name})
+        if store.has(trial.key(), "analysis.npz"):
+            analyses[name] = Analysis.load(store.trial(trial.key()) / "analysis.npz")
+    return results, analyses, failures
 
 
 def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:

@@ -207,7 +207,7 @@ def write(
         analyses: by the trials' names; a trial with continuous latent variables has none.
         failures: the reason by the trial's name.
     """
-    pictures = _draw(folder / "figures", results, analyses)
+    pictures = draw(folder / "figures", results, analyses)
     table = {
         "format": 1,
         "sweep": sweep_name,
@@ -219,8 +219,8 @@ def write(
     return folder / "report.html"
 
 
-def _draw(folder: Path, results: Sequence[Result], analyses: Analyses) -> dict[str, bytes]:
-    """The sweep's figures, as far as there is something to draw, as PNG files and their bytes."""
+def draw(folder: Path, results: Sequence[Result], analyses: Analyses) -> dict[str, bytes]:
+    """The results' figures, as far as there is something to draw, as PNG files and their bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()

@@ -16,6 +16,7 @@ from matplotlib.image import imsave
 from numpy.typing import NDArray
 
 from dvq.analyze import Analysis
+from dvq.trial import Trial
 
 Result = Mapping[str, Any]
 Analyses = Mapping[str, Analysis]
@@ -34,6 +35,7 @@ OTHERS = ("#882255", "#999933", "#332288", "#aa4499", "#661100")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 MOST_GROUPS = len(DASHES)
+PAPERS = {name: Trial.model_fields[name].default for name in ("steps", "features")}
 look = rc_context(
     {
         "axes.axisbelow": True,
@@ -59,12 +61,19 @@ def style(estimator: str) -> tuple[str, str, str]:
     return ESTIMATORS.get(estimator, (estimator, other, "o"))
 
 
+def partial(trial: Mapping[str, Any]) -> bool:
+    """Whether a trial was trained for fewer steps, or in a smaller network, than the paper's."""
+    return any(trial.get(name, least) < least for name, least in PAPERS.items())
+
+
 def notice(results: Sequence[Result]) -> str:
     """What keeps the numbers from being compared with the paper's; empty if nothing does."""
     if any(result["data"]["name"] != "cifar10" for result in results):
         return "bundled sample: not comparable with the paper's numbers"
     if any(result["trial"]["split"] != "test" for result in results):
         return "held-out training images: not comparable with the paper's numbers"
+    if any(partial(result["trial"]) for result in results):
+        return "partial training, or a small network: not comparable with the paper's numbers"
     return ""
 
 

@@ -105,11 +105,15 @@ class Trial(BaseModel):
         That is the fields that differ from their defaults (so that a new field with a neutral default
         invalidates nothing), the data's fingerprint and ``dvq.NUMERICS``.
         """
-        fields = type(self).model_fields
-        unkeyed = {name for name, field in fields.items() if field.json_schema_extra == Unkeyed}
-        chosen = self.model_dump(mode="json", exclude_defaults=True, exclude={*unkeyed, "steps"})
+        chosen = {name: value for name, value in self.changed().items() if name != "steps"}
         chosen |= {"estimator": self.estimator, "data": FINGERPRINTS[self.data], "numerics": dvq.NUMERICS}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that decide numbers and differ from their defaults, as plain JSON values."""
+        fields = type(self).model_fields
+        unkeyed = {name for name, field in fields.items() if field.json_schema_extra == Unkeyed}
+        return self.model_dump(mode="json", exclude_defaults=True, exclude=unkeyed)
 
     def describe(self) -> str:
         """The short name without what a sweep varies beside it: ``gs-soft-c512-k16-s0``."""

@@ -2,7 +2,9 @@
 
 import base64
 import contextlib
+import json
 import os
+import re
 import sys
 import tempfile
 import urllib.error
@@ -42,8 +44,9 @@ def outputs() -> Path:
 
 
 def find_sweep(name: str) -> Sweep:
-    """The sweep of that name in pipeline/sweeps, or in the YAML file at that path; its trials are valid."""
-    if name.endswith((".yaml", ".yml")) or "/" in name:
+    """The sweep of that name in pipeline/sweeps, or in the YAML file at that path, or of the one trial of a file in
+    pipeline/results; its trials are valid."""
+    if name.endswith((".yaml", ".yml", ".json")) or "/" in name:
         path = Path(name)
     else:
         path = SWEEPS / f"{name}.yaml"
@@ -52,7 +55,7 @@ def find_sweep(name: str) -> Sweep:
             raise DvqError(
                 f"no sweep is called '{name}'; known: {', '.join(known)}; or give a file, SWEEP=path.yaml"
             )
-    sweep = load_sweep(path)
+    sweep = again(path) if path.suffix == ".json" else load_sweep(path)
     trials = sweep.trials()
     data = sorted({trial.data for trial in trials.values()})
     if len(data) > 1:
@@ -60,6 +63,20 @@ def find_sweep(name: str) -> Sweep:
             f"sweep '{sweep.name}': its trials name several datasets ({', '.join(data)}); make a sweep for each"
         )
     return sweep
+
+
+def again(path: Path) -> Sweep:
+    """A sweep of the one trial whose results ``path`` keeps."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))["trial"]
+        seed = fields.pop("seed")
+        return Sweep(name=re.sub("[^a-z0-9]+", "-", path.stem), base=fields, include=[{}], seeds=[seed])
+    except OSError as error:
+        raise DvqError(f"results file {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise DvqError(
+            f"results file {path}: it holds no trial; give a file that make results wrote"
+        ) from None
 
 
 def set_environment() -> Store:

@@ -23,6 +23,7 @@ DVQ_IN_PIPELINE = {
     "dvq.events",
     "dvq.findings",
     "dvq.fingerprints",
+    "dvq.kept",
     "dvq.report",
     "dvq.trial",
 }

@@ -1,0 +1,192 @@
+"""Results that are kept: a JSON file a trial, and the tables and figures made from these files alone."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dvq import NUMERICS, DvqError
+from dvq import report as reports
+from dvq.analyze import Analysis
+from dvq.config import short_name, trial
+from dvq.report import FIGURES
+from dvq.style import ESTIMATORS, partial, style
+from dvq.trial import Trial
+
+Result = dict[str, Any]
+CODEBOOKS = ("explained", "explained_weighted", "projections", "norms")
+DRAWN = {"num_codes": 64, "num_latents": 16}
+"""the trials whose codebooks are kept too: those of Figures 1(b) and 2"""
+TAKEN = ("estimator", "num_codes", "num_latents", "data", "split", "steps")
+"""fields that stand elsewhere in a row"""
+
+PAPERS = """\
+| on all of CIFAR-10, test bits/dim | | source |
+| --- | --- | --- |
+| GS-Soft, C = 512 | 4.61 | the paper |
+| VQ-VAE at its best C | 4.81 | the paper |
+| VQ-VAE | 4.67 | van den Oord et al. 2017, "Neural Discrete Representation Learning" |
+| continuous latent variables | 4.54 | Gregor et al. 2016, "Towards Conceptual Compression", as the paper cites it |
+| VQ-VAE | about 4.82 | github.com/bshall/VectorQuantizedVAE, another implementation of the paper |
+| GS-Soft | about 4.6 | the same |"""
+
+
+def write(result: Mapping[str, Any], analysis: Analysis | None, sweep: str, folder: Path) -> Path:
+    """Write the results to their file in ``folder``; its path."""
+    one = trial(result["trial"])
+    made = {**result, "name": name(one), "sweep": sweep, "numerics": NUMERICS}
+    if analysis and DRAWN.items() <= made["trial"].items():
+        made["codebooks"] = {part: _rounded(getattr(analysis, part).tolist()) for part in CODEBOOKS}
+    path = folder / f"{made['name']}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in made.items())
+    path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    return path
+
+
+def name(one: Trial, *but: str) -> str:
+    """``gs-soft-c512-k16-s0`` and what differs from the defaults, of what decides numbers, ``but`` some fields."""
+    changed = {field: value for field, value in one.changed().items() if field not in ("data", *but)}
+    return short_name(one, changed).replace(".", "-")
+
+
+def _rounded(numbers: Any) -> Any:
+    """Five digits of each number in nested lists: what a figure can show."""
+    return [_rounded(one) for one in numbers] if isinstance(numbers, list) else float(f"{numbers:.5g}")
+
+
+def load(folder: Path) -> list[Result]:
+    """All results that are kept, by estimator, K, C and what else they differ in."""
+    order = list(ESTIMATORS)
+
+    def place(result: Result) -> tuple[Any, ...]:
+        fields = result["trial"]
+        return order.index(fields["estimator"]), fields["num_latents"], fields.get("num_codes", 0)
+
+    return sorted(map(_read, sorted(folder.glob("*.json"))), key=place)
+
+
+def _read(path: Path) -> Result:
+    try:
+        found: Result = json.loads(path.read_text(encoding="utf-8"))
+        found["evaluation"], trial(found["trial"])
+    except (ValueError, KeyError, TypeError, DvqError) as error:
+        raise DvqError(f"{path}: no results of a trial ({error}); remove it, or make results anew") from None
+    return found
+
+
+def draw(folder: Path, results: Sequence[Result]) -> None:
+    """The figures of what was trained in full; of partial training, which they say, where there is nothing else.
+    Their legends leave out what all the trials have in common."""
+    shown = _kinds(results)["full"] or _kinds(results)["partial"]
+    trials = [trial(one["trial"]) for one in shown]
+    changes = [one.changed() for one in trials]
+    common = [
+        field for field in (changes or [{}])[0] if len({str(others.get(field)) for others in changes}) == 1
+    ]
+    named = [{**one, "name": name(made, *common)} for one, made in zip(shown, trials, strict=True)]
+    reports.draw(folder, named, {one["name"]: _analysis(one) for one in named if "codebooks" in one})
+
+
+def _analysis(result: Result) -> Analysis:
+    arrays = {part: np.asarray(numbers) for part, numbers in result["codebooks"].items()}
+    return Analysis(**arrays, usage=np.asarray(result["evaluation"]["usage"]))
+
+
+def _kinds(results: Sequence[Result]) -> dict[str, list[Result]]:
+    kinds: dict[str, list[Result]] = {"full": [], "partial": [], "tune": []}
+    for one in results:
+        split = one["trial"]["split"]
+        kinds["tune" if split == "tune" else "partial" if partial(one["trial"]) else "full"].append(one)
+    return kinds
+
+
+def section(results: Sequence[Result], place: Path) -> str:
+    """What the project's README shows: the paper's numbers, those beside them, and the figures, with links to the
+    folder ``place``."""
+    full = _kinds(results)["full"]
+    told = "Of ours nothing is trained in full yet."
+    if full:
+        told = f"Ours, all 10,000 test images:\n\n{table(full, place, f'{place}/')}"
+    pictures = "\n".join(f"![{title}]({place}/figures/{name}.png)" for name, title in _titles(full))
+    return f"{PAPERS}\n\n{told}\n\n{pictures}".strip()
+
+
+def page(results: Sequence[Result], place: Path) -> str:
+    """The README of the folder ``place`` that keeps the results."""
+    kinds = _kinds(results)
+    parts = [
+        "# Results on all of CIFAR-10",
+        "Written by `make results SWEEP=…` from the JSON files of this folder. `make submit-sweep SWEEP=…` with the "
+        "last column of a row computes that row again. Bits/dim is the single-sample ELBO of hard samples over every "
+        "image of the split, ± its standard error over images; L_S, and VQ-VAE's code length under a uniform prior, "
+        "stand beside it.",
+        f"## The paper's numbers\n\n{PAPERS}",
+    ]
+    if kinds["full"]:
+        parts.append(f"## Trained in full: all 10,000 test images\n\n{table(kinds['full'], place)}")
+    if kinds["partial"]:
+        told = (
+            "Fewer steps than 100,000, or a smaller network: nothing here compares with the paper's numbers."
+        )
+        parts.append(
+            f"## Partial training: all 10,000 test images\n\n{told}\n\n{table(kinds['partial'], place)}"
+        )
+    if kinds["tune"]:
+        told = "Training without 5,000 training images, evaluated on those: what the choices were made by."
+        parts.append(f"## Held-out training images\n\n{told}\n\n{table(kinds['tune'], place)}")
+    pictures = _titles(kinds["full"] or kinds["partial"])
+    parts += [f"![{title}](figures/{name}.png)" for name, title in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def _titles(shown: Sequence[Result]) -> list[tuple[str, str]]:
+    there = {"figure_1a", "figure_1c"} if shown else set()
+    there |= {"figure_1b", "figure_2"} if any("codebooks" in one for one in shown) else set()
+    return [(name, title) for name, (title, _) in FIGURES.items() if name in there]
+
+
+HEAD = (
+    "estimator | C | K | steps | else | bits/dim | rate | distortion | L_S | uniform prior | perplexity | dead "
+    "| minutes | device | code | SWEEP="
+)
+
+
+def table(results: Sequence[Result], place: Path, folder: str = "") -> str:
+    """A row a trial, as Markdown, with the file in ``place`` that it is from and is linked to in ``folder``."""
+    rows = [_row(result, place, folder) for result in results]
+    return "\n".join([f"| {HEAD} |", "|" + " --- |" * len(HEAD.split("|")), *rows])
+
+
+def _row(result: Result, place: Path, folder: str) -> str:
+    fields, judged, provenance = result["trial"], result["evaluation"], result["provenance"]
+    uniform = judged["distortion"] + judged["rate_uniform"] if fields["estimator"].startswith("vq") else None
+    cells = [
+        style(fields["estimator"])[0],
+        str(fields.get("num_codes", "–")),
+        str(fields["num_latents"]),
+        f"{fields['steps']:,}",
+        _else(fields),
+        f"{judged['bits_per_dim']:.3f} ± {judged['bits_per_dim_se']:.3f}",
+        *(_number(judged.get(key), ".3f") for key in ("rate", "distortion", "bound")),
+        _number(uniform, ".3f"),
+        _number(judged.get("perplexity"), ".1f"),
+        _number(judged.get("dead_codes"), "d"),
+        f"{result['training']['seconds'] / 60:.1f}",
+        provenance["device"],
+        provenance["commit"],
+        f"[{place}/{result['name']}.json]({folder}{result['name']}.json)",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _else(fields: Mapping[str, Any]) -> str:
+    """What else differs from the defaults, the paper's settings."""
+    changed = trial(fields).changed()
+    return ", ".join(f"{field} {value}" for field, value in changed.items() if field not in TAKEN)

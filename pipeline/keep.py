@@ -1,0 +1,56 @@
+"""Keep a sweep's results in the repository: python -m pipeline.keep SWEEP (make results)
+
+``pipeline/results`` holds a JSON file for each finished trial on all of CIFAR-10, named by what it is. The tables and
+figures there, and the README's, are made from these files alone. Each file is also a sweep of its one trial:
+``make submit-sweep SWEEP=pipeline/results/<file>`` computes it again.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from components import reports
+from dvq import DvqError, kept
+from pipeline import preflight
+
+ROOT = Path(__file__).parents[1]
+FOLDER = Path("pipeline/results")
+SECTION = re.compile(r"(<!-- results.*?-->)\n.*?(<!-- end of results -->)", re.DOTALL)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def keep(sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")]) -> None:
+    """Keep the sweep's finished trials, and make tables and figures anew from all that are kept."""
+    with preflight.one_sentence():
+        found = preflight.find_sweep(sweep)
+        store = preflight.set_environment()
+        if any(one.data != "cifar10" for one in found.trials().values()):
+            raise DvqError(
+                f"sweep '{found.name}' is on the bundled sample; only results on all of CIFAR-10 are kept"
+            )
+        results, analyses, missing = reports.gather(found, store)
+        for result in results:
+            print(f"kept {kept.write(result, analyses.get(result['name']), found.name, ROOT / FOLDER).name}")
+        for name, reason in missing.items():
+            print(f"not kept: {name}: {reason}")
+        tell(ROOT)
+
+
+def tell(root: Path) -> None:
+    """Write the tables and figures, and the README's section, from the results that are kept."""
+    folder = root / FOLDER
+    results = kept.load(folder)
+    kept.draw(folder / "figures", results)
+    (folder / "README.md").write_text(kept.page(results, FOLDER), encoding="utf-8")
+    readme = root / "README.md"
+    told = kept.section(results, FOLDER)
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(SECTION.sub(lambda found: f"{found[1]}\n{told}\n{found[2]}", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,235 @@
+"""Results that are kept in the repository: a file a trial, and tables and figures made from these files alone."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from components.store import Store
+from dvq import NUMERICS, DvqError, kept, report
+from dvq.analyze import Analysis, analyze
+from dvq.config import load_sweep, trial
+from dvq.style import notice
+from dvq.trial import Trial, values
+from pipeline import keep, preflight
+
+SWEEP = """
+base: {data: cifar10}
+include:
+  - {estimator: gs-soft, num_codes: 64, num_latents: 16}
+  - {estimator: vq-ema, num_codes: 128, learning_rate: 5.0e-5}
+  - {estimator: gaussian}
+  - {estimator: gs-soft, num_codes: 256, steps: 2000}
+  - {estimator: vq-ema, num_codes: 32, features: 32}
+  - {estimator: vimco, num_codes: 16, split: tune}
+"""
+README = "# dvq\n\n<!-- results, written by make results -->\nold\n<!-- end of results -->\n\nThe rest.\n"
+DRAW = report.draw
+FULL = ("gs-soft-c64-k16-s0", "vq-ema-c128-k8-s0-learning-rate-5e-05", "gaussian-k8-s0")
+PARTIAL = ("gs-soft-c256-k8-s0-steps-2000", "vq-ema-c32-k8-s0-features-32")
+TUNE = ("vimco-c16-k8-s0-split-tune",)
+
+
+def finish(store: Store, one: Trial, bits: float) -> None:
+    """Leave the results of ``one`` in the store."""
+    fields, folder = values(one), store.trial(one.key())
+    folder.mkdir(parents=True)
+    evaluation = {"split": one.split, "images": 10_000, "bits_per_dim": bits, "bits_per_dim_se": 0.01}
+    evaluation |= {"rate": 0.5, "distortion": bits - 0.5, "bound": bits - 0.02}
+    result: dict[str, Any] = {"format": 1, "name": "as the sweep says", "key": one.key(), "trial": fields}
+    if "num_codes" in fields:
+        k, c = fields["num_latents"], fields["num_codes"]
+        usage = np.arange(k * c).reshape(k, c)
+        found = analyze(np.random.default_rng(0).normal(size=(k, c, 4)), usage)
+        found.save(folder / "analysis.npz")
+        evaluation |= {"usage": usage.tolist(), "perplexity": 7.5, "dead_codes": 1, "rate_uniform": 1.25}
+        result["analysis"] = found.summary()
+    result |= {
+        "data": {"name": one.data, "label": "CIFAR-10", "fingerprint": "f" * 64},
+        "provenance": {"commit": "c0ffee", "device": "cuda:0 (a GPU)", "torch": "2.13.0"},
+        "training": {"steps": one.steps, "seconds": 90.0, "images_per_second": 1.0},
+        "evaluation": evaluation,
+        "curves": [{"step": step, "rate": 0.4, "distortion": 7 - step / 1e6} for step in (1000, 2000)],
+    }
+    (folder / "results.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with the README's section, and a store with all trials of ``sweep.yaml`` finished."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr(keep, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "draw", lambda *_: {})  # takes seconds
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    for place, one in enumerate(load_sweep(tmp_path / "sweep.yaml").trials().values()):
+        finish(Store(tmp_path / "store"), one, 4.5 + place / 100)
+    return tmp_path
+
+
+def run(sweep: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error."""
+    with pytest.raises(SystemExit) as stopped:
+        keep.app([sweep])
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, *capsys.readouterr()
+
+
+def files(root: Path) -> set[str]:
+    return {path.stem for path in (root / keep.FOLDER).glob("*.json")}
+
+
+def between(text: str, begin: str, end: str) -> str:
+    assert begin in text
+    return text.partition(begin)[2].partition(end)[0]
+
+
+def test_each_trial_is_a_file_that_is_also_its_sweep(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, error = run("sweep.yaml", capsys)
+    assert (code, error) == (0, "")
+    assert files(root) == {*FULL, *PARTIAL, *TUNE}
+    assert out.splitlines() == [f"kept {one}.json" for one in (*FULL, *PARTIAL, *TUNE)]
+    for one in load_sweep(root / "sweep.yaml").trials().values():
+        path = root / keep.FOLDER / f"{kept.name(one)}.json"
+        again = preflight.find_sweep(str(path))
+        assert [found.key() for found in again.trials().values()] == [one.key()]
+        made, stored = json.loads(path.read_text()), Store(root / "store").results(one.key())
+        assert stored
+        assert {**made, "name": stored["name"]}.items() >= stored.items()
+        assert (made["sweep"], made["numerics"]) == ("sweep", NUMERICS)
+
+
+def test_full_partial_and_tuning_never_share_a_table(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("sweep.yaml", capsys)
+    text = (root / keep.FOLDER / "README.md").read_text()
+    for heading, names in (("Trained in full", FULL), ("Partial", PARTIAL), ("Held-out", TUNE)):
+        told = between(text, f"## {heading}", "\n## ")
+        assert {name for name in files(root) if f"({name}.json)" in told} == set(names)
+    for number in ("4.61", "4.81", "4.67", "4.54", "4.82", "4.6 "):
+        assert number in between(text, "## The paper's numbers", "\n## ")
+
+
+def test_a_row_says_what_was_measured(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("sweep.yaml", capsys)
+    lines = (root / "README.md").read_text().splitlines()
+    rows = {row.split("|")[-2].strip(): row for row in lines if row.startswith("| ")}
+    name = f"pipeline/results/{FULL[1]}.json"
+    told = "VQ-VAE, EMA | 128 | 8 | 100,000 | learning_rate 5e-05 | 4.510 ± 0.010 | 0.500 | 4.010 | 4.490 | 5.260"
+    assert rows[f"[{name}]({name})"].startswith(f"| {told} | 7.5 | 1 | 1.5 | cuda:0 (a GPU) | c0ffee |")
+    assert rows[f"[pipeline/results/{FULL[2]}.json](pipeline/results/{FULL[2]}.json)"].count("–") == 4
+
+
+def test_the_readme_shows_what_was_trained_in_full(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("sweep.yaml", capsys)
+    text = (root / "README.md").read_text()
+    assert text.startswith(README.partition("old")[0])
+    assert text.endswith(README.partition("old")[2])
+    assert {name for name in files(root) if name in text} == set(FULL)
+    assert "4.61" in text
+    for name in ("figure_1a", "figure_1b", "figure_1c", "figure_2"):
+        assert f"(pipeline/results/figures/{name}.png)" in text
+
+
+def test_tables_and_figures_come_from_the_files_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "draw", DRAW)
+    run("sweep.yaml", capsys)
+    before = {path: path.read_bytes() for path in (root / keep.FOLDER).rglob("*.*")}
+    assert len([path for path in before if path.suffix == ".png"]) == 4
+    shutil.rmtree(root / "store")
+    code, out, _ = run("sweep.yaml", capsys)
+    assert code == 0
+    assert out.count("not kept: ") == len(before) - 5
+    assert {path: path.read_bytes() for path in (root / keep.FOLDER).rglob("*.*")} == before
+
+
+def test_figures_leave_partial_training_out_or_say_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[set[str]] = []
+    monkeypatch.setattr(report, "draw", lambda _, results, __: drawn.append({one["name"] for one in results}))
+    run("sweep.yaml", capsys)
+    for name in FULL:
+        (root / keep.FOLDER / f"{name}.json").unlink()
+    keep.tell(root)
+    assert drawn == [set(FULL), set(PARTIAL)]
+    assert "nothing is trained in full yet" in (root / "README.md").read_text()
+    there = kept.load(root / keep.FOLDER)
+    assert "partial" in notice([one for one in there if one["name"] in PARTIAL])
+
+
+def test_figures_name_what_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(report, "draw", lambda _, results, __: drawn.extend(one["name"] for one in results))
+    base = {"estimator": "vq-ema", "features": 32, "learning_rate": 1e-3}
+    trials = [
+        trial({**base, **more}) for more in ({"steps": 10}, {"steps": 20}, {"steps": 20, "commitment": 1.0})
+    ]
+    kept.draw(Path(), [{"trial": values(one)} for one in trials])
+    assert drawn == [f"vq-ema-c512-k8-s0-steps-{end}" for end in ("10", "20", "20-commitment-1-0")]
+    kept.draw(Path(), [])
+
+
+def test_only_the_codebooks_of_figure_2_are_kept(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("sweep.yaml", capsys)
+    there = kept.load(root / keep.FOLDER)
+    assert [one["name"] for one in there if "codebooks" in one] == [FULL[0]]
+    made = next(one for one in there if "codebooks" in one)
+    whole = Analysis.load(Store(root / "store").trial(made["key"]) / "analysis.npz")
+    for part in kept.CODEBOOKS:
+        np.testing.assert_allclose(made["codebooks"][part], getattr(whole, part), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["smoke", "no-such-sweep"])
+def test_the_sample_and_unknown_sweeps_are_refused(
+    name: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, error = run(name, capsys)
+    assert (code, out) == (2, "")
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not files(root)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"trial": {"estimator": "gs-soft"}}'])
+def test_a_file_that_is_no_result_is_one_sentence(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "gs-soft.json"
+    path.write_text(content)
+    with pytest.raises(DvqError, match="it holds no trial"):
+        preflight.find_sweep(str(path))
+    with pytest.raises(DvqError, match="no results of a trial"):
+        kept.load(tmp_path)
+    with pytest.raises(DvqError, match="No such file"):
+        preflight.find_sweep(str(tmp_path / "none.json"))
+
+
+def test_the_tables_here_are_those_of_the_files_here() -> None:
+    root = Path(__file__).parents[2]
+    results = kept.load(root / keep.FOLDER)
+    assert (root / keep.FOLDER / "README.md").read_text() == kept.page(results, keep.FOLDER)
+    assert kept.section(results, keep.FOLDER) in (root / "README.md").read_text()
+    assert [path.stem for path in sorted((root / keep.FOLDER).glob("*.json"))] == sorted(
+        kept.name(trial(one["trial"])) for one in results
+    )
+
+
+def test_tuning_takes_as_much_care_of_each_estimator_and_no_test_image() -> None:
+    trials = preflight.find_sweep("tune").trials().values()
+    assert {one.split for one in trials} == {"tune"}
+    assert len(set(Counter((one.estimator, one.steps) for one in trials).values())) == 2
+    assert len({Counter(one.estimator for one in trials)[name] for name in ("gs-soft", "vq-ema")}) == 1
+
+
+def test_the_sweeps_for_gpus_share_their_trials() -> None:
+    paper, first, second = (
+        {one.key() for one in preflight.find_sweep(name).trials().values()}
+        for name in ("paper", "figure1", "figure2")
+    )
+    assert second <= first
+    assert len(paper - first) == 1  # the Gaussian VAE
