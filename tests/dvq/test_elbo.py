@@ -9,10 +9,10 @@ import torch
 
 from dvq.config import trial
 from dvq.draws import inverse_draw
-from dvq.evaluate import evaluate
+from dvq.evaluate import evaluate, usage_summary
 from dvq.latents import Categorical, Nearest
-from dvq.model import Model
-from dvq.relaxation import SMALLEST, gumbel
+from dvq.model import BITS_PER_DIM, Model
+from dvq.relaxation import gumbel
 
 TINY: dict[str, Any] = {
     "data": "cifar10-sample",
@@ -119,6 +119,20 @@ def test_evaluation_is_the_mean_over_every_image_whatever_the_batch(estimator: s
     assert whole["bits_per_dim"] == pytest.approx(whole["rate"] + whole["distortion"], rel=1e-12)
 
 
+def test_the_elbo_is_of_one_draw_with_the_kl_in_closed_form_whatever_the_bounds_samples() -> None:
+    model, some = tiny("gs-soft"), images(3)
+    kl = model.latents.kl(model.latents.logits(model.encoder(torch.from_numpy(some)))).sum().item() / 3
+    one, five = (evaluate(model, some, bound_samples=samples) for samples in (1, 5))
+    assert one["rate"] == pytest.approx(kl * BITS_PER_DIM, rel=1e-9)
+    assert five["bits_per_dim"] == one["bits_per_dim"]
+
+
+def test_perplexity_and_dead_codes_of_counts() -> None:
+    found = usage_summary(np.array([[3, 3, 3, 0], [8, 0, 0, 0]]))
+    assert found["perplexity"] == pytest.approx((3 + 1) / 2)
+    assert found["dead_codes"] == 4
+
+
 def test_a_uniform_model_with_its_posterior_at_the_prior_costs_eight_bits() -> None:
     model = tiny("gs-soft")
     with torch.no_grad():
@@ -148,13 +162,13 @@ def test_draws_follow_the_posterior_and_never_take_a_code_of_probability_0() -> 
     assert share[1].item() == pytest.approx(1 / (1 + math.exp(-1)), abs=5e-3)  # five standard errors
 
 
-@pytest.mark.parametrize("u", [SMALLEST, 1 - 2**-24])
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])  # what PyTorch draws from [0, 1)
 def test_the_smallest_and_largest_random_number_draw_a_code_too(
     u: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = torch.randn(1, 500, 300, generator=torch.Generator().manual_seed(0))
     logits[..., [0, 1, -2, -1]] = -1e9  # probability 0
-    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *_, **__: self.fill_(u))
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low, *_, **__: self.fill_(max(u, low)))
     z = inverse_draw(logits.softmax(-1), 1, torch.Generator())
     assert z.min() >= 2
     assert z.max() < 298

@@ -159,6 +159,81 @@ def test_the_fast_relaxation_agrees_with_the_plain(
         assert (fast - right).norm() <= tolerance * right.norm()
 
 
+class Given:
+    """Stands for numpy's uniform numbers: the same, whatever the precision."""
+
+    def __init__(self, numbers: list[float]) -> None:
+        self.numbers = numbers
+
+    def random(self, out: Any, dtype: Any) -> None:  # noqa: ARG002
+        out[:] = np.resize(np.array(self.numbers), out.shape)
+
+
+@pytest.mark.parametrize("annealed", [False, True])
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_the_fast_relaxation_survives_the_smallest_and_largest_random_number(
+    temperature: float, annealed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(exp(l)/E)^(1/τ) leaves float32's range at τ = 0.05, unless it is divided by the largest first."""
+    monkeypatch.setattr(relaxation, "noise_of", lambda _: Given([0, 1 - 2**-24]))
+    tau = torch.tensor(temperature, dtype=torch.float64) if annealed else temperature
+    found = []
+    for plain, dtype in ((True, torch.float64), (False, torch.float32)):
+        latents = small("gs-soft").latents.to(dtype)
+        latents.plain = plain
+        v = some_v(40).to(dtype).requires_grad_()
+        vectors, rate = latents.relax(v, tau, False, torch.Generator())
+        gradients = torch.autograd.grad(vectors.square().sum() + rate, [v, latents.codebook])
+        found.append([x.detach().double() for x in (vectors, rate, *gradients)])
+    for right, fast in zip(*found, strict=True):
+        assert (fast - right).norm() <= 1e-3 * right.norm()
+
+
+def test_a_high_temperature_keeps_what_exp_l_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At τ = 50 codes share y whose exp(l) is 0 in float32; ``fast_relax`` would drop them."""
+    monkeypatch.setattr(relaxation, "noise_of", lambda _: Given(np.linspace(0.01, 0.99, 397).tolist()))
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        latents = small("gs-soft", temperature=50.0, codebook_std=10.0).latents.to(dtype)
+        v = some_v(40).to(dtype)
+        found.append(latents.relax(v, 50.0, False, torch.Generator())[0].detach().double())
+    assert (found[1] - found[0]).norm() <= 1e-3 * found[0].norm()
+
+
+@pytest.mark.parametrize("estimator", ["gs-soft", "gs-hard"])
+def test_the_loss_takes_the_temperature_of_its_step(estimator: str) -> None:
+    model, images = small(estimator).eval(), torch.from_numpy(IMAGES)
+    schedule = {"temperature": 1.0, "final_temperature": 0.25, "annealing_steps": 10}
+    first, last = {"temperature": 1.0}, {"temperature": 0.25}
+    for step, constant in ((0, first), (10, last)):
+        found, right = (
+            torch.autograd.grad(
+                trial({**SMALL, "num_codes": 5, "estimator": estimator, **options})
+                .loss(model, images, torch.Generator().manual_seed(0), step)
+                .surrogate,
+                model.latents.codebook,
+            )[0]
+            for options in (schedule, constant)
+        )
+        torch.testing.assert_close(found, right)
+
+
+# --- The decoder
+
+
+@pytest.mark.parametrize("head", ["1x1", "transposed"])
+def test_the_distortion_weighs_each_image(head: str) -> None:
+    model, images = small("vimco", output_head=head).eval(), torch.from_numpy(IMAGES[:3])
+    vectors = some_v(3 * 64).requires_grad_()
+    weights = torch.tensor([0.2, 3.0, 0.0], dtype=torch.float64)
+    each = [model.distortion(vectors[:, i * 64 : i * 64 + 64], images[i : i + 1])[0] for i in range(3)]
+    right = (weights * torch.stack(each)).sum()
+    found, nll = model.distortion(vectors, images, lambda nll: weights * nll / nll)
+    torch.testing.assert_close(found, right)
+    torch.testing.assert_close(nll, torch.stack(each).detach())
+    torch.testing.assert_close(*(torch.autograd.grad(value, vectors)[0] for value in (found, right)))
+
+
 # --- VIMCO
 
 
@@ -190,6 +265,25 @@ def test_nvil_normalizes_by_statistics_from_before_the_minibatch() -> None:
     assert scored.mean.item() == pytest.approx(0.9 * 2.0 + 0.1 * 12.0)
     (gradient,) = torch.autograd.grad(fit.sum(), scored.baseline[2].bias)
     assert gradient.item() == pytest.approx(-2 * (w + 10 - scored.mean - 2).sum().item())
+    scored.variance.fill_(0.25)  # a small one does not make the signal larger
+    small_one, _ = scored.signal(w, v, update=False)
+    assert small_one.tolist() == pytest.approx((w - 2 - scored.mean).tolist())
+
+
+def test_nvils_loss_trains_the_baseline_to_fit() -> None:
+    model, images = small("nvil").eval(), torch.from_numpy(IMAGES[:4])
+    fits, signal = [], model.latents.signal
+
+    def spy(*args: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        fits.append(signal(*args, **more))
+        return fits[0]
+
+    model.latents.signal = spy
+    surrogate = model.trial.loss(model, images, torch.Generator().manual_seed(0), 0).surrogate
+    inputs = list(model.latents.baseline.parameters())
+    found = torch.autograd.grad(surrogate, inputs, retain_graph=True)
+    for a, b in zip(found, torch.autograd.grad(fits[0][1].mean(), inputs), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # --- VQ-VAE
@@ -248,6 +342,25 @@ def test_ema_weighs_the_past_by_its_decay() -> None:
     torch.testing.assert_close(latents.codebook[:, 1:], before[:, 1:], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("estimator", ["vq-ema", "vq-loss"])
+def test_a_training_step_follows_and_revives_and_evaluation_moves_nothing(estimator: str) -> None:
+    """With one code far away: it is dead, and moves to an encoding."""
+    model, images = small(estimator, ema_decay=0.5, revive_below=2.0), torch.from_numpy(IMAGES)
+    latents: Nearest = model.latents
+    with torch.no_grad():
+        latents.codebook[:, 4] += 1e3
+    before, counts = latents.codebook.detach().clone(), latents.counts.clone()
+    codes = latents.codes(model.encoder(images).detach())
+    for training in (False, True):
+        model.train(training).trial.loss(model, images, torch.Generator().manual_seed(0), 0)
+        assert torch.equal(latents.counts, counts) != training
+    used = torch.stack([torch.bincount(row, minlength=5) for row in codes]).double()
+    stays = torch.equal(latents.codebook[used > 0], before[used > 0])
+    assert stays == (estimator == "vq-loss")  # whose codebook only its gradient moves
+    assert latents.codebook[:, 4].abs().max() < 100
+    torch.testing.assert_close(latents.counts, (0.5 + 0.5 * used).where(used > 0, torch.tensor(2.0).double()))
+
+
 def test_smoothing_is_no_part_of_the_state() -> None:
     latents: Nearest = small("vq-ema", ema_decay=0.5).latents
     v = some_v(4)
@@ -297,7 +410,9 @@ def test_kmeans_finds_clusters_and_the_codebooks_begin_there() -> None:
         key=lambda c: torch.cdist(points, c).amin(-1).sum().item(),
     )
     assert torch.cdist(centers, found).amin(-1).max() < 0.01
-    assert kmeans(points[:, :2], 5, torch.Generator()).shape == (2, 5, 2)
+    few = kmeans(points[:, :2], 5, torch.Generator())  # of the copies, all but one have no encodings
+    assert few.shape == (2, 5, 2)
+    assert torch.cdist(few, points[:, :2]).amin(-1).max() < 0.05
 
     one = trial({**SMALL, "num_codes": 5, "estimator": "vq-ema", "codebook_init": "kmeans"})
     model = Trainer(one, IMAGES, torch.device("cpu"), torch.float32).model

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dvq.likelihood import plain_nll, tiled_nll
+from dvq.likelihood import TILE, plain_nll, tiled_nll
 from dvq.model import BITS_PER_DIM
 
 SUBPIXELS = 3 * 32 * 32
@@ -40,7 +40,11 @@ def test_each_value_from_0_to_255_is_a_category_of_its_own() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_tiles_agree_with_the_plain_form(dtype: torch.dtype, tolerance: float, weighted: bool) -> None:
+@pytest.mark.parametrize("tile", [256, 300])  # of 2048 rows: 8 tiles, and 7 whose last is smaller
+def test_tiles_agree_with_the_plain_form(
+    dtype: torch.dtype, tolerance: float, weighted: bool, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TILE, "cpu", tile)
     inputs, targets = head(2, 5, dtype), pixels(2)
     weights = torch.tensor([0.25, 3.0], dtype=dtype) if weighted else None
     hidden, weight, bias = inputs
@@ -52,6 +56,14 @@ def test_tiles_agree_with_the_plain_form(dtype: torch.dtype, tolerance: float, w
     gradients = torch.autograd.grad(2 * total, inputs)
     for found, right in zip(gradients, torch.autograd.grad(2 * expected, inputs), strict=True):
         assert (found - right).norm() <= tolerance * right.norm()
+
+
+def test_logits_of_any_size_have_a_likelihood() -> None:
+    """Of hundreds, whose exponentials are beyond float32."""
+    hidden, weight, bias = (tensor.detach() for tensor in head(1, 4, torch.float32))
+    targets, hidden = pixels(1), 200 * hidden
+    found = tiled_nll(hidden, weight, bias, targets)[1]
+    torch.testing.assert_close(found, plain_nll(hidden @ weight.T + bias, targets))
 
 
 def test_without_gradients_nothing_is_kept() -> None:

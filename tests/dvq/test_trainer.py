@@ -1,0 +1,41 @@
+"""A step of training: which images it sees, in which noise, and that it leaves nothing behind."""
+
+import numpy as np
+import torch
+
+from dvq.config import trial
+from dvq.trainer import Trainer, minibatch, noise_seed
+
+IMAGES = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+
+
+def test_each_epoch_visits_every_image_once_in_an_order_of_its_own() -> None:
+    """Also where a minibatch does not divide an epoch, and where it is longer than one."""
+    for size in (4, 7, 25):
+        order = np.concatenate([minibatch(step, size, 10, seed=3) for step in range(50)])
+        epochs = [order[start : start + 10] for start in range(0, len(order) - 9, 10)]
+        assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) > len(epochs) / 2
+    assert minibatch(0, 10, 10, seed=3).tolist() != minibatch(0, 10, 10, seed=4).tolist()
+
+
+def test_each_seed_and_each_step_has_noise_of_its_own() -> None:
+    assert len({noise_seed(seed, step) for seed in range(20) for step in range(20)}) == 400
+
+
+def test_the_seed_decides_the_weights_and_a_step_leaves_no_gradient() -> None:
+    small = {"data": "cifar10-sample", "num_latents": 2, "code_dim": 3, "features": 4, "batch_size": 6}
+    first, same, other = (
+        Trainer(
+            trial({**small, "estimator": "gs-soft", "num_codes": 5, "seed": seed}),
+            IMAGES,
+            torch.device("cpu"),
+            torch.float32,
+        )
+        for seed in (1, 1, 2)
+    )
+    weights = [trainer.model.encoder.body[0].weight for trainer in (first, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    first.step(0)
+    assert all(parameter.grad is None for parameter in first.model.parameters())
