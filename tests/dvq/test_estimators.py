@@ -364,9 +364,9 @@ def test_a_training_step_follows_and_revives_and_evaluation_moves_nothing(estima
 def test_smoothing_is_no_part_of_the_state() -> None:
     latents: Nearest = small("vq-ema", ema_decay=0.5).latents
     v = some_v(4)
-    for _ in range(200):
+    for _ in range(1200):  # halved so often, an unused code's count is 0
         latents.follow(v, torch.zeros(2, 4, dtype=torch.long))
-    assert latents.counts[:, 1:].max() < 1e-30
+    assert latents.counts[:, 1:].max() == 0
     assert torch.isfinite(latents.codebook).all()
 
 
