@@ -96,6 +96,6 @@ def _reference(
         vectors = latents.vectors(latents.draw(logits, generator)).repeat(1, codes, 1)  # (K, C·P, D)
         vectors[k, p::positions] = latents.codebook[k]
         distortion += model.distortions(vectors, image.expand(codes, -1, -1, -1)).sum(1) / draws
-    q = logits[k, p].softmax(-1)
-    cost = distortion + q.log() - latents.log_prior()[k]
+    log_q = logits[k, p].log_softmax(-1)  # finite where q is 0
+    q, cost = log_q.exp(), distortion + log_q - latents.log_prior()[k]
     return q * (cost - (q * cost).sum())

@@ -275,3 +275,13 @@ def test_the_probes_reference_is_the_elbos_gradient() -> None:
         with torch.no_grad():
             found = _reference(toy, IMAGE, logits, k, 0, 500, torch.Generator().manual_seed(0))
         assert (found - right[k, 0]).norm() < 0.1 * right[k, 0].norm()
+
+
+def test_the_probes_reference_is_finite_where_codes_have_no_probability() -> None:
+    toy = Toy(options("nvil"), seed=1).eval()
+    logits = toy.latents.logits(toy.encoder(IMAGE)).detach()
+    logits[..., 0] -= 2000  # q is 0 there
+    with torch.no_grad():
+        found = _reference(toy, IMAGE, logits, 0, 0, 2, torch.Generator().manual_seed(0))
+    assert found.isfinite().all()
+    assert found[0] == 0
