@@ -92,22 +92,22 @@ def parse(content: bytes, named: str) -> Manifest:
         raise DvqError(f"{named} is damaged ({error}); remove it to have all of it made anew") from None
 
 
-def load_index(folder: Path) -> tuple[Manifest, dict[str, Known]]:
-    """The index: owner and number of the last push, and the files as they were then."""
+def load_index(folder: Path) -> tuple[Manifest, str, dict[str, Known]]:
+    """The index: owner and number of the last push, who was about to become the owner, and the files as they were."""
     try:
         found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         known = {
             path: Known([Piece(*piece) for piece in pieces], *stamp)
             for path, (pieces, *stamp) in found["files"].items()
         }
-        return Manifest(found["owner"], found["push"]), known
+        return Manifest(found["owner"], found["push"]), found.get("claim", ""), known
     except (OSError, ValueError, KeyError, TypeError):
-        return Manifest(), {}
+        return Manifest(), "", {}
 
 
-def save_index(folder: Path, manifest: Manifest, known: dict[str, Known]) -> None:
+def save_index(folder: Path, manifest: Manifest, claim: str, known: dict[str, Known]) -> None:
     """Write the index; a reader sees the whole file or the one before."""
-    content = {"owner": manifest.owner, "push": manifest.push, "files": known}
+    content = {"owner": manifest.owner, "push": manifest.push, "claim": claim, "files": known}
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{INDEX}.partial"
     partial.write_text(json.dumps(content), encoding="utf-8")

@@ -38,7 +38,8 @@ class Connection:
     def __init__(self, url: str, named: str = "DVQ_STORE") -> None:
         found = URL.fullmatch(url)
         if not found:
-            raise DvqError(f"{named} = '{url}': give s3://bucket/prefix, the bucket's name as S3 allows it")
+            shown = re.sub("//.*@", "//…@", url)  # a password, which has no place there
+            raise DvqError(f"{named} = '{shown}': give s3://bucket/prefix, the bucket's name as S3 allows it")
         self.name, self.prefix = found[1], f"{found[2]}/" if found[2] else ""
         self.patience = PATIENCE
         self._worked = self._said = False
