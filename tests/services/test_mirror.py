@@ -134,6 +134,7 @@ def test_a_worker_that_was_overtaken_publishes_nothing_and_says_so(bucket: Bucke
             OvertakenError, match=r"trials/x-1: overtaken by process \d+ on .* while process \d+ on"
         ):
             frozen.push()
+    assert {key.removeprefix("trials/x-1/") for key in bucket.list("trials/x-1/")} == other.manifest.objects()
     write(other.folder, results="of the second")
     other.push(active=False)
     with pytest.raises(OvertakenError):
