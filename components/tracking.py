@@ -49,7 +49,7 @@ def _prepare() -> None:
 
 def redacted(text: str) -> str:
     """``text`` without the name and password of an address in it."""
-    return re.sub(r"//[^/@\s]*:[^/@\s]*@", "//", text)
+    return re.sub(r"//[^/\s]*@", "//", text)
 
 
 def _say(what: str, error: Exception) -> None:
