@@ -13,7 +13,7 @@ from components.bucket import Bucket, DamagedError
 from components.s3 import ChangedError
 from dvq import DvqError
 from tests.services.conftest import SeaweedFS
-from tests.services.proxy import Proxy, answer, answer_up_to, calling, cut, s3_error, slow
+from tests.services.proxy import Exchange, Proxy, answer, answer_up_to, calling, cut, flip, s3_error, slow
 
 MIB = 1 << 20
 
@@ -144,6 +144,27 @@ def test_a_flipped_byte_is_named_and_refused(
         bucket.download("large", tmp_path / "back", size, sha256)
     assert "fetching it again" in capsys.readouterr().out
     assert not (tmp_path / "back").exists()
+
+
+def test_a_byte_that_flips_on_the_way_is_sent_again(
+    bucket: Bucket, proxy: Proxy, large: Path, tmp_path: Path
+) -> None:
+    """The server compares SHA-256, which is given apart from the signature: over HTTPS that covers no body."""
+    given: list[bytes] = []
+
+    def fault(exchange: Exchange) -> None:
+        given.append(exchange.head.lower())
+        flip(exchange)
+
+    proxy.at("PUT .*/small", fault)
+    proxy.at("PUT .*partNumber=2", fault)
+    bucket.put("small", b"small")
+    sha256, size = bucket.upload(large, "large")
+    assert bucket.get("small")[0] == b"small"
+    bucket.download("large", tmp_path / "back", size, sha256)
+    assert sha256 == digest(large)
+    assert len(given) == 2
+    assert all(b"x-amz-checksum-sha256: " in head for head in given)
 
 
 def test_of_many_writers_with_a_condition_one_wins(bucket: Bucket) -> None:
