@@ -66,7 +66,8 @@ class Manifest:
     format: int = FORMAT
 
     def content(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+        told = asdict(self)
+        return (json.dumps({**told, "sha256": _digest(told)}, indent=1) + "\n").encode()
 
     def objects(self) -> set[str]:
         return {piece.object for pieces in self.files.values() for piece in pieces}
@@ -84,12 +85,21 @@ def parse(content: bytes, named: str) -> Manifest:
     """The manifest in ``content``; DvqError if it is damaged or of another format."""
     try:
         found = json.loads(content)
-        if found["format"] != FORMAT:
-            raise ValueError(f"format {found['format']} instead of {FORMAT}")
-        files = {path: [Piece(*one) for one in pieces] for path, pieces in found["files"].items()}
-        return Manifest(**{**found, "files": files})
+        sha256 = found.pop("sha256", None)  # the first ones had none
+        if sha256 not in (None, _digest(found)):
+            raise ValueError("its SHA-256 differs")
+        if found["format"] == FORMAT:
+            files = {path: [Piece(*one) for one in pieces] for path, pieces in found["files"].items()}
+            return Manifest(**{**found, "files": files})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DvqError(f"{named} is damaged ({error}); remove it to have all of it made anew") from None
+    raise DvqError(
+        f"{named} has format {found['format']}, and this version reads {FORMAT}; use the version that wrote it"
+    )
+
+
+def _digest(told: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def load_index(folder: Path) -> tuple[Manifest, str, dict[str, Known]]:

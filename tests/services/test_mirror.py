@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 
 from components import mirror as mirrors
 from components.bucket import Bucket
-from components.manifest import paths
+from components.manifest import Manifest, Piece, parse, paths
 from components.mirror import Mirror, OvertakenError
 from components.s3 import MissingError
 from dvq import DvqError
@@ -208,6 +209,19 @@ def test_a_push_that_seemed_to_fail_is_no_defeat(bucket: Bucket, proxy: Proxy, t
     write(one.folder, a="2")
     one.push(active=False)
     assert visible(bucket, tmp_path / "b") == {"a": b"2"}
+
+
+def test_a_worker_that_dies_in_a_push_that_seemed_to_fail_leaves_what_came_after(
+    bucket: Bucket, proxy: Proxy, tmp_path: Path
+) -> None:
+    one = claimed(bucket, tmp_path / "a")
+    write(one.folder, a="1")
+    bucket.patience = 0.0
+    proxy.at(r"PUT .*/x-1\.json", answer_up_to(0))
+    with pytest.raises(DvqError, match="does not answer"):
+        one.push()
+    write(one.folder, a="2", b="2")
+    assert contents(claimed(bucket, tmp_path / "a").folder) == {"a": b"2", "b": b"2"}
 
 
 def test_answers_lost_one_after_the_other_are_no_defeat(bucket: Bucket, proxy: Proxy, tmp_path: Path) -> None:
@@ -446,10 +460,27 @@ def test_a_removed_trial_is_gone_everywhere(bucket: Bucket, tmp_path: Path) -> N
 
 
 def test_a_damaged_manifest_is_one_sentence(bucket: Bucket, tmp_path: Path) -> None:
-    for content in (b"{", b"[]", b'{"format": 2}'):
+    for content, says in (
+        (b"{", "is damaged"),
+        (b"[]", "is damaged"),
+        (b'{"format": 2}', "has format 2, and"),
+    ):
         bucket.put("trials/x-1.json", content)
-        with pytest.raises(DvqError, match=r"trials/x-1.json is damaged"):
+        with pytest.raises(DvqError, match=rf"trials/x-1.json {says}"):
             worker(bucket, tmp_path / "a").claim()
+
+
+def test_a_flipped_bit_anywhere_in_a_manifest_is_seen() -> None:
+    files = {"events/0": [Piece("o-1/events/0.0", "ab" * 32, 99)], "results.json": []}
+    content = Manifest("o", 1, True, "here", {"name": "interrupted", "step": 12}, files).content()
+    whole = parse(content, "x")
+    assert whole.files == files
+    for place in range(len(content)):
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            with suppress(DvqError):
+                assert parse(bytes(flipped), "x") == whole  # white space
 
 
 WRITER = """
