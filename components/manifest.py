@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from components.store import write_json
 from dvq import DvqError
 
 FORMAT = 1
@@ -117,11 +118,10 @@ def load_index(folder: Path) -> tuple[Manifest, str, dict[str, Known]]:
 
 def save_index(folder: Path, manifest: Manifest, claim: str, known: dict[str, Known]) -> None:
     """Write the index; a reader sees the whole file or the one before."""
-    content = {"owner": manifest.owner, "push": manifest.push, "claim": claim, "files": known}
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{INDEX}.partial"
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(folder / INDEX)
+    write_json(
+        folder / INDEX, {"owner": manifest.owner, "push": manifest.push, "claim": claim, "files": known}
+    )
 
 
 def paths(folder: Path) -> list[str]:

@@ -72,6 +72,24 @@ def test_a_trial_that_is_removed_while_it_is_followed(
 
 
 @pytest.mark.usefixtures("proxy")
+def test_a_damaged_cache_is_no_damaged_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path))
+    store = RemoteStore(f"s3://dvq/{tmp_path.name}")
+    key = trial({"estimator": "gs-soft"}).key()
+    with store.working(key) as work:
+        Events(work.folder).failure("a reason")
+    store.look([key])
+    cached = store.root / "manifests" / f"{key}.json"
+    whole = cached.read_bytes()
+    for content in (whole.replace(b"a reason", b"b reason"), whole[:-20], b""):
+        cached.write_bytes(content)
+        again = RemoteStore(store.place)
+        again.look([key])
+        assert again.state(key) == State("failed", "a reason")
+        assert cached.read_bytes() == whole
+
+
+@pytest.mark.usefixtures("proxy")
 def test_a_reader_is_never_too_slow_for_a_trial_that_goes_on(
     proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
