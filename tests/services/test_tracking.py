@@ -183,6 +183,8 @@ def test_a_hanging_server_holds_nothing(
     run.finish()
     assert run._thread.is_alive()
     assert len(server.requests) == 1
+    server.closing.set()
+    run._thread.join(60)
     server.clear()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     assert TrialRun(tmp_path / "trial", "hanging").sync()
