@@ -171,7 +171,7 @@ def test_a_hanging_server_holds_nothing(
 ) -> None:
     """Not the looks of the process that waits for training, and not its end: both return while not one request
     has been answered, nor has any been given up. (What a look costs is measured by tests/bench/tracking.py.)"""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "300")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     monkeypatch.setattr(tracking, "LAST", 1)
     met = server.at(r".*", hang, times=1000)
     diary, run = train(tmp_path / "trial"), TrialRun(tmp_path / "trial", "hanging")
