@@ -3,10 +3,12 @@ compared again."""
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from components.s3 import THREADS, ChangedError, Connection, MissingError
 from dvq import DvqError
@@ -27,7 +29,7 @@ class Bucket(Connection):
 
     def __init__(self, url: str, named: str = "DVQ_STORE") -> None:
         super().__init__(url, named)
-        self._uploads: dict[str, _Upload] = {}
+        self._uploads: dict[tuple[str, int, int, int], _Upload] = {}
 
     def check(self) -> None:
         """DvqError unless the bucket can be listed now, with these credentials."""
@@ -78,21 +80,25 @@ class Bucket(Connection):
         return str(answer["ETag"])
 
     def upload(self, path: Path, key: str) -> tuple[str, int]:
-        """Store a file; its SHA-256 in hexadecimal digits, and its size.
+        """Store a file; its SHA-256 in hexadecimal digits, and its size."""
+        with path.open("rb") as file:
+            return self.store(file, key)
+
+    def store(self, file: BinaryIO, key: str) -> tuple[str, int]:
+        """As :meth:`upload`: what was opened is stored, though another file has its name by now.
 
         Of a large file that this process could not store before, only the missing parts are sent.
         """
-        size = path.stat().st_size
-        if size <= PART:
-            content = path.read_bytes()
+        found = os.fstat(file.fileno())
+        if found.st_size <= PART:
+            content = file.read()
             self.put(key, content)
             return hashlib.sha256(content).hexdigest(), len(content)
-        unfinished = self._uploads.get(key) or _Upload(self, key)
-        self._uploads[key] = unfinished
-        unfinished.send(path, size)
-        del self._uploads[key]
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest(), size
+        same = (key, found.st_ino, found.st_size, found.st_mtime_ns)  # parts of another file are of no use
+        unfinished = self._uploads.setdefault(same, _Upload(self, key))
+        unfinished.send(file, found.st_size)
+        del self._uploads[same]
+        return hashlib.file_digest(file, "sha256").hexdigest(), found.st_size
 
     def download(
         self,
@@ -172,18 +178,27 @@ class Bucket(Connection):
             following = {"ContinuationToken": page["NextContinuationToken"]}
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove these objects."""
+        """Remove these objects.
+
+        Raises:
+            DvqError: some are left; of them S3 says so in an answer that is none of an error.
+        """
         left = [{"Key": self.prefix + key} for key in keys]
         for start in range(0, len(left), 1000):
-            self.call("delete_objects", Delete={"Objects": left[start : start + 1000], "Quiet": True})
+            some = {"Objects": left[start : start + 1000], "Quiet": True}
+            for error in self.call("delete_objects", Delete=some).get("Errors", ()):
+                raise DvqError(f"{self}: {error['Key']} cannot be deleted ({error['Code']})")
 
-    def give_up(self, prefix: str) -> None:
-        """End the multipart uploads under ``prefix`` that nobody finished."""
-        for one in self.call("list_multipart_uploads", Prefix=self.prefix + prefix).get("Uploads", ()):
-            try:
-                self.call("abort_multipart_upload", Key=one["Key"], UploadId=one["UploadId"])
-            except MissingError:
-                continue
+    def unfinished(self, prefix: str) -> Sequence[dict[str, str]]:
+        """The multipart uploads under ``prefix`` that nobody finished yet, for :meth:`give_up`."""
+        found = self.call("list_multipart_uploads", Prefix=self.prefix + prefix).get("Uploads", ())
+        return [{"Key": one["Key"], "UploadId": one["UploadId"]} for one in found]
+
+    def give_up(self, uploads: Iterable[dict[str, str]]) -> None:
+        """End these multipart uploads."""
+        for one in uploads:
+            with suppress(MissingError):
+                self.call("abort_multipart_upload", **one)
 
 
 class _Upload:
@@ -194,16 +209,14 @@ class _Upload:
         self._id = ""
         self._parts: dict[int, dict[str, Any]] = {}
 
-    def send(self, path: Path, size: int) -> None:
+    def send(self, file: BinaryIO, size: int) -> None:
         """Send what is missing, several parts at a time, and complete the object."""
         bucket, where = self._bucket, {"Key": self._key}
         if not self._id:
             self._id = bucket.call("create_multipart_upload", **where, ChecksumAlgorithm="SHA256")["UploadId"]
 
         def one(number: int) -> None:
-            with path.open("rb") as file:
-                file.seek((number - 1) * PART)
-                content = file.read(PART)
+            content = os.pread(file.fileno(), PART, (number - 1) * PART)
             told = {"PartNumber": number, "ChecksumSHA256": _checksum(content)}
             answer = bucket.call("upload_part", **where, UploadId=self._id, Body=content, **told)
             self._parts[number] = {**told, "ETag": answer["ETag"]}

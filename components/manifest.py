@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from components.store import write_json
 from dvq import DvqError
 
 FORMAT = 1
@@ -66,7 +67,8 @@ class Manifest:
     format: int = FORMAT
 
     def content(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+        told = asdict(self)
+        return (json.dumps({**told, "sha256": _digest(told)}, indent=1) + "\n").encode()
 
     def objects(self) -> set[str]:
         return {piece.object for pieces in self.files.values() for piece in pieces}
@@ -84,34 +86,42 @@ def parse(content: bytes, named: str) -> Manifest:
     """The manifest in ``content``; DvqError if it is damaged or of another format."""
     try:
         found = json.loads(content)
-        if found["format"] != FORMAT:
-            raise ValueError(f"format {found['format']} instead of {FORMAT}")
-        files = {path: [Piece(*one) for one in pieces] for path, pieces in found["files"].items()}
-        return Manifest(**{**found, "files": files})
+        sha256 = found.pop("sha256", None)  # the first ones had none
+        if sha256 not in (None, _digest(found)):
+            raise ValueError("its SHA-256 differs")
+        if found["format"] == FORMAT:
+            files = {path: [Piece(*one) for one in pieces] for path, pieces in found["files"].items()}
+            return Manifest(**{**found, "files": files})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DvqError(f"{named} is damaged ({error}); remove it to have all of it made anew") from None
+    raise DvqError(
+        f"{named} has format {found['format']}, and this version reads {FORMAT}; use the version that wrote it"
+    )
 
 
-def load_index(folder: Path) -> tuple[Manifest, dict[str, Known]]:
-    """The index: owner and number of the last push, and the files as they were then."""
+def _digest(told: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def load_index(folder: Path) -> tuple[Manifest, str, dict[str, Known]]:
+    """The index: owner and number of the last push, who was about to become the owner, and the files as they were."""
     try:
         found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         known = {
             path: Known([Piece(*piece) for piece in pieces], *stamp)
             for path, (pieces, *stamp) in found["files"].items()
         }
-        return Manifest(found["owner"], found["push"]), known
+        return Manifest(found["owner"], found["push"]), found.get("claim", ""), known
     except (OSError, ValueError, KeyError, TypeError):
-        return Manifest(), {}
+        return Manifest(), "", {}
 
 
-def save_index(folder: Path, manifest: Manifest, known: dict[str, Known]) -> None:
+def save_index(folder: Path, manifest: Manifest, claim: str, known: dict[str, Known]) -> None:
     """Write the index; a reader sees the whole file or the one before."""
-    content = {"owner": manifest.owner, "push": manifest.push, "files": known}
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{INDEX}.partial"
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(folder / INDEX)
+    write_json(
+        folder / INDEX, {"owner": manifest.owner, "push": manifest.push, "claim": claim, "files": known}
+    )
 
 
 def paths(folder: Path) -> list[str]:

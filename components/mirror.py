@@ -9,26 +9,15 @@ What grows (events) is stored in pieces that are merged as they become many, so 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from components.bucket import Bucket, DamagedError
-from components.manifest import (
-    Known,
-    Manifest,
-    Piece,
-    here,
-    load_index,
-    new_owner,
-    parse,
-    paths,
-    piece_of,
-    save_index,
-    stamp,
-    stored,
-)
+from components.bucket import Bucket
+from components.files import Files
+from components.manifest import Manifest, here, new_owner, paths, stamp
 from components.s3 import ChangedError, MissingError
 from dvq import DvqError
 
@@ -36,14 +25,13 @@ SILENCE = 120.0
 """Seconds without a push after which an owner that is at work counts as dead."""
 POLL = 5.0
 """Seconds between two looks at whether another owner is still at work."""
-GROWS = "events/"
 
 
 class OvertakenError(DvqError):
     """Another worker has taken the folder over."""
 
 
-class Mirror:
+class Mirror(Files):
     """The folder ``folder`` and its mirror at ``place`` of a bucket.
 
     ``describe`` gives what the manifest says of the folder's state.
@@ -52,22 +40,8 @@ class Mirror:
     def __init__(
         self, bucket: Bucket, place: str, folder: Path, describe: Callable[[Path], dict[str, Any]]
     ) -> None:
-        self.bucket, self.place, self.folder, self._describe = bucket, place, folder, describe
-        self.name = f"{bucket}/{place}"
-        self.manifest, self._etag, self._pushes = Manifest(), "", 0
-        self._index, self._known = load_index(folder)
-
-    def read(self) -> Manifest:
-        """The manifest as it is now, which is what the rest is about; an empty one if there is none."""
-        self.manifest, self._etag = self._read()
-        return self.manifest
-
-    def _read(self) -> tuple[Manifest, str]:
-        try:
-            content, etag = self.bucket.get(f"{self.place}.json")
-        except MissingError:
-            return Manifest(), ""
-        return parse(content, f"{self.name}.json"), etag
+        super().__init__(bucket, place, folder)
+        self._describe, self._pushes = describe, 0
 
     def claim(self) -> None:
         """Become the owner, and remove from the folder what the mirror has otherwise; while another owner is at
@@ -76,10 +50,14 @@ class Mirror:
         while True:
             found = self.read()
             silent = silent + POLL if self._etag == seen else 0.0
-            if not found.active or found.owner == self._index.owner or silent >= SILENCE:
+            mine = found.owner in (self._index.owner, self._claim)
+            if not found.active or mine or silent >= SILENCE:
                 self._reconcile()
+                garbage, uploads = self._garbage()
+                self._claim = new_owner()
+                self._remember(self._index)  # before it is there, for this process may end in between
                 try:
-                    self._publish(replace(found, owner=new_owner(), push=0, active=True, by=here()))
+                    self._publish(replace(found, owner=self._claim, push=0, active=True, by=here()))
                     break
                 except OvertakenError:
                     continue
@@ -88,20 +66,15 @@ class Mirror:
             seen = self._etag
             time.sleep(POLL)
         self._remember(self.manifest)
-        self._clean()
+        self.bucket.give_up(uploads)
+        self._delete(garbage)
 
     def look(self, manifest: Manifest) -> None:
         """Take ``manifest`` for the mirror's, without becoming its owner; the folder loses what differs."""
         self.manifest = manifest
         if not self._ahead():
+            self.read()  # a worker of this machine may have come further since that was seen
             self._reconcile()
-            self._remember(manifest)
-
-    def fetch(self, wanted: Callable[[str], bool] = lambda _: True) -> None:
-        """Bring the files whose path is ``wanted`` to the folder, where it lacks them."""
-        missing = [path for path in self.manifest.files if wanted(path) and not (self.folder / path).exists()]
-        if missing:
-            self.bucket.each(self._fetch, missing)
             self._remember(self._index)
 
     def push(self, active: bool = True) -> None:
@@ -123,12 +96,16 @@ class Mirror:
         """Store the folder, unless the mirror has one already."""
         if self.read().owner:
             return
-        self._known, owner = {}, new_owner()
-        new = Manifest(owner, by=here(), files=self._upload(f"{owner}-{0:06d}"))
+        owner, (garbage, uploads) = new_owner(), self._garbage()
+        self._known = {}
         try:
-            self._publish(new)
-        except OvertakenError:  # another worker was faster
-            self._delete(new.objects())
+            self._publish(Manifest(owner, by=here(), files=self._upload(f"{owner}-{0:06d}")))
+            self.bucket.give_up(uploads)
+        except (OvertakenError, MissingError):  # another worker was faster, and gave up what this one was at
+            if not self.read().owner:
+                raise
+            garbage = {name for name in self._garbage()[0] if name.startswith(owner)}
+        self._delete(garbage)
 
     def remove(self) -> None:
         """Remove all of the mirror; a worker that is at it is refused from then on."""
@@ -137,109 +114,52 @@ class Mirror:
 
     def _publish(self, new: Manifest) -> None:
         """Replace the manifest, if it is still the one that this worker left."""
-        key, content = f"{self.place}.json", new.content()
-        try:
-            etag = self.bucket.put(key, content, self._etag)
-        except ChangedError:
-            found, etag = self._read()
-            if found != new:  # else it was stored, and the answer was lost
-                if found.owner != new.owner:
-                    raise OvertakenError(
-                        f"{self.name}: overtaken by {found.by or 'its removal'} while {here()} stood still or "
-                        "could not reach it; what this process made since then is not published"
-                    ) from None
-                etag = self.bucket.put(key, content, etag)  # over a push of its own that seemed to fail
+        key, content, etag = f"{self.place}.json", new.content(), self._etag
+        while True:
+            try:
+                etag = self.bucket.put(key, content, etag)
+                break
+            except ChangedError:
+                found, etag = self._read()
+            if found == new:  # it was stored, and the answer was lost
+                break
+            if found.owner != new.owner:  # else over a push of its own that seemed to fail
+                self._delete(new.objects() - found.objects())
+                raise OvertakenError(
+                    f"{self.name}: overtaken by {found.by or 'its removal'} while {here()} stood still or "
+                    "could not reach it; what this process made since then is not published"
+                )
         self.manifest, self._etag = new, etag
 
     def _ahead(self) -> bool:
-        """Whether the folder holds all that the manifest does, and perhaps more."""
-        return self._index.owner == self.manifest.owner and self.manifest.push <= self._index.push
+        """Whether the folder holds all that the manifest does, and perhaps more: it is of this folder's worker."""
+        owner, push = self.manifest.owner, self.manifest.push
+        pushed = owner == self._index.owner and push <= self._index.push
+        return pushed or (owner == self._claim != "" and push == 0)
 
     def _reconcile(self) -> None:
         """Find out which local files are as in the manifest; the others go, unless the folder is ahead."""
-        files, known = self.manifest.files, self._known
+        files, known, ahead = self.manifest.files, self._known, self._ahead()
         self._known = {
             path: one
             for path, one in known.items()
             if one.pieces == files.get(path) and stamp(self.folder / path) == one[1:]
         }
-        for path in () if self._ahead() else paths(self.folder):
+        for path in () if ahead else paths(self.folder):
             if path not in self._known:
                 (self.folder / path).unlink()
+        self._index = replace(self.manifest, push=max(self.manifest.push, self._index.push if ahead else 0))
 
-    def _clean(self) -> None:
-        """Remove what workers before left behind: objects in no manifest, uploads that nobody finished."""
-        self.bucket.give_up(f"{self.place}/")
+    def _garbage(self) -> tuple[set[str], Sequence[dict[str, str]]]:
+        """What workers before left behind: objects in no manifest, uploads that nobody finished.
+
+        Looked at before this worker is the owner, it is garbage for good once it is: who pushed some of it is refused
+        from then on. Looked at later, by a worker that stood still, it might be the next owner's.
+        """
         found = {key.removeprefix(f"{self.place}/") for key in self.bucket.list(f"{self.place}/")}
-        self._delete(found - self.manifest.objects())
+        return found - self.manifest.objects(), self.bucket.unfinished(f"{self.place}/")
 
     def _delete(self, objects: set[str]) -> None:
-        self.bucket.delete(f"{self.place}/{name}" for name in sorted(objects))
-
-    def _fetch(self, path: str) -> None:
-        target, pieces = self.folder / path, self.manifest.files[path]
-        try:
-            self._join(target, pieces)
-        except DamagedError as error:
-            if not path.startswith("checkpoints/"):
-                raise DvqError(f"{error}; remove {self.name}.json to have all of it made anew") from None
-            print(f"{error}; this checkpoint is left out", flush=True)
-            del self.manifest.files[path]
-            return
-        except OSError as error:
-            raise DvqError(
-                f"{target} cannot be written ({error.strerror}); make room, or set DVQ_CACHE"
-            ) from None
-        self._known[path] = Known(pieces, *stamp(target))
-
-    def _join(self, target: Path, pieces: list[Piece]) -> None:
-        """Fetch a file's pieces and make it of them, whole or not at all."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        parts = [target.with_name(f".{target.name}.{number}") for number in range(len(pieces))]
-        for part, one in zip(parts, pieces, strict=True):
-            self.bucket.download(f"{self.place}/{one.object}", part, one.size, one.sha256)
-        if len(parts) != 1:
-            joined = target.with_name(f".{target.name}.joined")
-            joined.write_bytes(b"".join(part.read_bytes() for part in parts))
-            for part in parts:
-                part.unlink()
-            parts = [joined]
-        parts[0].replace(target)
-
-    def _upload(self, name: str) -> dict[str, list[Piece]]:
-        """Store what changed in objects under ``name``; the files as the manifest is to have them.
-
-        Files that are not here were never fetched, and stay as they are. The folder is listed before anything is
-        read, and what grows is read last: so it holds all that a listed checkpoint counts on.
-        """
-        here_now = paths(self.folder)
-        files = {path: pieces for path, pieces in self.manifest.files.items() if path not in self._known}
-        self._known = {path: one for path, one in self._known.items() if path in here_now}
-        for path in sorted(here_now, key=lambda path: path.startswith(GROWS)):
-            now = stamp(self.folder / path)
-            if path in self._known and self._known[path][1:] == now:
-                continue
-            try:
-                store = self._append if path.startswith(GROWS) else self._store
-                self._known[path] = Known(store(path, f"{name}/{path}"), *now)
-            except FileNotFoundError:  # an old checkpoint, removed meanwhile
-                self._known.pop(path, None)
-        return files | {path: one.pieces for path, one in self._known.items()}
-
-    def _store(self, path: str, name: str) -> list[Piece]:
-        return [Piece(name, *self.bucket.upload(self.folder / path, f"{self.place}/{name}"))]
-
-    def _append(self, path: str, name: str) -> list[Piece]:
-        """Store the whole lines that were appended."""
-        content = (self.folder / path).read_bytes()
-        content = content[: content.rfind(b"\n") + 1]
-        kept, start = stored(content, self._known[path].pieces if path in self._known else [])
-        if start == len(content):
-            return kept
-        self.bucket.put(f"{self.place}/{name}", content[start:])
-        return [*kept, piece_of(name, content[start:])]
-
-    def _remember(self, manifest: Manifest) -> None:
-        """The folder is equal to ``manifest``, or ahead of it."""
-        self._index = manifest
-        save_index(self.folder, manifest, self._known)
+        """Remove garbage; what can't be removed now is the next owner's to remove."""
+        with suppress(DvqError):
+            self.bucket.delete(f"{self.place}/{name}" for name in sorted(objects))

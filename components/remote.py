@@ -65,14 +65,17 @@ class RemoteStore(Store):
     def follow(self, keys: Iterable[str]) -> None:
         asked = set(keys)
         self.look(asked)
-        changed = [key for key in sorted(asked) if self._followed.get(key) != self._listed.get(key)]
+        there = sorted(asked & self._listed.keys())
+        changed = [key for key in there if self._followed.get(key) != self._listed[key]]
         self.bucket.each(lambda key: self._bring(key, _told), changed)
         self._followed.update({key: self._listed[key] for key in changed})
 
     def _manifest(self, key: str) -> Manifest:
         """A trial's manifest, from the cache if the bucket has the same."""
         cached, named = self.root / "manifests" / f"{key}.json", f"{self.place}/trials/{key}.json"
-        with suppress(OSError, ValueError):
+        with suppress(
+            OSError, ValueError, DvqError
+        ):  # what the cache has may be damaged, and is asked for then
             etag, _, content = cached.read_bytes().partition(b"\n")
             if etag.decode() == self._listed[key]:
                 return parse(content, named)
@@ -95,11 +98,11 @@ class RemoteStore(Store):
         with suppress(_BusyError), locked(self._lock(key), busy):
             mirror = self._mirror(key)
             mirror.look(self._manifests[key])
-            try:
-                mirror.fetch(wanted)
-            except MissingError:  # of files that were replaced since
+            while True:
+                with suppress(MissingError):  # of a file that was replaced since
+                    mirror.fetch(wanted)
+                    break
                 mirror.look(mirror.read())
-                mirror.fetch(wanted)
         return self.trial(key)
 
     def bring(self, key: str) -> Path:
@@ -155,9 +158,12 @@ class RemoteStore(Store):
         self._dataset(fingerprint).publish_once()
 
     def publish_report(self, sweep: str) -> None:
-        folder = self.report(sweep)
-        for path in paths(folder):
-            self.bucket.upload(folder / path, f"reports/{sweep}/{path}")
+        """Its page last: who sees it sees what it shows."""
+        folder, place = self.report(sweep), f"reports/{sweep}/"
+        found = sorted(paths(folder), key=lambda path: path == "report.html")
+        for path in found:
+            self.bucket.upload(folder / path, place + path)
+        self.bucket.delete(self.bucket.list(place).keys() - {place + path for path in found})
 
 
 def _told(path: str) -> bool:

@@ -19,6 +19,8 @@ LONGEST_WAIT = 5.0
 THREADS = 8
 """Operations at once."""
 PASSING = {"RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "SlowDown"}
+DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch"}
+"""What arrived is not what was sent."""
 FULL = {"XMinioStorageFull", "QuotaExceeded", "507"}
 URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*?))?/*")
 R = TypeVar("R")
@@ -38,7 +40,8 @@ class Connection:
     def __init__(self, url: str, named: str = "DVQ_STORE") -> None:
         found = URL.fullmatch(url)
         if not found:
-            raise DvqError(f"{named} = '{url}': give s3://bucket/prefix, the bucket's name as S3 allows it")
+            shown = re.sub("//.*@", "//…@", url)  # a password, which has no place there
+            raise DvqError(f"{named} = '{shown}': give s3://bucket/prefix, the bucket's name as S3 allows it")
         self.name, self.prefix = found[1], f"{found[2]}/" if found[2] else ""
         self.patience = PATIENCE
         self._worked = self._said = False
@@ -115,7 +118,7 @@ class Connection:
         status, code = _code(error)
         if self._worked and (status in (401, 403) or code == "NoSuchBucket"):
             return code != "RequestTimeTooSkewed"
-        return status >= 500 or status == 429 or code in PASSING | FULL
+        return status >= 500 or status == 429 or code in PASSING | DAMAGED | FULL
 
     def _say(self, state: Any) -> None:
         if not self._said:

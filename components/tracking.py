@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.store import read_json, write_json
+from components.store import locked, read_json, write_json
 from dvq import DvqError
 
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ REFUSED = (
 )
 
 
-def client() -> "MlflowClient":
-    """The client of the tracking server; its import takes seconds, so it is made where it is needed."""
+def client(uri: str | None = None) -> "MlflowClient":
+    """The client of the tracking server, or of ``uri``; its import takes seconds: it is made where it is needed."""
     _prepare()
     from mlflow import MlflowClient
 
-    return MlflowClient()
+    return MlflowClient(uri)
 
 
 def _prepare() -> None:
@@ -49,7 +49,7 @@ def _prepare() -> None:
 
 def redacted(text: str) -> str:
     """``text`` without the name and password of an address in it."""
-    return re.sub(r"//[^/@\s]*:[^/@\s]*@", "//", text)
+    return re.sub(r"//[^/\s]*@", "//", text)
 
 
 def _say(what: str, error: Exception) -> None:
@@ -70,18 +70,17 @@ def told(error: Exception) -> str:
 
 
 def ensure() -> None:
-    """Create the sqlite database's schema, before many writers would try at once; whole or not at all."""
+    """Create the sqlite database's schema, before many writers would try at once; whole or not at all, and once,
+    for whoever had a database opened that is replaced would write what nobody reads."""
     database = _database()
-    if database is None or database.exists():
+    if database is None:
         return
-    client()
-    from mlflow import MlflowClient
-
-    database.parent.mkdir(parents=True, exist_ok=True)
-    partial = database.with_name(database.name + ".partial")
-    partial.unlink(missing_ok=True)
-    MlflowClient(f"sqlite:///{partial}").search_experiments()
-    partial.replace(database)
+    with locked(database.with_name(f".{database.name}.lock"), lambda: None):
+        if not database.exists():
+            partial = database.with_name(database.name + ".partial")
+            partial.unlink(missing_ok=True)
+            client(f"sqlite:///{partial}").search_experiments()
+            partial.replace(database)
 
 
 def experiment_id(server: "MlflowClient", name: str) -> str:

@@ -62,21 +62,18 @@ class Tail:
     def fresh(self) -> Iterator[dict[str, Any]]:
         read, self._read = self._read, {}  # files that are gone are forgotten: a new attempt begins anew
         for path in sorted(self._directory.glob("*.jsonl")):
-            text = _text_from(path, read.get(path, 0))
-            whole = text[: text.rfind(b"\n") + 1]  # the rest is still being written
-            self._read[path] = read.get(path, 0) + len(whole)
-            for line in whole.splitlines():
+            self._read[path] = read.get(path, 0)
+            for line in _lines(path, self._read[path]):
+                self._read[path] += len(line)
                 with contextlib.suppress(ValueError):  # the end of a line, if the file was replaced meanwhile
                     yield json.loads(line)
 
 
-def _text_from(path: Path, start: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            return file.read()
-    except FileNotFoundError:  # the trial starts again
-        return b""
+def _lines(path: Path, start: int) -> Iterator[bytes]:
+    """The whole lines from byte ``start`` on, one in memory at a time; the rest is still being written."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # gone: the trial starts again
+        file.seek(start)
+        yield from (line for line in file if line.endswith(b"\n"))
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -175,6 +175,10 @@ def check_data(name: str, source: str, store: Store) -> None:
     """DvqError unless the dataset is in the store or can be prepared from ``source``."""
     from dvq import data
 
+    if tracking.redacted(source) != source:
+        raise DvqError(
+            "DATA has a password in its address, which logs would show; fetch it, and give the file"
+        )
     if store.has_data(name, FINGERPRINTS[name]):
         return
     if source.startswith("s3://"):

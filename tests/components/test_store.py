@@ -1,12 +1,13 @@
 """A folder store among several processes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from components.store import Store
+from components.store import Store, read_json, write_json
 from dvq import DvqError
 
 HOLD = """
@@ -55,3 +56,19 @@ def test_a_trial_is_worked_on_by_one_process_at_a_time(who: str, tmp_path: Path)
     assert line(waiter) == "mine\n"
     waiter.communicate(timeout=30)
     store.remove("a-1")
+
+
+def test_until_new_json_is_on_the_disk_whole_the_old_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, synced = tmp_path / "results.json", []
+    write_json(path, {"number": 1})
+
+    def sync(descriptor: int) -> None:
+        file = os.fstat(descriptor)
+        synced.append((file.st_ino, file.st_size, read_json(path)))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_json(path, {"number": 2})
+    assert synced == [(path.stat().st_ino, path.stat().st_size, {"number": 1})]
+    assert read_json(path) == {"number": 2}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from components import tracking
-from components.store import begin, state, write_json
+from components.store import begin, read_json, state, write_json
 from dvq import events
 from dvq.config import trial
 from dvq.events import Events
@@ -192,6 +192,33 @@ def test_two_sweeps_each_have_the_trial_that_they_share(tmp_path: Path) -> None:
     for sweep in ("first", "second", "first"):
         tracking.TrialRun(folder, sweep).sync()
     assert [len(runs(sweep)) for sweep in ("first", "second")] == [1, 1]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from components.tracking import TrialRun, ensure
+ensure()
+run = TrialRun(Path(sys.argv[1]), "sweep")
+sys.exit(not any(run.sync() for _ in range(20)))
+"""
+
+
+def test_processes_at_once_lose_nothing(tmp_path: Path) -> None:
+    """And the database is made by one of them, in which it can be used at once."""
+    for number in range(4):
+        folder, _ = folder_with(tmp_path / f"{number}", 20)
+        document = read_json(folder / "trial.json") or {}
+        write_json(folder / "trial.json", {**document, "key": f"key-{number}", "name": f"{number}"})
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / f"{number}" / "trial")])
+        for number in range(4)
+    ]
+    assert [one.wait(240) for one in writers] == [0] * 4
+    expected = [(step, step / 10) for step in range(1, 21)]
+    assert {run.info.run_name: history(run, "train/rate") for run in runs()} == {
+        f"{number}": expected for number in range(4)
+    }
 
 
 def test_a_tracking_fault_is_said_and_never_raised(

@@ -318,3 +318,19 @@ def test_what_diverged_is_never_kept(tmp_path: Path, prepared: Path) -> None:
         found = checkpoint.latest(folder, one.family(), print)
         assert found is not None
         assert torch.isfinite(found.tensors["terms"]).all(), step
+
+
+def test_a_checkpoint_is_on_the_disk_whole_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[int, tuple[int, list[int]]] = {}
+
+    def sync(descriptor: int) -> None:
+        file = os.fstat(descriptor)
+        synced[file.st_ino] = (file.st_size, checkpoint.steps(tmp_path))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    made = checkpoint.write(tmp_path, 3, {"weights": torch.rand(1000)}, {"family": "x"})
+    files = [made / name for name in ("state.safetensors", "checkpoint.json")]
+    assert [synced[path.stat().st_ino] for path in files] == [(path.stat().st_size, []) for path in files]
+    assert synced[made.parent.stat().st_ino][1] == [3]

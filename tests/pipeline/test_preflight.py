@@ -102,7 +102,13 @@ def test_a_store_that_cannot_be_written(
 
 
 @pytest.mark.parametrize(
-    "address", ["http://me:secret@127.0.0.1:1", "postgresql://me:secret@127.0.0.1/mlflow"]
+    "address",
+    [
+        "http://me:secret@127.0.0.1:1",
+        "http://me:s@secret@127.0.0.1:1",
+        "http://secret@127.0.0.1:1",
+        "postgresql://me:secret@127.0.0.1/mlflow",
+    ],
 )
 def test_a_password_in_an_address(
     address: str, refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
@@ -111,6 +117,19 @@ def test_a_password_in_an_address(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     said = refusal("tiny.yaml")
     assert "MLFLOW_TRACKING_PASSWORD" in said
+    assert "secret" not in said
+
+
+def test_a_password_in_the_address_of_data_or_store(
+    refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sweep(grid=GRID)
+    said = refusal("tiny.yaml", "--data", "https://me:secret@127.0.0.1:1/cifar-10-python.tar.gz")
+    assert "DATA has a password" in said
+    assert "secret" not in said
+    monkeypatch.setenv("DVQ_STORE", "s3://me:secret@bucket/prefix")
+    said = refusal("tiny.yaml")
+    assert "DVQ_STORE" in said
     assert "secret" not in said
 
 

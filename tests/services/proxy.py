@@ -37,6 +37,7 @@ class Exchange:
     server: socket.socket
     flow: Flow
     proxy: "Proxy"
+    flipped: bool = False
 
     def forward(self, fraction: float = 1.0, rate: float = 0.0) -> None:
         """Send the head and ``fraction`` of the body to the server, ``rate`` bytes a second if given."""
@@ -48,8 +49,10 @@ class Exchange:
             piece = self.client.recv(min(left, PIECE))
             if not piece:
                 raise ConnectionAbortedError
-            self.server.sendall(piece)
             left -= len(piece)
+            if self.flipped and not left:
+                piece = piece[:-1] + bytes([piece[-1] ^ 1])
+            self.server.sendall(piece)
             time.sleep(len(piece) / rate if rate else 0)
 
 
@@ -113,6 +116,12 @@ def answer_up_to(size: int) -> Fault:
         exchange.forward()
 
     return fault
+
+
+def flip(exchange: Exchange) -> None:
+    """The last bit of the request's body is another when it arrives."""
+    exchange.flipped = True
+    exchange.forward()
 
 
 def calling(function: Callable[[], object]) -> Fault:

@@ -13,7 +13,7 @@ from components.bucket import Bucket, DamagedError
 from components.s3 import ChangedError
 from dvq import DvqError
 from tests.services.conftest import SeaweedFS
-from tests.services.proxy import Proxy, answer_up_to, calling, cut, s3_error, slow
+from tests.services.proxy import Exchange, Proxy, answer, answer_up_to, calling, cut, flip, s3_error, slow
 
 MIB = 1 << 20
 
@@ -41,6 +41,7 @@ def digest(path: Path) -> str:
 def test_a_server_killed_in_a_multipart_upload_is_waited_for(
     bucket: Bucket, proxy: Proxy, seaweed: SeaweedFS, large: Path, tmp_path: Path
 ) -> None:
+    bucket.patience = 120.0  # more than a request that hangs
     proxy.at(r"PUT .*partNumber=4", cut(seaweed.restart))
     assert bucket.upload(large, "large") == (digest(large), 16 * MIB)
     sent = [line.partition("partNumber=")[2] for line in proxy.requests if "partNumber" in line]
@@ -60,6 +61,36 @@ def test_an_upload_that_failed_goes_on_with_the_parts_that_are_missing(
     proxy.clear()
     bucket.upload(large, "large")
     assert [line[-1] for line in proxy.requests if "partNumber" in line] == ["3"]
+
+
+def test_parts_of_another_file_are_not_mixed_in(
+    bucket: Bucket, proxy: Proxy, large: Path, tmp_path: Path
+) -> None:
+    """An upload that failed is not gone on with, and one that runs keeps to its file, when the file is replaced."""
+
+    def rewrite() -> None:
+        other = large.with_name("other")
+        other.write_bytes(os.urandom(16 * MIB))
+        other.replace(large)
+
+    bucket.patience = 0.0
+    proxy.at(r"PUT .*partNumber=3", s3_error(503, "SlowDown"))
+    with pytest.raises(DvqError, match="503 SlowDown"):
+        bucket.upload(large, "large")
+    bucket.patience = 30.0
+    rewrite()
+    proxy.at(r"POST .*\?uploads", calling(rewrite))
+    sha256, size = bucket.upload(large, "large")
+    bucket.download("large", tmp_path / "back", size, sha256)
+    assert sha256 != digest(large)
+
+
+def test_what_cannot_be_deleted_is_named(bucket: Bucket, proxy: Proxy) -> None:
+    bucket.put("one", b"1")
+    error = "<Error><Key>x/one</Key><Code>AccessDenied</Code></Error>"
+    proxy.at(r"POST .*\?delete", answer(200, f"<DeleteResult>{error}</DeleteResult>"))
+    with pytest.raises(DvqError, match="x/one cannot be deleted \\(AccessDenied\\)"):
+        bucket.delete(["one"])
 
 
 def test_a_completed_upload_whose_answer_was_lost_is_there(bucket: Bucket, proxy: Proxy, large: Path) -> None:
@@ -113,6 +144,27 @@ def test_a_flipped_byte_is_named_and_refused(
         bucket.download("large", tmp_path / "back", size, sha256)
     assert "fetching it again" in capsys.readouterr().out
     assert not (tmp_path / "back").exists()
+
+
+def test_a_byte_that_flips_on_the_way_is_sent_again(
+    bucket: Bucket, proxy: Proxy, large: Path, tmp_path: Path
+) -> None:
+    """The server compares SHA-256, which is given apart from the signature: over HTTPS that covers no body."""
+    given: list[bytes] = []
+
+    def fault(exchange: Exchange) -> None:
+        given.append(exchange.head.lower())
+        flip(exchange)
+
+    proxy.at("PUT .*/small", fault)
+    proxy.at("PUT .*partNumber=2", fault)
+    bucket.put("small", b"small")
+    sha256, size = bucket.upload(large, "large")
+    assert bucket.get("small")[0] == b"small"
+    bucket.download("large", tmp_path / "back", size, sha256)
+    assert sha256 == digest(large)
+    assert len(given) == 2
+    assert all(b"x-amz-checksum-sha256: " in head for head in given)
 
 
 def test_of_many_writers_with_a_condition_one_wins(bucket: Bucket) -> None:
@@ -182,6 +234,7 @@ CANARY = "canary0secret0key"
         ({"AWS_ENDPOINT_URL": f"http://me:{CANARY}@127.0.0.1:9"}, "s3://dvq", "127.0.0.1:9 does not answer"),
         ({"AWS_ENDPOINT_URL": "nowhere"}, "s3://dvq", "AWS_\\* settings cannot be used"),
         ({"AWS_PROFILE": "nobody"}, "s3://dvq", "AWS_\\* settings cannot be used"),
+        ({}, f"s3://me:{CANARY}@dvq/x", "give s3://bucket/prefix"),
     ],
 )
 def test_what_is_set_wrong_is_one_sentence_without_credentials(

@@ -8,9 +8,10 @@ import pytest
 
 from components.manifest import Manifest, Piece
 from components.remote import RemoteStore
-from components.store import State
+from components.store import State, write_json
 from dvq.config import trial
-from tests.services.proxy import Proxy
+from dvq.events import Events, read
+from tests.services.proxy import Proxy, calling
 
 TRIALS = 1000
 
@@ -48,3 +49,65 @@ def test_a_thousand_trials_are_a_few_requests(
     print(f"{TRIALS} trials: {seconds[0]:.2f} s at first, {seconds[1]:.2f} s later")
     assert sum(looking.state(key).name == "finished" for key in keys) == TRIALS - 1
     assert looking.state(keys[7]) == State("interrupted", step=9)
+
+
+@pytest.mark.usefixtures("proxy")
+def test_a_trial_that_is_removed_while_it_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "a"))
+    here = RemoteStore(f"s3://dvq/{tmp_path.name}")
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "b"))
+    there = RemoteStore(here.place)
+    key = trial({"estimator": "gs-soft"}).key()
+    for name in ("a", "b"):
+        with here.working(key) as work:
+            Events(work.folder).failure(name)
+        there.follow([key])
+        assert there.state(key) == State("failed", name)
+        assert [event["reason"] for event in read(there.trial(key))] == [name]
+        here.remove(key)
+        there.follow([key])
+        assert there.state(key) == State("new")
+
+
+@pytest.mark.usefixtures("proxy")
+def test_a_damaged_cache_is_no_damaged_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path))
+    store = RemoteStore(f"s3://dvq/{tmp_path.name}")
+    key = trial({"estimator": "gs-soft"}).key()
+    with store.working(key) as work:
+        Events(work.folder).failure("a reason")
+    store.look([key])
+    cached = store.root / "manifests" / f"{key}.json"
+    whole = cached.read_bytes()
+    for content in (whole.replace(b"a reason", b"b reason"), whole[:-20], b""):
+        cached.write_bytes(content)
+        again = RemoteStore(store.place)
+        again.look([key])
+        assert again.state(key) == State("failed", "a reason")
+        assert cached.read_bytes() == whole
+
+
+@pytest.mark.usefixtures("proxy")
+def test_a_reader_is_never_too_slow_for_a_trial_that_goes_on(
+    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are replaced three times while they are fetched."""
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "a"))
+    here = RemoteStore(f"s3://dvq/{tmp_path.name}")
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "b"))
+    there = RemoteStore(here.place)
+    key = trial({"estimator": "gs-soft"}).key()
+    mirror, numbers = here._mirror(key), iter(range(9))
+    mirror.claim()
+
+    def push() -> None:
+        write_json(here.trial(key) / "results.json", {"number": next(numbers)})
+        mirror.push()
+
+    push()
+    for _ in range(3):
+        proxy.at("GET .*/results.json", calling(push))
+    there.look([key], "results.json")
+    assert there.results(key) == {"number": 3}

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 
 from components import mirror as mirrors
 from components.bucket import Bucket
-from components.manifest import paths
+from components.manifest import Manifest, Piece, parse, paths
 from components.mirror import Mirror, OvertakenError
 from components.s3 import MissingError
 from dvq import DvqError
@@ -134,6 +135,7 @@ def test_a_worker_that_was_overtaken_publishes_nothing_and_says_so(bucket: Bucke
             OvertakenError, match=r"trials/x-1: overtaken by process \d+ on .* while process \d+ on"
         ):
             frozen.push()
+    assert {key.removeprefix("trials/x-1/") for key in bucket.list("trials/x-1/")} == other.manifest.objects()
     write(other.folder, results="of the second")
     other.push(active=False)
     with pytest.raises(OvertakenError):
@@ -207,6 +209,166 @@ def test_a_push_that_seemed_to_fail_is_no_defeat(bucket: Bucket, proxy: Proxy, t
     write(one.folder, a="2")
     one.push(active=False)
     assert visible(bucket, tmp_path / "b") == {"a": b"2"}
+
+
+def test_a_worker_that_dies_in_a_push_that_seemed_to_fail_leaves_what_came_after(
+    bucket: Bucket, proxy: Proxy, tmp_path: Path
+) -> None:
+    one = claimed(bucket, tmp_path / "a")
+    write(one.folder, a="1")
+    bucket.patience = 0.0
+    proxy.at(r"PUT .*/x-1\.json", answer_up_to(0))
+    with pytest.raises(DvqError, match="does not answer"):
+        one.push()
+    write(one.folder, a="2", b="2")
+    assert contents(claimed(bucket, tmp_path / "a").folder) == {"a": b"2", "b": b"2"}
+
+
+def test_answers_lost_one_after_the_other_are_no_defeat(bucket: Bucket, proxy: Proxy, tmp_path: Path) -> None:
+    """Of a push that seemed to fail, and of the next, which finds it there."""
+    one = claimed(bucket, tmp_path / "a")
+    write(one.folder, a="1")
+    bucket.patience = 0.0
+    proxy.at(r"PUT .*/x-1\.json", answer_up_to(0))
+    with pytest.raises(DvqError, match="does not answer"):
+        one.push()
+    bucket.patience = 30.0
+    write(one.folder, a="2")
+    proxy.at(r"PUT .*/x-1\.json", s3_error(412, "PreconditionFailed"))
+    proxy.at(r"PUT .*/x-1\.json", answer_up_to(0))
+    one.push(active=False)
+    assert visible(bucket, tmp_path / "b") == {"a": b"2"}
+
+
+@pytest.mark.parametrize("pattern", [r"GET .*list-type", r"GET .*uploads", r"POST .*\?delete"])
+def test_who_stood_still_while_it_cleaned_up_removes_nothing_of_the_next(
+    bucket: Bucket, proxy: Proxy, tmp_path: Path, pattern: str
+) -> None:
+    one = claimed(bucket, tmp_path / "a")
+    write(one.folder, a="1")
+    one.push(active=False)
+    bucket.put("trials/x-1/of-a-dead-worker", b"")
+
+    def overtake() -> None:
+        other = claimed(bucket, tmp_path / "b")
+        write(other.folder, b="2")
+        other.push(active=False)
+
+    proxy.at(pattern, calling(overtake))
+    worker(bucket, tmp_path / "a").claim()
+    assert visible(bucket, tmp_path / "c") == {"a": b"1", "b": b"2"}
+    assert len(bucket.list("trials/x-1/")) == 2
+
+
+def test_a_worker_that_dies_as_it_takes_over_leaves_what_was_not_pushed(
+    bucket: Bucket, proxy: Proxy, tmp_path: Path
+) -> None:
+    """Its claim was stored, its answer lost, and it was killed before it knew; and so was the next."""
+    one = claimed(bucket, tmp_path / "a")
+    write(one.folder, a="1")
+    one.push(active=False)
+    write(one.folder, a="2", b="2")
+    bucket.patience = 0.0
+    for _ in range(2):
+        proxy.at(r"PUT .*/x-1\.json", answer_up_to(0))
+        with pytest.raises(DvqError, match="does not answer"):
+            worker(bucket, tmp_path / "a").claim()
+    bucket.patience = 30.0
+    again = claimed(bucket, tmp_path / "a")
+    assert contents(again.folder) == {"a": b"2", "b": b"2"}
+    again.push(active=False)
+    assert visible(bucket, tmp_path / "b") == {"a": b"2", "b": b"2"}
+
+
+def test_a_reader_with_an_old_manifest_leaves_what_was_not_pushed(bucket: Bucket, tmp_path: Path) -> None:
+    one = claimed(bucket, tmp_path / "a")
+    write(one.folder, a="1")
+    one.push(active=False)
+    reader = worker(bucket, tmp_path / "a")
+    seen = reader.read()
+    again = claimed(bucket, tmp_path / "a")
+    write(again.folder, b="2")  # and dies
+    reader = worker(bucket, tmp_path / "a")
+    reader.look(seen)
+    reader.fetch()
+    assert contents(reader.folder) == {"a": b"1", "b": b"2"}
+
+
+def test_a_removed_trial_does_not_come_back_from_a_cache(bucket: Bucket, tmp_path: Path) -> None:
+    one = claimed(bucket, tmp_path / "a")
+    write(one.folder, a="1")
+    one.push(active=False)
+    worker(bucket, tmp_path / "b").remove()
+    assert contents(claimed(bucket, tmp_path / "a").folder) == {}
+
+
+def test_a_push_that_takes_longer_than_checkpoints_last_has_one(
+    bucket: Bucket, proxy: Proxy, tmp_path: Path
+) -> None:
+    one = claimed(bucket, tmp_path / "a")
+    write(one.folder, checkpoints__1__state="1", checkpoints__2__state="2")
+    one.push()
+
+    def train() -> None:
+        for old, new in (("2", "4"), ("3", "5")):
+            write(one.folder, **{f"checkpoints__{new}__state": new})
+            shutil.rmtree(one.folder / "checkpoints" / old)
+
+    write(one.folder, trial="1", checkpoints__3__state="3")
+    shutil.rmtree(one.folder / "checkpoints" / "1")
+    proxy.at("PUT .*/trial", calling(train))
+    one.push()
+    assert visible(bucket, tmp_path / "b") == {
+        "trial": b"1",
+        "checkpoints/2/state": b"2",
+        "checkpoints/3/state": b"3",
+    }
+    one.push()
+    assert visible(bucket, tmp_path / "b") == contents(one.folder)
+
+
+def test_events_that_grow_after_a_push_that_failed_are_whole(
+    bucket: Bucket, proxy: Proxy, tmp_path: Path
+) -> None:
+    one = claimed(bucket, tmp_path / "a")
+    write(one.folder, events__0="a" * 100 + "\n", events__1="b\n")
+    proxy.at("PUT .*/events/1", s3_error(400, "InvalidRequest"))
+    with pytest.raises(DvqError, match="InvalidRequest"):
+        one.push()
+    write(one.folder, events__0="a" * 100 + "\nb\n")
+    one.push()
+    assert visible(bucket, tmp_path / "b") == contents(one.folder)
+
+
+def test_an_object_that_is_gone_is_named(bucket: Bucket, tmp_path: Path) -> None:
+    one = claimed(bucket, tmp_path / "a")
+    write(one.folder, a="1", checkpoints__1__state="1")
+    one.push(active=False)
+    (found,) = (piece.object for piece in one.manifest.files["checkpoints/1/state"])
+    bucket.delete([f"trials/x-1/{found}"])
+    assert visible(bucket, tmp_path / "b") == {"a": b"1"}
+    (found,) = (piece.object for piece in one.manifest.files["a"])
+    bucket.delete([f"trials/x-1/{found}"])
+    with pytest.raises(
+        DvqError, match=f"{found} is not there any more; remove s3://.*json to have all of it"
+    ):
+        visible(bucket, tmp_path / "b")
+
+
+def test_of_publishers_at_once_one_is_left_and_no_garbage(
+    bucket: Bucket, proxy: Proxy, tmp_path: Path
+) -> None:
+    def data(name: str) -> Mirror:
+        write(tmp_path / name, images="1")
+        return Mirror(bucket, "data/x", tmp_path / name, lambda _: {})
+
+    bucket.put("data/x/of-a-dead-worker", b"")
+    proxy.at(r"PUT .*/data/x/.*/images", calling(data("a").publish_once))
+    data("b").publish_once()
+    found = Mirror(bucket, "data/x", tmp_path / "c", lambda _: {})
+    assert {key.removeprefix("data/x/") for key in bucket.list("data/x/")} == found.read().objects()
+    found.fetch()
+    assert contents(found.folder) == {"images": b"1"}
 
 
 @pytest.mark.parametrize("pattern", [r"PUT .*-000001/results", r"PUT .*/x-1\.json", r"POST .*\?delete"])
@@ -298,10 +460,27 @@ def test_a_removed_trial_is_gone_everywhere(bucket: Bucket, tmp_path: Path) -> N
 
 
 def test_a_damaged_manifest_is_one_sentence(bucket: Bucket, tmp_path: Path) -> None:
-    for content in (b"{", b"[]", b'{"format": 2}'):
+    for content, says in (
+        (b"{", "is damaged"),
+        (b"[]", "is damaged"),
+        (b'{"format": 2}', "has format 2, and"),
+    ):
         bucket.put("trials/x-1.json", content)
-        with pytest.raises(DvqError, match=r"trials/x-1.json is damaged"):
+        with pytest.raises(DvqError, match=rf"trials/x-1.json {says}"):
             worker(bucket, tmp_path / "a").claim()
+
+
+def test_a_flipped_bit_anywhere_in_a_manifest_is_seen() -> None:
+    files = {"events/0": [Piece("o-1/events/0.0", "ab" * 32, 99)], "results.json": []}
+    content = Manifest("o", 1, True, "here", {"name": "interrupted", "step": 12}, files).content()
+    whole = parse(content, "x")
+    assert whole.files == files
+    for place in range(len(content)):
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            with suppress(DvqError):
+                assert parse(bytes(flipped), "x") == whole  # white space
 
 
 WRITER = """

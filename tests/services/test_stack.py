@@ -1,14 +1,19 @@
 """The stack as services of this machine, and a sweep on it that leaves no password anywhere."""
 
+import base64
+import http.client
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import boto3
 import pytest
@@ -86,9 +91,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 
 
 def test_it_starts_once_and_says_where(home: Home) -> None:
-    code, said = home.run("stack", "up")
-    assert code == 0, said
-    assert f"the stack is up: MLflow {home.stack.address}" in said
+    """Also when it is started twice at once."""
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: home.run("stack", "up"), range(2)))
+    for code, said in both:
+        assert code == 0, said
+        assert f"the stack is up: MLflow {home.stack.address}" in said
+    assert sum("starting S3" in said for _, said in both) == 1
     pids = home.stack.pids
     assert home.run("stack", "up")[0] == 0
     assert home.stack.pids == pids
@@ -101,6 +110,27 @@ def test_it_starts_once_and_says_where(home: Home) -> None:
     assert not [secret for secret in home.stack.secret.values() if secret in lines]
 
 
+def test_only_this_machine_reaches_it_and_no_other_site_by_a_browser(home: Home) -> None:
+    stack = home.stack
+    listening = {
+        (name, at.laddr.ip, at.laddr.port)
+        for name in stack.pids
+        for process in stack._processes(name)
+        for at in process.net_connections("tcp")
+        if at.status == "LISTEN"
+    }
+    assert {address for _, address, _ in listening} == {"127.0.0.1"}
+    assert {port for _, _, port in listening} >= set(stack.ports.values())
+    statuses = []
+    for host in ("127.0.0.1", "localhost", "elsewhere.example"):
+        connection = http.client.HTTPConnection("127.0.0.1", stack.ports["mlflow"], timeout=30)
+        at = f"{host}:{stack.ports['mlflow']}"
+        connection.request("GET", "/api/2.0/mlflow/experiments/search?max_results=1", headers={"Host": at})
+        statuses.append(connection.getresponse().status)
+        connection.close()
+    assert statuses == [200, 200, 403]
+
+
 def test_a_sweep_uses_it_and_leaves_no_password(home: Home) -> None:
     code, said = home.run("submit", "tiny.yaml", "--jobs", "2")
     assert code == 0, said
@@ -109,8 +139,17 @@ def test_a_sweep_uses_it_and_leaves_no_password(home: Home) -> None:
     assert {"tracking", "s3 dvq", "s3 mlflow", "report", "kfp.log", "pipeline"} <= {
         name.partition(":")[0] for name in left
     }
-    for secret in (CANARY, home.stack.secret["secret_key"], home.stack.secret["password"]):
-        assert [name for name, content in left.items() if secret.encode() in content] == []
+    own = home.stack.secret
+    for secret in (CANARY, own["secret_key"], own["password"]):
+        forms = (secret.encode(), quote(secret).encode(), basic(secret))
+        assert [name for name, content in left.items() if any(form in content for form in forms)] == []
+    told = {name for name, content in left.items() if own["access_key"].encode() in content}
+    assert {Path(name).name for name in told} <= {"s3.log"}  # the server's own, in a folder that is private
+
+
+def basic(password: str) -> bytes:
+    """As HTTP's basic authentication sends it."""
+    return base64.b64encode(f"someone:{password}".encode())
 
 
 def everything(home: Home) -> Iterator[tuple[str, bytes]]:
@@ -200,7 +239,9 @@ def test_it_starts_again_as_it_was_after_a_kill(home: Home) -> None:
     code, said = home.run("submit", "tiny.yaml")
     assert code == 2
     assert "error: the stack was started, and" in said
-    assert home.run("stack", "up")[0] == 0
+    with socket.create_server(("127.0.0.1", before.ports["postgres"])):  # another's by now
+        assert home.run("stack", "up")[0] == 0
+    assert home.stack.ports["postgres"] != before.ports["postgres"]
     assert home.stack.secret == before.secret
     assert recorded(home) == runs
 
