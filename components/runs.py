@@ -1,5 +1,6 @@
 """What MLflow gets: a trial's run with its curves, results and model, a sweep's ``report`` run, and its champion."""
 
+import os
 import re
 import tempfile
 import time
@@ -130,22 +131,33 @@ def _status(event: dict[str, Any]) -> str:
     return "KILLED" if event.get("state") == "interrupted" else "RUNNING"
 
 
-def _find(server: "MlflowClient", experiment: str, key: str) -> "list[Found]":
-    return list(server.search_runs([experiment], f"tags.`dvq.key` = '{key}'"))
+def _store() -> str:
+    """What tells this store from others that are tracked on the same server: its address, or its folder, whose name
+    another machine's may have too, but not its inode. Empty without a store."""
+    place = os.environ.get("DVQ_STORE", "")
+    return place if "://" in place or not place else f"{Path(place).resolve()}#{Path(place).stat().st_ino}"
+
+
+def _find(server: "MlflowClient", experiment: str, tag: str, value: str) -> "list[Found]":
+    """The runs with a tag, of this store or, without one, of none."""
+    found = server.search_runs([experiment], f"tags.`{tag}` = '{value}'")
+    return [run for run in found if run.data.tags.get("dvq.store", "") == _store()]
 
 
 def _find_or_create(
     server: "MlflowClient", experiment: str, document: dict[str, Any], folder: Path
 ) -> "Found":
-    """The run of this attempt at the trial; runs of attempts that the store no longer knows are deleted."""
-    for run in _find(server, experiment, document["key"]):
+    """The run of this attempt at the trial; runs of attempts that its store no longer knows are deleted."""
+    for run in _find(server, experiment, "dvq.key", document["key"]):
         if run.data.tags.get("dvq.attempt") == document["attempt"]:
             return run
-        server.delete_run(run.info.run_id)
+        if _store():
+            server.delete_run(run.info.run_id)
     label = LABELS[document["trial"]["data"]]
     tags = {
         "dvq.key": document["key"],
         "dvq.attempt": document["attempt"],
+        "dvq.store": _store(),
         "dvq.data": label,
         "mlflow.note.content": f"`{document['name']}` on {label}",
     }
@@ -172,9 +184,9 @@ def send_report(server: "MlflowClient", experiment: str, folder: Path, note: str
     line beside the experiment's name."""
     experiment = experiment_id(server, experiment)
     server.set_experiment_tag(experiment, "mlflow.note.content", note.partition("\n")[0])
-    for old in server.search_runs([experiment], "tags.`dvq.report` = 'true'"):
+    for old in _find(server, experiment, "dvq.report", "true"):
         server.delete_run(old.info.run_id)
-    tags = {"dvq.report": "true", "mlflow.note.content": note}
+    tags = {"dvq.report": "true", "dvq.store": _store(), "mlflow.note.content": note}
     run = server.create_run(experiment, tags=tags, run_name="report")
     server.log_artifacts(run.info.run_id, str(folder))
     server.set_terminated(run.info.run_id, "FAILED" if failed else "FINISHED")
@@ -185,7 +197,7 @@ def crown(server: "MlflowClient", model: str, experiment: str, best: dict[str, A
     says where it comes from."""
     import mlflow
 
-    (run,) = _find(server, experiment_id(server, experiment), best["key"])
+    (run,) = _find(server, experiment_id(server, experiment), "dvq.key", best["key"])
     lineage = {
         "dvq.sweep": experiment,
         "dvq.trial": best["name"],

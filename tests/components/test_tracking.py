@@ -36,6 +36,7 @@ RESULTS = {
 @pytest.fixture(autouse=True)
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path))
 
 
 def folder_with(tmp_path: Path, steps: int) -> tuple[Path, Events]:
@@ -172,6 +173,27 @@ def test_points_that_come_again_after_an_interruption_are_not_doubled(tmp_path: 
         tracking.TrialRun(folder, "sweep").sync()
     (run,) = runs()
     assert history(run, "train/rate") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+
+
+def test_stores_on_one_server_leave_each_others_runs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their trials of one sweep have the same keys; a trial computed anew replaces its own store's run."""
+    found: dict[str, str] = {}
+    for name in ("mine", "theirs", "mine"):
+        monkeypatch.setenv("DVQ_STORE", str(tmp_path / name))
+        shutil.rmtree(tmp_path / name / "trial", ignore_errors=True)
+        folder, _ = folder_with(tmp_path / name, 1)
+        (tmp_path / name / "report").mkdir(exist_ok=True)
+        tracking.TrialRun(folder, "sweep").sync()
+        tracking.report("sweep", tmp_path / name / "report", f"{name}: {len(found)}", failed=False)
+        found[name] = json.loads((folder / "trial.json").read_text())["attempt"]
+    tags = [run.data.tags for run in runs()]
+    assert {one["dvq.attempt"] for one in tags if "dvq.attempt" in one} == set(found.values())
+    assert sorted(one["mlflow.note.content"] for one in tags if "dvq.report" in one) == [
+        "mine: 2",
+        "theirs: 1",
+    ]
 
 
 def test_a_trial_computed_anew_replaces_its_run(tmp_path: Path) -> None:
