@@ -208,6 +208,7 @@ def draw(mini: Miniature, path: Path) -> None:
         "The paper's findings in miniature: mean and standard error over seeds", results, 10, 7.5
     )
     sizes, latents, variances, along = figure.subplots(2, 2).flat
+    variances.set(xscale="log", yscale="log")  # scales forget the ticks that were set before
     for name in ESTIMATORS:
         called, colour, marker = style(name)
         drawn: dict[str, Any] = {"color": colour, "marker": marker, "label": called}
@@ -228,9 +229,7 @@ def draw(mini: Miniature, path: Path) -> None:
             )
             variances.set_xticks(list(found), labels=map(str, found))
             variances.set_xticks([], minor=True)
-    variances.set(
-        xscale="log", yscale="log", xlabel="L, latent variables", ylabel="variance / ‖mean gradient‖²"
-    )
+    variances.set(xlabel="L, latent variables", ylabel="variance / ‖mean gradient‖²")
     sizes.set(xlabel="C, codes in a codebook", ylabel="bits/dim")
     latents.set(xlabel="K, latent variables a position", ylabel="bits/dim")
     along.set(xlabel="step", ylabel="rate [bits/dim]")
