@@ -85,6 +85,10 @@ class Trainer:
         """Train on ``images``."""
         loss = self.trial.loss(self.model, images, generator, step)
         loss.surrogate.backward()
+        rate = self.trial.learning_rate_at(step)
+        if isinstance(rate, Tensor) and rate.is_cuda:
+            rate = rate.float()  # the fused kernel reads no other
+        self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         return torch.stack([loss.surrogate.detach(), loss.distortion, loss.rate])

@@ -77,6 +77,10 @@ class Trial(BaseModel):
     """the paper does not say; no schedule looks at the last step, so that a longer trial goes on from this one"""
     batch_size: Count = 64
     learning_rate: Positive = 5e-4
+    decay_after: Annotated[int, Field(ge=0)] | None = None
+    """steps after which the learning rate falls, by half every ``decay_half_life``; None: it is constant, as in
+    the paper. As the other schedules it does not look at the last step: longer trials go on from shorter ones."""
+    decay_half_life: Count = 10_000
 
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """of the convolutions and the head's factors in training on a GPU. Logits, likelihood, rate, optimizer and all
@@ -93,6 +97,15 @@ class Trial(BaseModel):
     """steps between checkpoints"""
     checkpoint_seconds: Positive = Field(default=60.0, json_schema_extra=Unkeyed)
     """seconds after which a checkpoint is due whatever the steps"""
+
+    def learning_rate_at(self, step: "Step") -> "float | Tensor":
+        """The learning rate at a training step."""
+        if self.decay_after is None:
+            return self.learning_rate
+        halvings = (step - self.decay_after) / self.decay_half_life
+        return self.learning_rate * 0.5 ** (
+            max(0.0, halvings) if isinstance(halvings, float) else halvings.clamp(min=0)
+        )
 
     def key(self) -> str:
         """The trial's name in the store: its family, and how many steps of it."""

@@ -21,6 +21,7 @@ from dvq.trainer import Trainer
 
 IMAGES = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
 SCHEDULES = {"kl_warmup": 5, "temperature": 1.0, "final_temperature": 0.2, "annealing_steps": 4}
+SCHEDULES |= {"decay_after": 2, "decay_half_life": 3}
 WAITS = {
     "aten::_local_scalar_dense",
     "aten::nonzero",

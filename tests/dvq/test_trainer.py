@@ -1,6 +1,7 @@
 """A step of training: which images it sees, in which noise, and that it leaves nothing behind."""
 
 import numpy as np
+import pytest
 import torch
 
 from dvq.config import trial
@@ -39,3 +40,18 @@ def test_the_seed_decides_the_weights_and_a_step_leaves_no_gradient() -> None:
     assert not torch.equal(weights[0], weights[2])
     first.step(0)
     assert all(parameter.grad is None for parameter in first.model.parameters())
+
+
+def test_the_learning_rate_falls_by_half_every_half_life_and_is_the_optimizers() -> None:
+    small = {"data": "cifar10-sample", "num_latents": 2, "code_dim": 3, "features": 4, "batch_size": 6}
+    small |= {"estimator": "gs-soft", "num_codes": 5, "learning_rate": 0.5}
+    falling = trial({**small, "decay_after": 2, "decay_half_life": 3})
+    rates = [falling.learning_rate_at(step) for step in (0, 2, 5, 8)]
+    assert rates == pytest.approx([0.5, 0.5, 0.25, 0.125])
+    moved = []
+    for one in (trial(small), falling):
+        trainer = Trainer(one, IMAGES, torch.device("cpu"), torch.float64)
+        before = trainer.model.encoder.body[0].weight.detach().clone()
+        trainer.step(8)
+        moved.append(trainer.model.encoder.body[0].weight.detach() - before)
+    torch.testing.assert_close(moved[0], 4 * moved[1])
