@@ -100,7 +100,7 @@ def check(job: Job) -> Profile:
                 f"the sweep '{job.sweep.name}' is too large for one pipeline ({name}: {len(value) >> 10} KiB of "
                 f"{PARAMETER >> 10}); move what trials share to 'base', or make two sweeps of it"
             )
-    name = image.name(profile)
+    name = image.name(profile, pushed=True)
     if profile.cluster.pull_policy != "Never":
         if not (profile.image or image.registry(profile)):
             raise DvqError("ON=kfp: name the registry of the image, REGISTRY=host/path or cluster.registry")

@@ -83,11 +83,11 @@ def content(torch: str = "", base: str = "") -> Content:
     return Content(files, arguments)
 
 
-def name(profile: Profile) -> str:
-    """The image that a profile's tasks run: its own, or this checkout's, on a cluster that of its registry."""
+def name(profile: Profile, pushed: bool) -> str:
+    """The image that a profile's tasks run: its own, or this checkout's, ``pushed`` to its registry or not."""
     cluster = profile.cluster or Cluster()
     tag = content(os.environ.get("TORCH") or cluster.torch, os.environ.get("BASE", "")).tag()
-    found = registry(profile)
+    found = registry(profile) if pushed else ""
     return profile.image or (f"{found}/{tag}" if found else tag)
 
 

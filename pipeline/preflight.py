@@ -124,7 +124,7 @@ def find_containers(profile: Profile) -> Profile:
     """The profile with an image that is there: its own, or the one of this checkout."""
     from pipeline import containers, image
 
-    name = image.name(profile.model_copy(update={"cluster": None}))
+    name = image.name(profile, pushed=False)
     containers.check_image(name)
     return profile.model_copy(update={"image": name})
 

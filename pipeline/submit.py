@@ -96,7 +96,7 @@ def _print_plan(job: Job, cap: float | None, on: str, fresh: bool) -> None:
 
     profile = job.profile or Profile(parallelism=job.jobs)
     plan = forecast.plan(job.trials, job.store, profile, fresh)
-    name = image.name(profile) if on != "local" else "none: processes of this machine"
+    name = image.name(profile, pushed=on == "kfp") if on != "local" else "none: processes of this machine"
     print(f"{job.sweep.name}, ON={on}, the store {job.store.place}; nothing is started")
     for line in forecast.lines(plan, profile, job.jobs, name, cap):
         print(f"  {line}")

@@ -134,9 +134,20 @@ def test_what_is_pushed_is_what_the_sweep_and_the_manifests_name(
     daemon = Daemon()
     monkeypatch.setattr(image, "connect", lambda: daemon)
     image.image("", "", profile, True)
-    wanted = image.name(find_profile(profile or PROFILE["kfp"]))
+    wanted = image.name(find_profile(profile or PROFILE["kfp"]), pushed=True)
     assert capsys.readouterr().out.strip() == wanted
     assert daemon.pushed == [f"r.example.org/me/{IMAGE}", wanted]
+
+
+@pytest.mark.parametrize("profile", ["docker", "nvidia", "kind"])
+def test_what_is_built_is_what_containers_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], profile: str
+) -> None:
+    """`submit-sweep ON=docker` makes the image first, with the same profile."""
+    monkeypatch.delenv("REGISTRY", raising=False)
+    monkeypatch.setattr(image, "connect", Daemon)
+    image.image("", "", profile, False)
+    assert capsys.readouterr().out.strip() == image.name(find_profile(profile), pushed=False)
 
 
 def test_data_of_this_machine_goes_to_the_store(
