@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow.entities import LoggedModelStatus
 
 from components import tracking
 from components.store import begin, read_json, state, write_json
@@ -82,7 +83,8 @@ def runs(experiment: str) -> list[Any]:
 def end_state(experiment: str) -> dict[str, Any]:
     """All that MLflow has of the experiment's one run, but for what is different each time."""
     client, (run,) = tracking.client(), runs(experiment)
-    model = client.get_logged_model(run.outputs.model_outputs[-1].model_id)
+    models = [client.get_logged_model(one.model_id) for one in run.outputs.model_outputs]  # in any order
+    (model,) = (one for one in models if one.status == LoggedModelStatus.READY)
     names = [
         item.path
         for part in ("", "figures", "images")
@@ -96,10 +98,7 @@ def end_state(experiment: str) -> dict[str, Any]:
         "tags": {name: value for name, value in run.data.tags.items() if name.startswith("dvq.")},
         "points": points(run),
         "artifacts": sorted(name.partition("+timestamp")[0] for name in names),
-        "model": (
-            model.status,
-            sorted(one.path for one in client.list_logged_model_artifacts(model.model_id)),
-        ),
+        "model": sorted(one.path for one in client.list_logged_model_artifacts(model.model_id)),
     }
 
 
