@@ -127,7 +127,15 @@ def test_it_is_left_going_refused_twice_and_cancelled(launch: Launch) -> None:
     code, output = launch.run()
     assert code == 2
     assert output.startswith("error: the sweep 'tiny' is under way")
-    wait_for(lambda: list(launch.folder.glob("nodes/**/checkpoints/*")), 120)
+
+    def told() -> str:
+        found = subprocess.run(
+            [sys.executable, "-m", "pipeline.explain", "tiny.yaml"],
+            cwd=launch.folder, env=launch.environment, capture_output=True, text=True,
+        )  # fmt: skip
+        return found.stdout
+
+    wait_for(lambda: "goes on from step" in told(), 120)  # a checkpoint was pushed
     command = [
         sys.executable,
         "-m",
@@ -139,11 +147,7 @@ def test_it_is_left_going_refused_twice_and_cancelled(launch: Launch) -> None:
     done = subprocess.run(command, cwd=launch.folder, env=launch.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     wait_for(lambda: launch.server.runs[run].state == "CANCELED")
-    found = subprocess.run(
-        [sys.executable, "-m", "pipeline.explain", "tiny.yaml"],
-        cwd=launch.folder, env=launch.environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert "goes on from step" in found.stdout
+    assert "goes on from step" in told()
 
 
 def test_data_that_is_not_there_is_refused_before_anything_starts(launch: Launch, tmp_path: Path) -> None:
