@@ -24,14 +24,12 @@ def pick() -> torch.device:
         DvqError: the environment wants a GPU, ``DVQ_DEVICE=cuda``, and there is none to be seen.
     """
     count = torch.cuda.device_count()
-    if (
-        not count and os.environ.get("DVQ_DEVICE") == "cuda"
-    ):  # which is paid for: better no trial than a slow one
-        raise DvqError(
-            f"DVQ_DEVICE=cuda, but torch {torch.__version__} sees no GPU: is it a build with CUDA, and the folder "
-            "of the driver's libcuda.so.1 in LD_LIBRARY_PATH?"
-        )
     if not count:
+        if os.environ.get("DVQ_DEVICE") == "cuda":  # a GPU that is paid for: better no trial than a slow one
+            raise DvqError(
+                f"DVQ_DEVICE=cuda, but torch {torch.__version__} sees no GPU: is it a build with CUDA, and the "
+                "folder of the driver's libcuda.so.1 in LD_LIBRARY_PATH?"
+            )
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True

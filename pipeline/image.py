@@ -210,9 +210,7 @@ def image(
 ) -> None:
     """Build the image, unless it is there; push it if that is asked."""
     with preflight.one_sentence():
-        named = (
-            profile or preflight.PROFILE["kfp"] * pushed
-        )  # what submit-sweep ON=kfp looks for in the registry
+        named = profile or (preflight.PROFILE["kfp"] if pushed else "")  # as submit-sweep ON=kfp looks for it
         limits = find_profile(named) if named else Profile(cluster=Cluster())
         place = registry(limits)
         if pushed and not place:

@@ -277,9 +277,8 @@ def _message(error: Any) -> str:
     """What an error of the API says."""
     try:
         content = json.loads(error.body)
-        details = [
-            one.get("error_message") for one in (content, *(content.get("details") or ()))
-        ]  # uploads: itself
+        said = (content, *(content.get("details") or ()))  # an upload's error has its message itself
+        details = [one.get("error_message") for one in said]
         return _line(next(filter(None, details), "") or content.get("message") or content.get("error") or "")
     except (TypeError, ValueError, AttributeError):
         return _line(str(error.reason or "no reason"))

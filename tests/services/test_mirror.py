@@ -69,6 +69,17 @@ def write(folder: Path, **files: str) -> None:
         path.write_text(text)
 
 
+def seemed_to_fail(bucket: Bucket, proxy: Proxy, folder: Path) -> Mirror:
+    """A worker whose push of a = 1 was done, and the answer lost."""
+    made = claimed(bucket, folder)
+    write(folder, a="1")
+    bucket.patience = 0.0
+    proxy.at(r"PUT .*/x-1\.json", answer_up_to(0))
+    with pytest.raises(DvqError, match="does not answer"):
+        made.push()
+    return made
+
+
 def test_a_push_is_fetched_elsewhere_and_follows_the_folder(bucket: Bucket, tmp_path: Path) -> None:
     one = claimed(bucket, tmp_path / "a")
     write(one.folder, trial="1", checkpoints__1__state="a" * 100, images__1="png", half__written="x")
@@ -199,12 +210,7 @@ def test_a_lost_answer_is_no_defeat(bucket: Bucket, proxy: Proxy, tmp_path: Path
 
 
 def test_a_push_that_seemed_to_fail_is_no_defeat(bucket: Bucket, proxy: Proxy, tmp_path: Path) -> None:
-    one = claimed(bucket, tmp_path / "a")
-    write(one.folder, a="1")
-    bucket.patience = 0.0
-    proxy.at(r"PUT .*/x-1\.json", answer_up_to(0))
-    with pytest.raises(DvqError, match="does not answer"):
-        one.push()
+    one = seemed_to_fail(bucket, proxy, tmp_path / "a")
     assert visible(bucket, tmp_path / "b") == {"a": b"1"}
     write(one.folder, a="2")
     one.push(active=False)
@@ -214,24 +220,14 @@ def test_a_push_that_seemed_to_fail_is_no_defeat(bucket: Bucket, proxy: Proxy, t
 def test_a_worker_that_dies_in_a_push_that_seemed_to_fail_leaves_what_came_after(
     bucket: Bucket, proxy: Proxy, tmp_path: Path
 ) -> None:
-    one = claimed(bucket, tmp_path / "a")
-    write(one.folder, a="1")
-    bucket.patience = 0.0
-    proxy.at(r"PUT .*/x-1\.json", answer_up_to(0))
-    with pytest.raises(DvqError, match="does not answer"):
-        one.push()
+    one = seemed_to_fail(bucket, proxy, tmp_path / "a")
     write(one.folder, a="2", b="2")
     assert contents(claimed(bucket, tmp_path / "a").folder) == {"a": b"2", "b": b"2"}
 
 
 def test_answers_lost_one_after_the_other_are_no_defeat(bucket: Bucket, proxy: Proxy, tmp_path: Path) -> None:
     """Of a push that seemed to fail, and of the next, which finds it there."""
-    one = claimed(bucket, tmp_path / "a")
-    write(one.folder, a="1")
-    bucket.patience = 0.0
-    proxy.at(r"PUT .*/x-1\.json", answer_up_to(0))
-    with pytest.raises(DvqError, match="does not answer"):
-        one.push()
+    one = seemed_to_fail(bucket, proxy, tmp_path / "a")
     bucket.patience = 30.0
     write(one.folder, a="2")
     proxy.at(r"PUT .*/x-1\.json", s3_error(412, "PreconditionFailed"))
