@@ -123,27 +123,48 @@ class Stack:
             time.sleep(0.2)
 
     def _stop(self, name: str, end: signal.Signals) -> None:
+        """End a service in good order by asking its group, and what is left then by force."""
         import psutil
 
-        left = self._processes(name)
-        for number in (end, signal.SIGKILL):
-            for process in left:
+        def signal_to(processes: list[psutil.Process], number: signal.Signals) -> None:
+            for process in processes:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(number)
+
+        left = self._processes(name)
+        if group := [process for process in left if self._grouped(name, process)]:
+            signal_to(group, end)
             _, left = psutil.wait_procs(left, STOP)
+        signal_to(left, signal.SIGKILL)
+        psutil.wait_procs(left, STOP)
 
     def _processes(self, name: str) -> list[Any]:
-        """The service's processes: those of its group, if that number is not another's by now."""
+        """The service's processes: its group, and PostgreSQL's children, which leave it.
+
+        Those outlive a killed parent by what they are at, and let no other start till then: they are known by the
+        folder that they work in.
+        """
         import psutil
 
+        data = self.folder.resolve() / name
         found = []
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, ProcessLookupError):
-                if os.getpgid(process.pid) == self.pids[name] and process.environ().get(MARK) == str(
-                    self.folder
+            with contextlib.suppress(psutil.Error):
+                if self._grouped(name, process) or (
+                    process.name() == "postgres" and Path(process.cwd()) == data
                 ):
                     found.append(process)
         return found
+
+    def _grouped(self, name: str, process: Any) -> bool:
+        """Whether it is of the service's group, if that number is not another's by now."""
+        import psutil
+
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            return os.getpgid(process.pid) == self.pids[name] and process.environ().get(MARK) == str(
+                self.folder
+            )
+        return False
 
     def _save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 import boto3
+import psutil
 import pytest
 import yaml
 from kfp.compiler import Compiler
@@ -234,6 +235,8 @@ def test_few_names_of_metrics_however_many_latent_variables(home: Home) -> None:
 
 def test_it_starts_again_as_it_was_after_a_kill(home: Home) -> None:
     before, runs = home.stack, recorded(home)
+    busy = psutil.Process(before.pids["postgres"]).children()[0]
+    busy.suspend()  # it outlives PostgreSQL, and lets no other start
     for pid in before.pids.values():
         os.kill(pid, signal.SIGKILL)  # MLflow's own child stays behind, as a stray
     code, said = home.run("submit", "tiny.yaml")
@@ -242,6 +245,7 @@ def test_it_starts_again_as_it_was_after_a_kill(home: Home) -> None:
     with socket.create_server(("127.0.0.1", before.ports["postgres"])):  # another's by now
         assert home.run("stack", "up")[0] == 0
     assert home.stack.ports["postgres"] != before.ports["postgres"]
+    assert not busy.is_running()
     assert home.stack.secret == before.secret
     assert recorded(home) == runs
 

@@ -225,11 +225,9 @@ def test_postgresql_restarted(stack: Stack, server: Proxy, tmp_path: Path) -> No
         exchange.forward()
 
     server.at(LOG_BATCH, fault)
-    while not run.sync():
-        pass
+    wait_for(run.sync, 120)
     finish(tmp_path / "trial", diary)
-    while not run.sync():
-        pass
+    wait_for(run.sync, 120)
     found = end_state("postgres")
     assert (found["status"], found["points"]) == ("FINISHED", stored(tmp_path / "trial"))
 
