@@ -18,8 +18,8 @@ FINAL = ("bits_per_dim_se", "bound", "components_95_weighted")
 """What the results have beside the curves: few, for MLflow draws a chart of each."""
 
 
-def send(run_id: str, model: Path) -> str:
-    """The model as a pyfunc made from code and safetensors: nothing in it is a pickle; its id."""
+def send(run_id: str, name: str, model: Path) -> str:
+    """The trial's model as a pyfunc made from code and safetensors: nothing in it is a pickle; its id."""
     import mlflow
     import numpy as np
     from mlflow.models import ModelSignature
@@ -37,7 +37,7 @@ def send(run_id: str, model: Path) -> str:
         with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MLflow wants type hints or examples where a signature is given
             made = mlflow.pyfunc.log_model(
-                name="model",
+                name=name.replace(".", "_"),  # MLflow allows no full stop
                 python_model=str(Path(__file__).with_name("pyfunc.py")),
                 artifacts={"model": str(model)},
                 code_paths=[str(code)],

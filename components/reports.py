@@ -12,6 +12,7 @@ from dvq.config import Sweep
 
 if TYPE_CHECKING:
     from dvq.analyze import Analysis
+    from dvq.pictures import Pictures
 
 
 def report(sweep_json: str, page: Path | None = None) -> Path:
@@ -27,7 +28,10 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
         raise DvqError("report: DVQ_STORE is not set; a report is made from the results in a store")
     sweep = Sweep.model_validate_json(sweep_json)
     results, analyses, failures = gather(sweep, store)
-    path = write(store.report(sweep.name), sweep.name, sweep.description, results, analyses, failures)
+    pictures = _pictures(results, store)
+    path = write(
+        store.report(sweep.name), sweep.name, sweep.description, results, analyses, failures, pictures
+    )
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, page)
@@ -60,6 +64,17 @@ def gather(sweep: Sweep, store: Store) -> "tuple[list[dict[str, Any]], dict[str,
         if store.has(trial.key(), "analysis.npz"):
             analyses[name] = Analysis.load(store.trial(trial.key()) / "analysis.npz")
     return results, analyses, failures
+
+
+def _pictures(results: list[dict[str, Any]], store: Store) -> "dict[str, Pictures]":
+    """Those of the trials that figures of single trials show, by name."""
+    from dvq.pictures import Pictures
+    from dvq.style import shown
+
+    keys = {group.results[0]["name"]: group.results[0]["key"] for group in shown(results)}
+    store.look(keys.values(), "pictures.npz")
+    having = {name: key for name, key in keys.items() if store.has(key, "pictures.npz")}
+    return {name: Pictures.load(store.trial(key) / "pictures.npz") for name, key in having.items()}
 
 
 def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:

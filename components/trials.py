@@ -54,10 +54,11 @@ def _done(store: Store, sweep: Sweep, point: Point) -> bool:
 
 @contextmanager
 def _working(trial: Trial) -> Iterator[Work]:
-    """Work on the trial's folder in the store; without a store, in one that is forgotten."""
+    """Work on the trial's folder in the store; without a store, in one that is removed afterwards."""
     store = Store.from_environment()
     if store is None:
-        yield Work(Path(tempfile.mkdtemp(prefix="dvq-trial-")))
+        with tempfile.TemporaryDirectory(prefix="dvq-trial-") as folder:
+            yield Work(Path(folder))
     else:
         with store.working(trial.key()) as work:
             yield work
@@ -199,7 +200,7 @@ def analyze(data: Path, model: Path, evaluation: Path, analysis: Path, experimen
             if (folder / "results.json").exists():
                 Events(folder).state("finished")
         analysis.mkdir(parents=True, exist_ok=True)
-        for name in ("results.json", "analysis.npz"):
+        for name in ("results.json", "analysis.npz", "pictures.npz"):
             if (folder / name).exists():
                 shutil.copy(folder / name, analysis / name)
         if (folder / "figures").exists():
@@ -212,7 +213,7 @@ def _analyze(
 ) -> None:
     import numpy as np
 
-    from dvq import figures, style
+    from dvq import figures, pictures, style
     from dvq import load as load_model
     from dvq.analyze import analyze as analyze_codebooks
 
@@ -230,15 +231,18 @@ def _analyze(
         "curves": _curves(folder, f"{model.trial.split}/"),
         "probe": _curves(folder, "probe/"),
     }
+    title = f"{results['name']}, {data.info['label']}"
+    seen = pictures.take(model, data.evaluation(model.trial.split)[0])
+    seen.save(folder / "pictures.npz")
+    drawn = {"pictures": pictures.of_trial(seen, title)}
     if "usage" in judged:
         found = analyze_codebooks(model.latents.codebook.detach().numpy(), np.asarray(judged["usage"]))
         found.save(folder / "analysis.npz")
-        title = f"{results['name']}, {data.info['label']}"
-        style.save_png(
-            figures.explained_variance(found, title), folder / "figures" / "explained_variance.png"
-        )
-        style.save_png(figures.codebooks_3d(found, title), folder / "figures" / "codebooks.png")
+        drawn["explained_variance"] = figures.explained_variance(found, title)
+        drawn["codebooks"] = figures.codebooks_3d(found, title)
         results["analysis"] = found.summary()
+    for name, figure in drawn.items():
+        style.save_png(figure, folder / "figures" / f"{name}.png")
     write_json(folder / "results.json", results)
 
 

@@ -87,7 +87,7 @@ def draw(folder: Path, results: Sequence[Result]) -> None:
         field for field in (changes or [{}])[0] if len({str(others.get(field)) for others in changes}) == 1
     ]
     named = [{**one, "name": name(made, *common)} for one, made in zip(shown, trials, strict=True)]
-    reports.draw(folder, named, {one["name"]: _analysis(one) for one in named if "codebooks" in one})
+    reports.draw(folder, named, {one["name"]: _analysis(one) for one in named if "codebooks" in one}, {})
 
 
 def _analysis(result: Result) -> Analysis:

@@ -10,7 +10,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dvq import figures
+from dvq import figures, style
+from dvq.pictures import Pictures, of_sweep
 from dvq.style import Analyses, Result, notice, save_png
 
 Row = dict[str, Any]
@@ -63,6 +64,12 @@ FIGURES = {
         "Rows are trials, columns their first latent variables; points are codes, projected on the first "
         "three principal components of all codes of that codebook, with one scale for the three axes. Colour "
         "is a code's norm; rings are codes that were never used. " + CHOICE,
+    ),
+    "pictures": (
+        "Reconstructions and samples",
+        "The first images of the split; a row a trial, of several seeds the first, the mean of p(x|z) at a hard "
+        "sample z ~ q(z|x) of each; and the mean of p(x|z) for draws from the prior, which is factorial: it knows "
+        "how often a code occurs, and nothing of which go together. " + CHOICE,
     ),
 }
 
@@ -196,6 +203,7 @@ def write(
     results: Sequence[Result],
     analyses: Analyses,
     failures: Mapping[str, str],
+    pictures: Mapping[str, Pictures],
 ) -> Path:
     """Write ``figures/*.png``, ``table.json`` and ``report.html`` to ``folder``; the path of the page.
 
@@ -206,8 +214,9 @@ def write(
         results: the contents of ``results.json`` files, in the sweep's order.
         analyses: by the trials' names; a trial with continuous latent variables has none.
         failures: the reason by the trial's name.
+        pictures: by the trials' names; those of the trials that :func:`dvq.style.shown` names are drawn.
     """
-    pictures = draw(folder / "figures", results, analyses)
+    drawn = draw(folder / "figures", results, analyses, pictures)
     table = {
         "format": 1,
         "sweep": sweep_name,
@@ -215,11 +224,13 @@ def write(
         "rows": rows(results, failures),
     }
     _replace(folder / "table.json", json.dumps(table, indent=1) + "\n")
-    _replace(folder / "report.html", page(sweep_name, description, results, failures, pictures))
+    _replace(folder / "report.html", page(sweep_name, description, results, failures, drawn))
     return folder / "report.html"
 
 
-def draw(folder: Path, results: Sequence[Result], analyses: Analyses) -> dict[str, bytes]:
+def draw(
+    folder: Path, results: Sequence[Result], analyses: Analyses, pictures: Mapping[str, Pictures]
+) -> dict[str, bytes]:
     """The results' figures, as far as there is something to draw, as PNG files and their bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
@@ -231,6 +242,8 @@ def draw(folder: Path, results: Sequence[Result], analyses: Analyses) -> dict[st
     if any(result["name"] in analyses for result in finite):
         drawn["figure_1b"] = figures.figure_1b(finite, analyses)
         drawn["figure_2"] = figures.figure_2(finite, analyses)
+    if any(group.results[0]["name"] in pictures for group in style.shown(finite)):
+        drawn["pictures"] = of_sweep(finite, pictures)
     for name, figure in drawn.items():
         save_png(figure, folder / f"{name}.png")
     return {name: (folder / f"{name}.png").read_bytes() for name in drawn}

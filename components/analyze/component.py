@@ -20,7 +20,7 @@ def analyze(
         data: a prepared dataset.
         model: what train made.
         evaluation: what evaluate made.
-        analysis: results.json, analysis.npz and figures/.
+        analysis: results.json, analysis.npz, pictures.npz and figures/.
         experiment: the MLflow experiment to track in; empty for none.
     """
     from pathlib import Path

@@ -117,6 +117,7 @@ def test_a_finished_trials_numbers_are_on_its_run_and_its_model(
         assert history(run, f"test/{name}") == [(4, value)]
     (output,) = run.outputs.model_outputs
     model = tracking.client().get_logged_model(output.model_id)
+    assert model.name == run.info.run_name
     assert {one.key: one.value for one in model.metrics} == {
         name: value for name, value in run.data.metrics.items() if name.startswith("test/")
     }
@@ -124,6 +125,18 @@ def test_a_finished_trials_numbers_are_on_its_run_and_its_model(
     said = run.data.tags["mlflow.note.content"]
     assert "**7.500 ± 0.250 bits/dim**" in said
     assert f'dvq.load("models:/{output.model_id}")' in said
+
+
+def test_a_model_has_its_trials_name_as_far_as_mlflow_allows(tmp_path: Path) -> None:
+    folder, diary = folder_with(tmp_path, 1)
+    name = "gs-soft-c4-k8-s0-temperature-0.1"
+    write_json(folder / "trial.json", {**(read_json(folder / "trial.json") or {}), "name": name})
+    finish(folder, diary)
+    assert tracking.TrialRun(folder, "sweep").sync()
+    (run,) = runs()
+    assert run.info.run_name == name
+    (output,) = run.outputs.model_outputs
+    assert tracking.client().get_logged_model(output.model_id).name == "gs-soft-c4-k8-s0-temperature-0_1"
 
 
 def test_a_trial_without_codebooks_is_a_finished_run_too(tmp_path: Path) -> None:

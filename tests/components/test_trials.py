@@ -65,7 +65,8 @@ def test_a_trial_becomes_results(store: Store, prepared: Path, tmp_path: Path) -
     assert [point["step"] for point in results["curves"]] == [2, 4]
     assert results["curves"][-1]["bits_per_dim"] == pytest.approx(numbers["bits_per_dim"], rel=1e-6)
     assert results["provenance"]["threads"] == 1
-    for made in ("results.json", "analysis.npz", "figures/explained_variance.png", "figures/codebooks.png"):
+    drawn = {f"figures/{name}.png" for name in ("explained_variance", "codebooks", "pictures")}
+    for made in {"results.json", "analysis.npz", "pictures.npz"} | drawn:
         assert (tmp_path / "analysis" / made).stat().st_size > 0
     states = [event["state"] for event in events.read(store.trial(key)) if event["kind"] == "state"]
     assert states == ["training", "evaluating", "analyzing", "finished"]

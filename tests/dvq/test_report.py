@@ -13,6 +13,7 @@ import pytest
 
 from dvq import report
 from dvq.analyze import analyze
+from dvq.pictures import Pictures
 
 FAILURES = {"vimco-c16-k4-s0": "training was killed by <SIGKILL> & more"}
 EVIL = '<script>alert("x")</script>'
@@ -74,7 +75,10 @@ class Page(HTMLParser):
 @pytest.fixture
 def written(sweep, tmp_path):
     results, analyses = sweep
-    return report.write(tmp_path / "reports" / "smoke", "smoke", f"A try {EVIL}", results, analyses, FAILURES)
+    grey = np.full((16, 32, 32, 3), 128, np.uint8)
+    pictures = {one["name"]: Pictures(grey, grey, grey) for one in results}
+    folder = tmp_path / "reports" / "smoke"
+    return report.write(folder, "smoke", f"A try {EVIL}", results, analyses, FAILURES, pictures)
 
 
 def test_rows_are_sorted_by_bits_per_dim_and_failures_come_last(sweep):
@@ -209,7 +213,7 @@ def test_the_table_is_written_as_json(written, sweep):
 
 
 def test_a_second_report_replaces_the_first(written):
-    report.write(written.parent, "smoke", "", [], {}, FAILURES)
+    report.write(written.parent, "smoke", "", [], {}, FAILURES, {})
     page = Page(written.read_text())
     assert "1 of 1 trials failed" in page.text
     assert "nothing to draw" in page.text
@@ -218,6 +222,6 @@ def test_a_second_report_replaces_the_first(written):
 
 
 def test_continuous_latents_have_no_codebooks_to_draw(sweep, tmp_path):
-    page = Page(report.write(tmp_path, "smoke", "", sweep[0], {}, {}).read_text())
+    page = Page(report.write(tmp_path, "smoke", "", sweep[0], {}, {}, {}).read_text())
     assert [picture["alt"][:11] for picture in page.all("img")] == ["Figure 1(a)", "Figure 1(c)"]
     assert "failed" not in page.text.replace("0 failed", "")

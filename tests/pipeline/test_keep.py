@@ -153,7 +153,9 @@ def test_figures_leave_partial_training_out_or_say_it(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[set[str]] = []
-    monkeypatch.setattr(report, "draw", lambda _, results, __: drawn.append({one["name"] for one in results}))
+    monkeypatch.setattr(
+        report, "draw", lambda _, results, *__: drawn.append({one["name"] for one in results})
+    )
     run("sweep.yaml", capsys)
     for name in FULL:
         (root / keep.FOLDER / f"{name}.json").unlink()
@@ -166,7 +168,7 @@ def test_figures_leave_partial_training_out_or_say_it(
 
 def test_figures_name_what_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr(report, "draw", lambda _, results, __: drawn.extend(one["name"] for one in results))
+    monkeypatch.setattr(report, "draw", lambda _, results, *__: drawn.extend(one["name"] for one in results))
     base = {"estimator": "vq-ema", "features": 32, "learning_rate": 1e-3}
     trials = [
         trial({**base, **more}) for more in ({"steps": 10}, {"steps": 20}, {"steps": 20, "commitment": 1.0})

@@ -29,6 +29,7 @@ DVQ_IN_PIPELINE = {
 }
 ADAPTERS = {
     "dvq/figures.py": {"matplotlib"},
+    "dvq/pictures.py": {"matplotlib"},
     "dvq/style.py": {"matplotlib"},
     "components/logged.py": {"mlflow"},
     "components/runs.py": {"mlflow", "PIL"},

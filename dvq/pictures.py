@@ -1,0 +1,82 @@
+"""What a model makes of images: the first of its split, their reconstructions, and samples of its prior."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from dvq.style import Result, look, new_figure, shown
+
+if TYPE_CHECKING:
+    from dvq.model import Model
+
+Images = NDArray[np.uint8]
+COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Of one trial, each uint8 (N, 32, 32, 3)."""
+
+    images: Images
+    reconstructions: Images
+    """the mean of p(x|z) at a hard sample z ~ q(z|x) of each image"""
+    samples: Images
+    """the mean of p(x|z) for draws z ~ p(z), in no relation to the images"""
+
+    def save(self, path: Path) -> None:
+        """Writes the arrays to ``path``, which should end in ``.npz``."""
+        np.savez_compressed(path, **asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Pictures":
+        """The inverse of :meth:`save`."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(**arrays)
+
+
+def take(model: "Model", images: Images) -> Pictures:
+    """The pictures of a trained model, of the first of ``images`` (M, 32, 32, 3)."""
+    first = np.array(images[:COLUMNS])
+    reconstructed = model.reconstruct(first)
+    return Pictures(first, reconstructed.cpu().numpy(), model.sample(len(first)).cpu().numpy())
+
+
+@look
+def of_trial(pictures: Pictures, title: str) -> Figure:
+    """The images, their reconstructions and the samples of one trial."""
+    figure = new_figure(title, [], 10, 2.4)
+    rows = {
+        "images": pictures.images,
+        "reconstructions": pictures.reconstructions,
+        "samples": pictures.samples,
+    }
+    _draw(figure, list(rows.items()))
+    return figure
+
+
+@look
+def of_sweep(results: Sequence[Result], pictures: Mapping[str, Pictures]) -> Figure:
+    """The images; then, of each trial that is shown (its first seed), a row of reconstructions; then the samples."""
+    groups = [(group.label, group.results[0]["name"]) for group in shown(results)]
+    drawn = [(label, pictures[name]) for label, name in groups if name in pictures]
+    figure = new_figure("Reconstructions, and samples of the prior", results, 10, 1.2 + 1.2 * len(drawn))
+    rows = [("images", drawn[0][1].images)]
+    rows += [(f"{label}\nreconstructions", one.reconstructions) for label, one in drawn]
+    rows += [(f"{label}\nsamples", one.samples) for label, one in drawn]
+    _draw(figure, rows)
+    return figure
+
+
+def _draw(figure: Figure, rows: Sequence[tuple[str, Images]]) -> None:
+    """Images (N, 32, 32, 3) side by side, a row of the figure each, behind its label."""
+    for axes, (label, images) in zip(figure.subplots(len(rows)), rows, strict=True):
+        apart = np.pad(images, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)  # (N, 32, 34, 3)
+        axes.imshow(apart.transpose(1, 0, 2, 3).reshape(images.shape[1], -1, 3), interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.set_ylabel(label, rotation=0, ha="right", va="center", size=8)

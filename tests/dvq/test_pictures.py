@@ -1,0 +1,61 @@
+"""Reconstructions and samples: whose they are, and that a figure shows each where its label says."""
+
+import numpy as np
+import pytest
+import torch
+
+from dvq import pictures
+from dvq.config import trial
+from dvq.model import Model
+from dvq.pictures import Pictures
+from tests.dvq.test_figures import sweep, words
+
+SMALL = {"data": "cifar10-sample", "features": 4, "num_latents": 2}
+
+
+@pytest.mark.parametrize("estimator", ["gs-soft", "vq-ema", "gaussian"])
+def test_the_pictures_of_a_model_are_what_it_says_itself(estimator, tmp_path):
+    codes = {} if estimator == "gaussian" else {"num_codes": 4}
+    torch.manual_seed(0)
+    model = Model(trial({**SMALL, **codes, "estimator": estimator})).eval()
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    pictures.take(model, images).save(tmp_path / "pictures.npz")
+    found = Pictures.load(tmp_path / "pictures.npz")
+    np.testing.assert_array_equal(found.images, images[:16])
+    np.testing.assert_array_equal(found.reconstructions, model.reconstruct(images[:16]).numpy())
+    np.testing.assert_array_equal(found.samples, model.sample(16).numpy())
+
+
+def plain(value):
+    return np.full((16, 32, 32, 3), value, np.uint8)
+
+
+def rows(figure):
+    """The labels, and the values that their images have."""
+    shown = [(axes.get_ylabel(), np.unique(axes.images[0].get_array()).tolist()) for axes in figure.axes]
+    return {label: [value for value in values if value != 255] for label, values in shown}
+
+
+def test_a_trial_has_its_images_reconstructions_and_samples():
+    figure = pictures.of_trial(Pictures(plain(1), plain(2), plain(3)), "a trial")
+    assert rows(figure) == {"images": [1], "reconstructions": [2], "samples": [3]}
+    assert "a trial" in words(figure)
+
+
+def test_a_sweep_has_a_row_a_trial_of_the_first_seed():
+    results = sweep(sizes=(16,), seeds=(0, 1))
+    made = {one["name"]: Pictures(plain(1), plain(10 + n), plain(20 + n)) for n, one in enumerate(results)}
+    assert rows(pictures.of_sweep(results, made)) == {
+        "images": [1],
+        "GS-Soft, C = 16, K = 4\nreconstructions": [10],
+        "VQ-VAE, EMA, C = 16, K = 4\nreconstructions": [12],
+        "GS-Soft, C = 16, K = 4\nsamples": [20],
+        "VQ-VAE, EMA, C = 16, K = 4\nsamples": [22],
+    }
+
+
+def test_trials_without_pictures_are_left_out():
+    """They were finished by an earlier version."""
+    results = sweep(sizes=(16,), seeds=(0,))
+    found = rows(pictures.of_sweep(results, {results[1]["name"]: Pictures(plain(1), plain(2), plain(3))}))
+    assert [label.partition("\n")[0] for label in found] == ["images", *2 * ["VQ-VAE, EMA, C = 16, K = 4"]]
