@@ -62,7 +62,7 @@ stack-down: $(READY) ## end them; what they keep stays
 ui: $(READY) ## MLflow's pages on the sweeps: their address, served at PORT=5000 unless a server tracks them
 	@$(PYTHON) -m pipeline.ui --port "$(PORT)"
 
-test: $(READY) ## every test that needs no daemon
+test: $(READY) ## every test that needs no server, Docker or GPU: about four minutes
 	@$(PYTHON) -m pytest -n auto --dist loadfile
 
 test-services: $(SERVICES) ## the tests against real servers and their faults
@@ -105,7 +105,7 @@ bench: $(SERVICES) ## speed against plain versions: training (ARGS="--full", or 
 soak: $(READY) ## training killed 200 times, compared with training that was not: 3 minutes
 	@DVQ_KILLS=200 $(PYTHON) -m pytest tests/dvq/test_resume.py -k killed
 
-golden: $(READY) ## write the golden loss curves again, after raising dvq.NUMERICS
+golden: $(READY) ## write the golden loss curves again: after raising dvq.NUMERICS, or for a new estimator
 	@$(PYTHON) tests/dvq/test_golden.py
 
 clean: ## remove what make installed and the caches; outputs/ stays

@@ -21,7 +21,7 @@ from dvq.style import Analyses, Group, Result, alike, legend, look, new_figure, 
 
 PAPER = {
     "VQ-VAE, best C: 4.81": 4.81,
-    "VQ-VAE of Oord et al. 2017: 4.67": 4.67,
+    "VQ-VAE, van den Oord et al. 2017: 4.67": 4.67,
     "continuous, Gregor et al. 2016: 4.54": 4.54,
     "GS-Soft, C = 512: 4.61": 4.61,
 }
@@ -56,7 +56,7 @@ def figure_1a(results: Sequence[Result]) -> Figure:
     named = {artist.get_label(): artist for artist in drawn}
     ours = [named[label] for label in named if label not in PAPER]
     heading = Line2D([], [], lw=0, label="\nthe paper, on all of CIFAR-10")
-    legend(figure, [*ours, heading, *(named[label] for label in PAPER)], "this sweep")
+    legend(figure, [*ours, heading, *(named[label] for label in PAPER)], "dvq")
     return figure
 
 

@@ -30,7 +30,7 @@ PAPERS = """\
 | VQ-VAE | 4.67 | van den Oord et al. 2017, "Neural Discrete Representation Learning" |
 | continuous latent variables | 4.54 | Gregor et al. 2016, "Towards Conceptual Compression", as the paper cites it |
 | VQ-VAE | about 4.82 | github.com/bshall/VectorQuantizedVAE, another implementation of the paper |
-| GS-Soft | about 4.6 | the same |"""
+| GS-Soft | about 4.6 | github.com/bshall/VectorQuantizedVAE |"""
 
 
 def write(result: Mapping[str, Any], analysis: Analysis | None, sweep: str, folder: Path) -> Path:
@@ -59,11 +59,12 @@ def _rounded(numbers: Any) -> Any:
 
 def load(folder: Path) -> list[Result]:
     """All results that are kept, by estimator, K, C and what else they differ in."""
-    order = list(ESTIMATORS)
+    order = {known: at for at, known in enumerate(ESTIMATORS)}
 
     def place(result: Result) -> tuple[Any, ...]:
         fields = result["trial"]
-        return order.index(fields["estimator"]), fields["num_latents"], fields.get("num_codes", 0)
+        at = order.get(fields["estimator"], len(order))
+        return at, fields["estimator"], fields["num_latents"], fields.get("num_codes", 0)
 
     return sorted(map(_read, sorted(folder.glob("*.json"))), key=place)
 
@@ -107,7 +108,7 @@ def section(results: Sequence[Result], place: Path) -> str:
     """What the project's README shows: the paper's numbers, those beside them, and the figures, with links to the
     folder ``place``."""
     full = _kinds(results)["full"]
-    told = "Of ours nothing is trained in full yet."
+    told = "None of our models has been trained in full yet."
     if full:
         told = f"Ours, all 10,000 test images:\n\n{table(full, place, f'{place}/')}"
     pictures = "\n".join(f"![{title}]({place}/figures/{name}.png)" for name, title in _titles(full))
@@ -119,8 +120,8 @@ def page(results: Sequence[Result], place: Path) -> str:
     kinds = _kinds(results)
     parts = [
         "# Results on all of CIFAR-10",
-        "Written by `make results SWEEP=…` from the JSON files of this folder. `make submit-sweep SWEEP=…` with the "
-        "last column of a row computes that row again. Bits/dim is the single-sample ELBO of hard samples over every "
+        "Written by `make results SWEEP=…` from the JSON files of this folder. To compute a row again: "
+        "`make submit-sweep SWEEP=<the file in its last column> DATA=…`. Bits/dim is the single-sample ELBO of hard samples over every "
         "image of the split, ± its standard error over images; L_S, and VQ-VAE's code length under a uniform prior, "
         "stand beside it.",
         f"## The paper's numbers\n\n{PAPERS}",
@@ -149,8 +150,8 @@ def _titles(shown: Sequence[Result]) -> list[tuple[str, str]]:
 
 
 HEAD = (
-    "estimator | C | K | steps | else | bits/dim | rate | distortion | L_S | uniform prior | perplexity | dead "
-    "| minutes | device | code | SWEEP="
+    "estimator | C | K | steps | other settings | bits/dim | rate | distortion | L_S | bits/dim, uniform prior "
+    "| perplexity | dead | minutes | device | code | file"
 )
 
 

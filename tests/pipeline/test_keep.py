@@ -161,9 +161,20 @@ def test_figures_leave_partial_training_out_or_say_it(
         (root / keep.FOLDER / f"{name}.json").unlink()
     keep.tell(root)
     assert drawn == [set(FULL), set(PARTIAL)]
-    assert "nothing is trained in full yet" in (root / "README.md").read_text()
+    assert "None of our models has been trained in full yet" in (root / "README.md").read_text()
     there = kept.load(root / keep.FOLDER)
     assert "partial" in notice([one for one in there if one["name"] in PARTIAL])
+
+
+def test_an_estimator_without_a_look_of_its_own_is_kept_too(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("sweep.yaml", capsys)
+    (least, *_) = there = kept.load(root / keep.FOLDER)
+    monkeypatch.delitem(kept.ESTIMATORS, least["trial"]["estimator"])
+    found = kept.load(root / keep.FOLDER)
+    assert sorted(one["name"] for one in found) == sorted(one["name"] for one in there)
+    assert found[-1]["trial"]["estimator"] == least["trial"]["estimator"]
 
 
 def test_figures_name_what_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -> None:
