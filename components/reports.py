@@ -1,5 +1,6 @@
 """What report does: a sweep's page from the store."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,9 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
         shutil.copy(path, page)
     track(sweep, store)
     tracking.report(sweep.name, path.parent, _note(sweep.description, results, failures), bool(failures))
-    if sweep.champion and results:
-        best = min(results, key=lambda one: one["evaluation"]["bits_per_dim"])
+    finite = [one for one in results if math.isfinite(one["evaluation"]["bits_per_dim"])]
+    if sweep.champion and finite:
+        best = min(finite, key=lambda one: one["evaluation"]["bits_per_dim"])
         tracking.champion(sweep.champion, sweep.name, best)
     store.publish_report(sweep.name)
     if failures:

@@ -207,9 +207,8 @@ def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) ->
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for part in ("events", "images", "checkpoints") if shorter else ():
-        if shorter and (shorter / part).exists():
-            shutil.copytree(shorter / part, folder / part)
+    if shorter:
+        _copy(shorter, folder)
     for step in checkpoint.steps(folder):
         if step > trial.steps:
             shutil.rmtree(folder / "checkpoints" / f"{step:09d}")
@@ -222,6 +221,18 @@ def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) ->
         "trial": values(trial),
     }
     write_json(folder / "trial.json", document)
+
+
+def _copy(shorter: Path, folder: Path) -> None:
+    """Copy what training goes on from; what grows, and what a checkpoint counts on, after it."""
+    for part in ("checkpoints", "images", "events"):
+        if (shorter / part).exists():
+            try:
+                shutil.copytree(shorter / part, folder / part, ignore=shutil.ignore_patterns(".partial-*"))
+            except shutil.Error:
+                raise DvqError(
+                    f"{shorter} changed while it was copied, for it is in training; the same command tries again"
+                ) from None
 
 
 def _forget_end(folder: Path) -> None:

@@ -5,6 +5,7 @@ leave the trial alone, and the report names it.
 """
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -74,8 +75,8 @@ def train(overrides: str, base: str, data: Path, model: Path, experiment: str) -
     with _working(trial) as work:
         folder = work.folder
         if not (folder / "model").exists():
-            shorter = _shorter(trial)
             try:
+                shorter = None if (folder / "trial.json").exists() else _shorter(trial)
                 begin(folder, trial, short_name(trial, at), shorter)
                 _train_in_child(work, data, TrialRun(folder, experiment))
             except DvqError as error:
@@ -185,7 +186,12 @@ def evaluate(data: Path, model: Path, evaluation: Path) -> dict[str, Any]:
                 write_json(work.folder / "evaluation.json", result)
     evaluation.parent.mkdir(parents=True, exist_ok=True)
     write_json(evaluation, result or {})
-    return {name: value for name, value in (result or {}).items() if isinstance(value, int | float)}
+    return {
+        name: value
+        for name, value in (result or {}).items()
+        if isinstance(value, int | float)
+        and math.isfinite(value)  # NaN is no JSON, which a cluster's KFP refuses
+    }
 
 
 def analyze(data: Path, model: Path, evaluation: Path, analysis: Path, experiment: str) -> None:

@@ -108,7 +108,7 @@ def latest(folder: Path, family: str, say: Callable[[str], None]) -> Checkpoint 
         if about["format"] != FORMAT:
             raise DvqError(
                 f"checkpoint {path} has format {about['format']}, and this version reads {FORMAT}; "
-                "compute anew (FRESH=1), or use the version that wrote it"
+                "compute anew (FRESH=1, of a sweep that has it shorter too), or use the version that wrote it"
             )
         if about["family"] != family:
             raise DvqError(

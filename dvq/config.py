@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvq import DvqError
 from dvq.estimators import Estimator
-from dvq.trial import Trial, Unkeyed
+from dvq.trial import Trial
 
 Point = dict[str, Any]
 NAME = re.compile(r"^[a-z0-9][a-z0-9-]*$")
@@ -142,8 +142,7 @@ class Sweep(BaseModel):
 
 def short_name(one: Trial, at: Point) -> str:
     """``gs-soft-c512-k16-s0``, and behind it whatever else of its key this point of the sweep sets."""
-    unkeyed = {name for name, field in type(one).model_fields.items() if field.json_schema_extra == Unkeyed}
-    told = {"estimator", "num_codes", "num_latents", "seed", *unkeyed}
+    told = {"estimator", "num_codes", "num_latents", "seed", *one.unkeyed()}
     rest = "".join(f"-{key.replace('_', '-')}-{value}" for key, value in at.items() if key not in told)
     return re.sub(r"[^A-Za-z0-9.+-]", "-", one.describe() + rest)
 

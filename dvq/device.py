@@ -3,7 +3,6 @@
 import fcntl
 import itertools
 import os
-import tempfile
 from pathlib import Path
 from typing import IO
 
@@ -34,7 +33,8 @@ def pick() -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32 proper
-    device = torch.device("cuda", take(count, Path(tempfile.gettempdir())))
+    # not TMPDIR, which each launch has of its own, nor a container's own /tmp: those name a folder that they share
+    device = torch.device("cuda", take(count, Path(os.environ.get("DVQ_LOCKS", "/tmp"))))
     torch.cuda.set_device(device)
     return device
 

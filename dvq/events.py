@@ -31,6 +31,10 @@ class Events:
         self._file.write(json.dumps({"time": time.time(), **event}) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Wait until all is on the disk."""
+        os.fsync(self._file.fileno())
+
     def state(self, state: str) -> None:
         self._append(kind="state", state=state, pid=os.getpid())
 
@@ -85,4 +89,4 @@ def truncate(folder: Path, to: dict[str, int]) -> None:
     """Forget all events but those up to a place that :func:`sizes` gave. Files of later events stay, empty, so
     that no number is given twice: who follows the files would take a new one for what it has read."""
     for path in sorted((folder / "events").glob("*.jsonl"), reverse=True):
-        os.truncate(path, to.get(path.name, 0))
+        os.truncate(path, min(path.stat().st_size, to.get(path.name, 0)))  # a larger size would append zeros

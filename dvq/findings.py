@@ -57,7 +57,8 @@ class Claim(NamedTuple):
     """each is positive where the miniature is as the paper says"""
 
     def verdict(self) -> str:
-        """A difference speaks for or against the paper only beyond two standard errors."""
+        """A difference speaks for or against the paper only beyond two standard errors: with three seeds chance alone
+        goes beyond them, in either direction, 6 times in 100 where two means are compared, 9 where it is one."""
         if any(one.mean < -2 * one.error for one in self.differences):
             return DISAGREES
         return AGREES if all(one.mean > 2 * one.error for one in self.differences) else OPEN
@@ -131,10 +132,13 @@ def claims(mini: Miniature) -> list[Claim]:
 
 def codebook_size(mini: Miniature) -> Iterator[Claim]:
     def lost(name: str, measure: Measure) -> Estimate:
-        *smaller, largest = (over(some, measure) for some in mini.along(name, "num_codes").values())
-        return largest - min(smaller, key=lambda one: one.mean)
+        """From the center, which was named before; the lowest of what was measured would be so by its noise too."""
+        sizes = mini.along(name, "num_codes")
+        return over(sizes[max(sizes)], measure) - over(sizes[mini.center.num_codes], measure)
 
-    told = f"bits/dim at C = {max(mini.along('vq-ema', 'num_codes'))} less the lowest at a smaller C: "
+    told = (
+        f"bits/dim at C = {max(mini.along('vq-ema', 'num_codes'))} less that at C = {mini.center.num_codes}: "
+    )
     plain = {name: lost(name, bits_per_dim) for name in ESTIMATORS}
     yield Claim(1, "VQ-VAE degrades as C grows", f"{told}{plain['vq-ema']}", (plain["vq-ema"],))
     vq = lost("vq-ema", fitted)

@@ -122,8 +122,8 @@ def page(results: Sequence[Result], place: Path) -> str:
         "# Results on all of CIFAR-10",
         "Written by `make results SWEEP=…` from the JSON files of this folder. To compute a row again: "
         "`make submit-sweep SWEEP=<the file in its last column> DATA=…`. Bits/dim is the single-sample ELBO of hard "
-        "samples over every image of the split, ± its standard error over images; L_S, and VQ-VAE's code length under a uniform prior, "
-        "stand beside it.",
+        "samples over every image of the split, ± its standard error over images; L_S, and VQ-VAE's "
+        "code length under a uniform prior, stand beside it.",
         f"## The paper's numbers\n\n{PAPERS}",
     ]
     if kinds["full"]:

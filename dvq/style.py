@@ -16,6 +16,7 @@ from matplotlib.image import imsave
 from numpy.typing import NDArray
 
 from dvq.analyze import Analysis
+from dvq.config import estimators
 from dvq.trial import Trial
 
 Result = Mapping[str, Any]
@@ -116,10 +117,11 @@ def _rank(group: list[Result]) -> tuple[bool, int, int]:
 
 
 def alike(results: Sequence[Result], *but: str) -> list[list[Result]]:
-    """The results in lists that differ only in the named fields."""
+    """The results in lists that differ only in the named fields, and in those that change no number."""
     lists: dict[str, list[Result]] = {}
     for result in results:
-        fields = {key: value for key, value in result["trial"].items() if key not in but}
+        left_out = estimators().get(result["trial"]["estimator"], Trial).unkeyed().union(but)
+        fields = {key: value for key, value in result["trial"].items() if key not in left_out}
         lists.setdefault(json.dumps(fields, sort_keys=True), []).append(result)
     return list(lists.values())
 

@@ -138,6 +138,7 @@ class Training:
             "seconds_at_point": self.seconds_at_point,
             "events": self.events_before,
         }
+        self.events.sync()  # the checkpoint counts on them
         checkpoint.write(self.folder, self.done, tensors, about)
         self.saved_at = self.since = time.perf_counter()
 

@@ -124,9 +124,12 @@ class Trial(BaseModel):
 
     def changed(self) -> dict[str, Any]:
         """The fields that decide numbers and differ from their defaults, as plain JSON values."""
-        fields = type(self).model_fields
-        unkeyed = {name for name, field in fields.items() if field.json_schema_extra == Unkeyed}
-        return self.model_dump(mode="json", exclude_defaults=True, exclude=unkeyed)
+        return self.model_dump(mode="json", exclude_defaults=True, exclude=self.unkeyed())
+
+    @classmethod
+    def unkeyed(cls) -> set[str]:
+        """The names of the fields that change no number."""
+        return {name for name, field in cls.model_fields.items() if field.json_schema_extra == Unkeyed}
 
     def describe(self) -> str:
         """The short name without what a sweep varies beside it: ``gs-soft-c512-k16-s0``."""

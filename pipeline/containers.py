@@ -87,10 +87,12 @@ def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
     inside, and what they write there belongs to the user who launches.
     """
     environment = {name: value for name, value in os.environ.items() if PASSED.fullmatch(name)}
-    gpus = [DeviceRequest(count=profile.gpu, capabilities=[["gpu"]])] if profile.gpu else []
-    environment |= {"DVQ_DEVICE": "cuda"} if gpus else {}  # no trial falls back on a CPU in silence
+    # All of them, over which dvq.device spreads the trials: a count of n is the first n for every container.
+    gpus = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if profile.gpu else []
+    shared = str(folder / "work/tmp")
+    environment |= {"DVQ_DEVICE": "cuda", "DVQ_LOCKS": shared} if gpus else {}  # and none falls back on a CPU
     return {
-        "environment": {**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder / "work/tmp")},
+        "environment": {**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": shared},
         "mounts": list(_mounts(environment, folder / "work", source)),
         "network_mode": "host" if _on_loopback(environment.values()) else "bridge",
         "user": f"{os.getuid()}:{os.getgid()}",

@@ -96,6 +96,7 @@ class Profile(_Strict):
     shared_memory: Size | None = None
     """of /dev/shm"""
     gpu: int = Field(0, ge=0)
+    """of a pod; a container sees all of the machine's, over which trials spread, unless this is 0"""
     parallelism: int = Field(2, ge=1)
     """trials at a time, unless JOBS says it"""
     image: str = ""

@@ -197,8 +197,8 @@ def sweep_seconds_left(rows: list[Row], jobs: int, now: float) -> float | None:
     moving = [row for row in rows if row.seconds_left(now) is not None]
     if not moving:
         return None
-    per_step = sum((row.at - row.began) / row.step for row in moving) / len(moving)
-    waiting = sum(row.trial.steps * per_step for row in rows if row.state == WAITING)
+    per_step = sum((row.at - row.began) / (row.step - row.base) for row in moving) / len(moving)
+    waiting = sum((row.trial.steps - row.base) * per_step for row in rows if row.state == WAITING)
     running = [row.seconds_left(now) or 0.0 for row in moving]
     return max(max(running), (sum(running) + waiting) / jobs)
 

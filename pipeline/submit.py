@@ -127,6 +127,11 @@ def remove(job: Job) -> None:
     for name in removed:
         job.store.remove(job.trials[name].key())
     print(f"removed from {job.store.place}: {', '.join(removed) or 'nothing'}")
+    for name, trial in job.trials.items():
+        if step := job.store.reached(trial):
+            print(
+                f"{name} goes on from step {step} of a shorter trial that another sweep has: FRESH=1 there, too"
+            )
 
 
 def run(job: Job, console: Console) -> int:

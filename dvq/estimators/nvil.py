@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class NVIL(Stochastic):
-    """NVIL: unbiased gradients of the ELBO, up to a positive scale of the encoder's, from one sample.
+    """NVIL: gradients of the ELBO from one sample, unbiased up to a positive scale of the encoder's with
+    ``normalization: none`` (see VIMCO).
 
     w = log p(x, z) − log q(z|x);  signal = (w − c − b(x)) / max(1, √var), with running mean c and variance
     of w − b(x), and b(x) a small network trained by (w − c − b(x))².

@@ -1,6 +1,7 @@
 """A trial's way through train, evaluate and analyze, with a store, without one, and with failures."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from components import trials
-from components.store import State, Store, begin, state
+from components import reports, tracking, trials
+from components.store import State, Store, begin, read_json, state, write_json
 from dvq import data, events, goodput
 from dvq.config import Sweep, trial
 from dvq.fingerprints import FINGERPRINTS
@@ -124,6 +125,53 @@ def test_the_end_of_the_shorter_trial_is_not_the_longer_ones(
     told = [event.get("state") for event in events.read(store.trial(long.key()))]
     assert "finished" not in told
     assert "evaluating" not in told
+
+
+def test_what_is_wrong_with_a_shorter_trial_is_the_longer_ones_failure(
+    store: Store, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none of a trial that goes on from its own checkpoints."""
+    run("estimator=vq-ema", prepared, tmp_path / "short")
+    long = store.trial(trial({**BASE, "estimator": "vq-ema", "steps": 8}).key())
+
+    def changes(*_: object, **__: object) -> None:
+        raise shutil.Error([("a checkpoint", "its copy", "No such file")])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", changes)
+        trials.train("estimator=vq-ema steps=8", json.dumps(BASE), prepared, tmp_path / "model", "")
+    assert "changed while it was copied" in state(long).reason
+    assert not (long / "trial.json").exists()
+    run("estimator=vq-ema steps=8", prepared, tmp_path / "again")
+    assert state(long).name == "finished"
+
+    shutil.rmtree(long / "model")
+    (long / "results.json").unlink()
+    monkeypatch.setattr(Store, "shorter", lambda *_: 1 / 0)
+    run("estimator=vq-ema steps=8", prepared, tmp_path / "its own")
+    assert state(long).name == "finished"
+
+
+def test_a_number_that_is_not_finite_is_no_metric_and_no_champion(
+    store: Store, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {**BASE, "split": "tune"}
+    sweep = Sweep(name="s", base=base, grid={"estimator": ["vq-ema"]}, seeds=[0, 1], champion="best")
+    first, second = (trial({**base, "estimator": "vq-ema", "seed": seed}).key() for seed in (0, 1))
+    for seed in (0, 1):
+        run(f"estimator=vq-ema seed={seed} split=tune", prepared, tmp_path / str(seed))
+    results = read_json(store.trial(first) / "results.json") or {}
+    results["evaluation"]["bits_per_dim"] = math.nan
+    write_json(store.trial(first) / "results.json", results)
+    crowned: list[str] = []
+    monkeypatch.setattr(tracking, "champion", lambda _, __, best: crowned.append(best["key"]))
+    reports.report(sweep.model_dump_json())
+    assert crowned == [second]
+
+    write_json(store.trial(first) / "evaluation.json", results["evaluation"])
+    numbers = trials.evaluate(prepared, tmp_path / "0" / "model", tmp_path / "evaluation")
+    assert "distortion" in numbers
+    assert "bits_per_dim" not in numbers
 
 
 def test_a_folder_of_another_format_is_refused(store: Store, prepared: Path, tmp_path: Path) -> None:

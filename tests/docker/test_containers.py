@@ -95,7 +95,8 @@ def test_services_on_loopback_are_reached_by_the_hosts_network(
     assert written == {str(tmp_path / "work"), str(tmp_path / "cache")}
     assert {one["Target"] for one in made["mounts"] if one["ReadOnly"]} == {str(certificate)}
     assert made["mem_limit"] == 2**29
-    assert made["device_requests"][0]["Count"] == 2
+    assert made["device_requests"][0]["Count"] == -1
+    assert made["environment"]["DVQ_LOCKS"] == str(tmp_path / "work/tmp")  # which all of them share
     assert made["environment"]["DVQ_DEVICE"] == "cuda"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
     assert containers.settings(Profile(), tmp_path, "")["network_mode"] == "bridge"

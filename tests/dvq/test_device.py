@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dvq import DvqError
+from dvq import DvqError, device
 from dvq.codes import code_sums, ordered_code_sums
 from dvq.config import estimators, trial
 from dvq.device import pick, take
@@ -132,6 +132,24 @@ def test_trials_spread_over_the_gpus_and_a_dead_one_gives_its_place_back(tmp_pat
     for process, _ in held:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("named", ["", "/a/folder"])
+def test_the_places_are_in_one_folder_for_all_launches(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TMPDIR is each launch's own."""
+    asked: list[Path] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(device, "take", lambda _, folder: asked.append(folder) or 1)
+    for flag in ("deterministic", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.setenv("TMPDIR", "/elsewhere")
+    monkeypatch.delenv("DVQ_LOCKS", raising=False)
+    if named:
+        monkeypatch.setenv("DVQ_LOCKS", named)
+    assert pick() == torch.device("cuda", 1)
+    assert asked == [Path(named or "/tmp")]
 
 
 def test_a_gpu_that_is_wanted_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,3 +248,11 @@ def test_a_mosaic_holds_each_image_above_its_reconstruction(tmp_path):
     np.testing.assert_array_equal(np.round(read * 255).astype(np.uint8), mosaic)
     with pytest.raises(ValueError, match="20, 32"):
         style.reconstructions(images, reconstructed[:1])
+
+
+def test_fields_that_change_no_number_tell_no_trials_apart():
+    """Trials that sweeps share have those of the sweep that computed them first."""
+    results = [result("gs-soft", 16, 4, seed, 7.0, log_every=10 + seed, probe_draws=seed) for seed in (0, 1)]
+    assert len(style.alike(results, "seed")) == 1
+    assert len(style.alike(results)) == 2
+    assert len(style.alike([*results, result("gs-soft", 16, 4, 2, 7.0, temperature=0.1)], "seed")) == 2

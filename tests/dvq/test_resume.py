@@ -245,6 +245,28 @@ def test_lost_work_is_counted(tmp_path: Path, prepared: Path) -> None:
     assert found["seconds_lost"] > 0
 
 
+def test_events_that_a_power_cut_took_are_not_made_up(tmp_path: Path) -> None:
+    """Nothing can bring them back; what is appended later must be read all the same."""
+    diary = events.Events(tmp_path)
+    diary.metrics(1, {"a": 1.0})
+    place = events.sizes(tmp_path)
+    (name,) = place
+    os.truncate(tmp_path / "events" / name, 0)
+    events.truncate(tmp_path, place)
+    assert (tmp_path / "events" / name).read_bytes() == b""
+
+
+def test_a_checkpoint_has_its_events_on_the_disk(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    write, sync = checkpoint.write, events.Events.sync
+    monkeypatch.setattr(checkpoint, "write", lambda *given: (done.append("checkpoint"), write(*given)))
+    monkeypatch.setattr(events.Events, "sync", lambda diary: (done.append("events"), sync(diary)))
+    train(trial({**TINY, "steps": 4}), load(prepared), tmp_path)
+    assert done == ["events", "checkpoint"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "gone", "json"])
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
     damage: str, tmp_path: Path, prepared: Path, capsys: pytest.CaptureFixture[str]

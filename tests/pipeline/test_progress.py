@@ -106,6 +106,8 @@ def test_time_left_follows_the_steps(tmp_path: Path) -> None:
     assert other.seconds_left(115.0) is None
     assert sweep_seconds_left([one, other], jobs=1, now=110.0) == pytest.approx(90)
     assert sweep_seconds_left([one, other], jobs=2, now=110.0) == pytest.approx(45)
+    one.base = other.base = 10  # steps of an earlier launch: a second a step
+    assert sweep_seconds_left([one, other], jobs=1, now=110.0) == pytest.approx(80 + 90)
     assert (clock(65), clock(3723)) == ("1:05", "1:02:03")
 
 
