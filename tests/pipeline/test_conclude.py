@@ -7,10 +7,11 @@ import pytest
 from rich.console import Console
 
 from components import tracking
-from components.store import Store
+from components.store import Store, begin
+from dvq import checkpoint
 from dvq.config import Sweep
 from pipeline import results
-from pipeline.submit import conclude
+from pipeline.submit import conclude, remove
 from pipeline.watch import Job
 
 SWEEP = Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft", "vq-ema", "vimco"]})
@@ -43,3 +44,15 @@ def test_finished_trials_that_mlflow_lacks_are_counted(
     conclude(job, 0, console)
     assert isinstance(console.file, io.StringIO)
     assert "MLflow" not in console.file.getvalue()
+
+
+def test_fresh_says_what_it_leaves_to_go_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trials, store = SWEEP.trials(), Store(tmp_path)
+    name, *_ = trials
+    checkpoint.write(store.trial(f"{trials[name].family()}-300"), 300, {}, {"events": {}})  # another sweep's
+    begin(store.trial(trials[name].key()), trials[name], name)
+    remove(Job(SWEEP, trials, store, {}, 1, tmp_path, None))
+    assert not store.has(trials[name].key(), "trial.json")
+    removed, left = capsys.readouterr().out.splitlines()
+    assert removed.endswith(f": {name}")
+    assert left.startswith(f"{name} goes on from step 300")
