@@ -6,7 +6,9 @@ ELBO, the bound L_S and log p(x), and all their gradients, are sums.
 
 import itertools
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,6 +141,19 @@ def test_vimco_with_two_samples_trains_the_bound_of_two() -> None:
     found = estimates(one, toy, 200, 200)
     assert worst_z(found, gradients(exact_bound(toy, 2), toy)) < 4
     assert worst_z(found, gradients(exact_bound(toy, 4), toy)) > 10
+
+
+def test_the_readmes_estimator_is_unbiased_for_the_elbo() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n([^`]*class RLOO[^`]*)```", text)
+    made: dict[str, Any] = {}
+    exec(code, made)
+    sizes = {"num_latents": K, "code_dim": D, "num_codes": C, "codebook_std": 1.0}
+    one = made["RLOO"].model_validate({"data": "cifar10-sample", **sizes})
+    toy = Toy(one, seed=1).eval()
+    found = estimates(one, toy, 200, 200)
+    assert worst_z(found, gradients(exact_bound(toy, 1), toy)) < 4
+    assert worst_z(found, 1.05 * gradients(exact_bound(toy, 1), toy)) > 4
 
 
 def test_the_comparison_can_fail() -> None:
