@@ -236,8 +236,11 @@ def test_the_tables_here_are_those_of_the_files_here() -> None:
 def test_tuning_takes_as_much_care_of_each_estimator_and_no_test_image() -> None:
     trials = preflight.find_sweep("tune").trials().values()
     assert {one.split for one in trials} == {"tune"}
-    assert len(set(Counter((one.estimator, one.steps) for one in trials).values())) == 2
-    assert len({Counter(one.estimator for one in trials)[name] for name in ("gs-soft", "vq-ema")}) == 1
+    counts = {
+        name: Counter(one.steps for one in trials if one.estimator == name) for name in ("gs-soft", "vq-ema")
+    }
+    assert counts["gs-soft"] == counts["vq-ema"]
+    assert {one.normalization for one in trials if one.estimator == "vimco"} == {"batch", "none"}
 
 
 def test_the_sweeps_for_gpus_share_their_trials() -> None:
