@@ -159,14 +159,20 @@ def run_container(
         code = int(container.wait(timeout=None)["StatusCode"])
         container.reload()
         if code != 0:
-            print(f"{ENDED}{_task(command)}: {_death(code, container)}", flush=True)
+            _tell(f"{ENDED}{_task(command)}: {_death(code, container)}")
         return code
     except NotFound:
-        print(f"{ENDED}{_task(command)}: removed by another hand", flush=True)
+        _tell(f"{ENDED}{_task(command)}: removed by another hand")
         return 1
     finally:
         with contextlib.suppress(NotFound):
             container.remove(force=True)
+
+
+def _tell(sentence: str) -> None:
+    """A line of its own, in one write, whatever other containers write at the time."""
+    sys.stdout.buffer.write(f"\n{sentence}\n".encode())
+    sys.stdout.flush()
 
 
 def _death(code: int, container: Container) -> str:
