@@ -19,6 +19,8 @@ from dvq.model import Model
 from dvq.saved import save
 from dvq.style import save_png
 
+ROOT = Path(__file__).parents[2]
+
 TINY = trial({"estimator": "gs-soft", "data": "cifar10-sample", "features": 4, "num_codes": 4, "code_dim": 3})
 
 RESULTS = {
@@ -279,8 +281,10 @@ def test_the_model_loads_elsewhere_with_pickle_forbidden(tmp_path: Path) -> None
     (run,) = runs()
     uri = f"models:/{run.outputs.model_outputs[0].model_id}"
     script = (
-        "import sys; sys.path = [p for p in sys.path if 'dvq' not in p]\n"
-        "import json, numpy as np, mlflow\n"
+        f"import sys; sys.path = [path for path in sys.path if path != {str(ROOT)!r}]\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder).lower()]\n"
+        "import importlib.util, json, numpy as np, mlflow\n"
+        "assert importlib.util.find_spec('dvq') is None\n"
         f"model = mlflow.pyfunc.load_model({uri!r})\n"
         "images = np.zeros((2, 32, 32, 3), dtype=np.uint8)\n"
         "codes = model.predict(images)\n"
