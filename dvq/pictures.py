@@ -50,12 +50,7 @@ def take(model: "Model", images: Images) -> Pictures:
 def of_trial(pictures: Pictures, title: str) -> Figure:
     """The images, their reconstructions and the samples of one trial."""
     figure = new_figure(title, [], 10, 2.4)
-    rows = {
-        "images": pictures.images,
-        "reconstructions": pictures.reconstructions,
-        "samples": pictures.samples,
-    }
-    _draw(figure, list(rows.items()))
+    _draw(figure, list(vars(pictures).items()))
     return figure
 
 
