@@ -7,6 +7,7 @@ from torch import Tensor
 
 VALUES = 256
 TILE = {"cpu": 256, "cuda": 8192}  # rows whose logits (× 768 floats) stay in the cache
+WIDE = 4096  # rows of a CPU's product in bfloat16, which is fast only where it is large
 
 
 def plain_nll(logits: Tensor, pixels: Tensor) -> Tensor:
@@ -46,20 +47,34 @@ class _TiledNLL(torch.autograd.Function):
         row_weights = None if image_weights is None else image_weights.repeat_interleave(per_image)
         size = min(TILE[rows.device.type], len(rows))
         buffer = weight.new_empty(size, len(bias))  # one for all tiles: it stays in the cache
-        for start in range(0, len(rows), size):
-            tile = slice(start, start + size)
-            logits = _product(rows[tile], transposed, buffer).add_(bias)
+
+        def gradient(logits: Tensor, tile: slice) -> Tensor:
+            """d(weighted nll)/d(logits) = weight · (softmax − onehot), on a CPU in their place; notes the nll."""
+            logits += bias
             nll[tile], p = _softmax(logits.unflatten(-1, (3, VALUES)), targets[tile])
-            if learning:  # d(weighted nll)/d(logits) = weight · (softmax − onehot)
-                grad = p.scatter_add_(-1, targets[tile], p.new_full((), -1).expand_as(targets[tile])).flatten(
-                    1
-                )
-                if row_weights is not None:
-                    grad *= row_weights[tile, None]
-                grad_bias += grad.sum(0)
-                grad = grad.to(rows.dtype)
-                torch.mm(grad, factor, out=grad_rows[tile])
-                _add_product(grad_weight, rows[tile].T, grad)
+            if not learning:
+                return logits
+            p.scatter_add_(-1, targets[tile], p.new_full((), -1).expand_as(targets[tile]))
+            grad = p.flatten(1)
+            if row_weights is not None:
+                grad *= row_weights[tile, None]
+            grad_bias.add_(grad.sum(0))
+            return grad
+
+        wide = WIDE if rows.dtype != weight.dtype and not rows.is_cuda else size
+        for start in range(0, len(rows), wide):
+            seen = rows[start : start + wide]
+            if wide == size:
+                grad = gradient(_product(seen, transposed, buffer), slice(start, start + size)).to(rows.dtype)
+            else:
+                grad = seen @ transposed
+                for at in range(0, len(grad), size):
+                    tile = grad[at : at + size]
+                    at += start
+                    tile.copy_(gradient(buffer[: len(tile)].copy_(tile), slice(at, at + size)))
+            if learning:
+                torch.mm(grad, factor, out=grad_rows[start : start + wide])
+                _add_product(grad_weight, seen.T, grad)
         nll = nll.view(images, per_image, 3).sum(1)
         ctx.save_for_backward(grad_rows.view_as(hidden), grad_weight.T, grad_bias)
         ctx.mark_non_differentiable(nll)

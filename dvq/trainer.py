@@ -55,7 +55,7 @@ class Trainer:
         self.trial, self.images, self.device = trial, images, device
         on_gpu = device.type == "cuda"
         self.model = Model(trial).to(device, dtype)
-        self.model.mix(on_gpu and trial.precision == "bfloat16")
+        self.model.mix((trial.precision if on_gpu else trial.cpu_precision) == "bfloat16")
         if isinstance(trial, Discrete) and trial.codebook_init == "kmeans":
             self._place_codebooks(trial)
         self.optimizer = torch.optim.Adam(
