@@ -3,7 +3,9 @@
 All variants make their steps in turn, round by round in one process, so that the machine's own changes of speed touch
 all alike: on a CPU process time of one step on one thread, on a GPU wall time of 20, synchronized. A ratio is made
 within a round. The share of the ceiling is the model's own FLOPs (PyTorch's counter on the plain version, forward and
-backward) in that time over the fastest large matrix product of the same run: float32 on one thread, bf16 on a GPU.
+backward) in that time over the fastest large matrix product of the same run: float32 on one thread, bf16 on a GPU and
+where a size says bfloat16 (for a CPU with AMX: `--sizes "bfloat16 F=256 K=8 C=512"`; then PyTorch's autocast is a
+variant too).
 dvq's steps flush denormal numbers, as its training does; the others leave PyTorch as it begins.
 """
 
@@ -37,6 +39,12 @@ SIZES = {
     "F=256 K=16 C=128": {"features": 256, "num_latents": 16, "num_codes": 128, "code_dim": 32},
     "F=256 K=16 C=512": {"features": 256, "num_latents": 16, "num_codes": 512, "code_dim": 32},
 }
+BFLOAT16 = "bfloat16 "  # a size's prefix: on a CPU, which has to have AMX to be fast
+SIZES |= {
+    BFLOAT16 + size: {**fields, "cpu_precision": "bfloat16"}
+    for size, fields in SIZES.items()
+    if fields["features"] == 256
+}
 Step = Callable[[int], object]
 
 
@@ -46,14 +54,18 @@ def case(size: str, estimator: str, batch: int) -> tuple[Trial, np.ndarray]:
     return one, np.random.default_rng(0).integers(0, 256, (4 * batch, 32, 32, 3), dtype=np.uint8)
 
 
-def torch_step(make: Callable[[Trial], Plain], one: Trial, images: np.ndarray, device: torch.device) -> Step:
+def torch_step(
+    make: Callable[[Trial], Plain], mixed: bool, one: Trial, images: np.ndarray, device: torch.device
+) -> Step:
     torch.manual_seed(0)
     model = make(one).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=one.learning_rate)
 
     def step(at: int) -> None:
         start = at * one.batch_size % len(images)
-        model(torch.from_numpy(images[start : start + one.batch_size]).to(device)).mean().backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            loss = model(torch.from_numpy(images[start : start + one.batch_size]).to(device)).mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -71,15 +83,25 @@ def dvq_step(one: Trial, images: np.ndarray, device: torch.device) -> Step:
     return step
 
 
+def float32_step(one: Trial, images: np.ndarray, device: torch.device) -> Step:
+    return dvq_step(one.model_copy(update={"cpu_precision": "float32"}), images, device)
+
+
 VARIANTS: dict[str, Callable[[Trial, np.ndarray, torch.device], Step]] = {
-    "plain": functools.partial(torch_step, Plain),
-    "library": functools.partial(torch_step, Library),
+    "plain": functools.partial(torch_step, Plain, False),
+    "plain, autocast": functools.partial(torch_step, Plain, True),
+    "library": functools.partial(torch_step, Library, False),
+    "library, autocast": functools.partial(torch_step, Library, True),
+    "dvq, float32": float32_step,
     "dvq": dvq_step,
 }
 
 
-def variants(estimator: str) -> list[str]:
-    return [name for name in VARIANTS if name != "library" or estimator in LIBRARY]
+def variants(size: str, estimator: str) -> list[str]:
+    left_out = set() if estimator in LIBRARY else {"library", "library, autocast"}
+    if not size.startswith(BFLOAT16):
+        left_out |= {"plain, autocast", "library, autocast", "dvq, float32"}
+    return [name for name in VARIANTS if name not in left_out]
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -95,9 +117,10 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def ceiling(device: torch.device) -> float:
-    """FLOP/s of a large matrix product."""
-    n, dtype = (2048, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+def ceiling(size: str, device: torch.device) -> float:
+    """FLOP/s of a large matrix product, in the precision of the convolutions."""
+    on_cpu = device.type == "cpu"
+    n, dtype = 2048 if on_cpu else 8192, torch.float32 if on_cpu and BFLOAT16 not in size else torch.bfloat16
     a = torch.randn(n, n, device=device).to(dtype)
     return 2 * n**3 / seconds(lambda: a @ a, device)
 
@@ -118,13 +141,13 @@ def measure(
     steps = {
         (estimator, name): VARIANTS[name](*case(size, estimator, batch), device)
         for estimator in estimators
-        for name in variants(estimator)
+        for name in variants(size, estimator)
     }
     times: dict[tuple[str, str], list[float]] = {who: [] for who in steps}
     count, best, at = 1 if device.type == "cpu" else 20, 0.0, 0
     for turn in range(rounds + 1):  # the first warms up
         print(f"{size}: round {turn} of {rounds}", file=sys.stderr)
-        best = max(best, ceiling(device))
+        best = max(best, ceiling(size, device))
         for who, step in steps.items():
             spent = seconds(lambda step=step, at=at: [step(at + i) for i in range(count)], device)
             times[who] += [spent / count] if turn else []
@@ -158,7 +181,7 @@ def resident(field: str) -> int:
 def peaks(size: str, estimators: list[str], device: torch.device) -> dict[tuple[str, str], float | None]:
     """:func:`peak` of each variant; on a CPU in a process of its own, for memory there is the process's."""
     print(f"{size}: peak memory", file=sys.stderr)
-    whom = [(estimator, name) for estimator in estimators for name in variants(estimator)]
+    whom = [(estimator, name) for estimator in estimators for name in variants(size, estimator)]
     if device.type == "cuda":
         return {who: peak(size, *who, device) for who in whom}
     processes = multiprocessing.get_context("forkserver")
@@ -178,7 +201,7 @@ def compare(
     for estimator in estimators:
         work = flops(size, estimator, 4)
         found["estimators"][estimator] = {"gflop_an_image": work / 1e9, "variants": {}}
-        for name in variants(estimator):
+        for name in variants(size, estimator):
             spent = times[estimator, name]
             ratios = [a / b for a, b in zip(spent, times[estimator, "dvq"], strict=True)]
             speed, middle = batch / statistics.median(spent), statistics.median(ratios)
@@ -224,7 +247,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="16 on a CPU, 64 on a GPU")
     parser.add_argument("--estimators", nargs="+", choices=PLAIN, default=list(PLAIN))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="F=64 on a CPU, 256 on a GPU")
-    parser.add_argument("--full", action="store_true", help="all sizes")
+    parser.add_argument("--full", action="store_true", help="all sizes, but for those in bfloat16")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="writes OUT.json and OUT.md")
     args = parser.parse_args()
     if args.device.type == "cuda" and not torch.cuda.is_available():
@@ -233,8 +256,8 @@ def main() -> None:
     batch = args.batch or (16 if args.device.type == "cpu" else 64)
     about = {"device": device_name(args.device), "torch": torch.__version__}
     about |= {"batch": batch, "rounds": args.rounds}
-    usual = list(SIZES)[2:] if args.device.type == "cuda" else list(SIZES)[:2]
-    chosen = list(SIZES) if args.full else args.sizes or usual
+    usual = list(SIZES)[2:6] if args.device.type == "cuda" else list(SIZES)[:2]
+    chosen = list(SIZES)[:6] if args.full else args.sizes or usual
     sizes = [compare(size, args.estimators, args.rounds, batch, args.device) for size in chosen]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     json_path, md_path = args.out.with_suffix(".json"), args.out.with_suffix(".md")

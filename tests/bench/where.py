@@ -107,7 +107,7 @@ def where(size: str, estimator: str, batch: int, device: torch.device) -> dict[s
     whole = statistics.median(rounds)
     if device.type == "cuda":
         times[GAPS] = whole - sum(times.values())
-    best = max(ceiling(device) for _ in range(4))
+    best = max(ceiling(size, device) for _ in range(4))
     return {
         "size": size,
         "estimator": estimator,
@@ -146,7 +146,7 @@ def main() -> None:
         parser.error("--device cuda: torch finds no GPU on this machine")
     torch.set_num_threads(1)
     batch = args.batch or (64 if on_gpu else 16)
-    sizes = args.sizes or (list(SIZES)[2:] if on_gpu else list(SIZES)[:2])
+    sizes = args.sizes or (list(SIZES)[2:6] if on_gpu else list(SIZES)[:2])
     found = [where(size, name, batch, args.device) for size in sizes for name in args.estimators]
     about = {"device": device_name(args.device), "torch": torch.__version__, "batch": batch, "steps": found}
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -80,19 +80,24 @@ def test_a_wait_would_be_noticed() -> None:
 def test_bfloat16_changes_bits_per_dim_by_less_than_0_005(estimator: str, head: str) -> None:
     """After some training in it; evaluation knows nothing of it. The gradients point the same way but for the
     codes that it flips."""
-    one = trainer(estimator, torch.float32, features=32, output_head=head, learning_rate=3e-3)
-    one.model.mix(True)
+    fields = {"features": 32, "output_head": head, "learning_rate": 3e-3}
+    one, other, float32 = (
+        trainer(estimator, torch.float32, cpu_precision=precision, **fields)
+        for precision in ("bfloat16", "bfloat16", "float32")
+    )
     for step in range(5):
-        one.step(step)
-    found = {}
+        found = one.step(step)
+        assert torch.equal(other.step(step), found)
+        assert not torch.equal(float32.step(step), found)
+    losses = {}
     for mixed in (True, False):
         one.model.mix(mixed)
         generator = torch.Generator().manual_seed(0)
         loss = one.trial.loss(one.model, torch.from_numpy(IMAGES), generator, 9)
         gradient = torch.autograd.grad(loss.surrogate, list(one.model.parameters()), allow_unused=True)
         flat = torch.cat([g.flatten() for g in gradient if g is not None])
-        found[mixed] = (loss.distortion + loss.rate) * BITS_PER_DIM, flat, evaluate(one.model, IMAGES)
-    (low, low_gradient, judged), (high, high_gradient, expected) = found[True], found[False]
+        losses[mixed] = (loss.distortion + loss.rate) * BITS_PER_DIM, flat, evaluate(one.model, IMAGES)
+    (low, low_gradient, judged), (high, high_gradient, expected) = losses[True], losses[False]
     assert low.dtype == torch.float32
     assert not torch.equal(low_gradient, high_gradient)
     assert abs(low - high) < 0.005

@@ -58,6 +58,23 @@ def test_tiles_agree_with_the_plain_form(
         assert (found - right).norm() <= tolerance * right.norm()
 
 
+@pytest.mark.parametrize("tile", [256, 1024])
+def test_bfloat16_is_near_the_plain_form(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine images: two products of 4,096 rows, and one of 1,024, in tiles and in one."""
+    monkeypatch.setitem(TILE, "cpu", tile)
+    inputs, targets = head(9, 16, torch.float32), pixels(9)
+    weights = torch.linspace(0.5, 2, 9)
+    hidden, weight, bias = inputs
+    plain = plain_nll(hidden @ weight.T + bias, targets)
+    expected = torch.autograd.grad((plain.sum(1) * weights).sum(), inputs)
+    total, nll = tiled_nll(hidden.bfloat16(), weight, bias, targets, weights)
+    assert total.dtype == nll.dtype == torch.float32
+    torch.testing.assert_close(nll, plain, rtol=1e-3, atol=0)
+    torch.testing.assert_close(total, (plain.sum(1) * weights).sum(), rtol=1e-3, atol=0)
+    for found, right in zip(torch.autograd.grad(total, inputs), expected, strict=True):
+        assert (found - right).norm() <= 1e-2 * right.norm()
+
+
 def test_logits_of_any_size_have_a_likelihood() -> None:
     """Of hundreds, whose exponentials are beyond float32."""
     hidden, weight, bias = (tensor.detach() for tensor in head(1, 4, torch.float32))
