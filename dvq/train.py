@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvq import DvqError, checkpoint, device, goodput
+from dvq import DvqError, checkpoint, goodput
 from dvq import events as diary
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
+from dvq.device import pick, ready_cpu
 from dvq.evaluate import evaluate
 from dvq.events import Events
 from dvq.model import BITS_PER_DIM, Model
@@ -59,10 +60,7 @@ class Training:
     """
 
     def __init__(self, trial: Trial, data: Data, folder: Path, device: str, threads: int) -> None:
-        torch.set_num_threads(threads)
-        torch.set_flush_denormal(
-            True
-        )  # numbers under 1e-38, as weights of hopeless codes, cost a CPU 100 times others
+        ready_cpu(threads)
         self.trial, self.folder, self.device, self.threads = trial, folder, device, threads
         found = checkpoint.latest(folder, trial.family(), lambda told: print(told, flush=True))
         goodput.begin(folder, found.step if found else 0)
@@ -254,7 +252,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         document = json.loads((args.folder / "trial.json").read_text(encoding="utf-8"))
-        train(make_trial(document["trial"]), load(args.data), args.folder, str(device.pick()))
+        train(make_trial(document["trial"]), load(args.data), args.folder, str(pick()))
     except Interrupted:
         return 128 + signal.SIGTERM
     except Exception as error:

@@ -165,3 +165,19 @@ def test_a_gpu_that_is_wanted_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("DVQ_DEVICE", "cuda")
     with pytest.raises(DvqError, match="sees no GPU: is it a build with CUDA"):
         pick()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_training_keeps_the_pages_of_large_tensors() -> None:
+    """64 MiB are 16,384 pages, which the system gives until the heap has found its size, and not at every step."""
+    code = """if True:
+        import resource, torch
+        from dvq.device import ready_cpu
+
+        ready_cpu(1)
+        pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        counts = [pages() for _ in range(20) if torch.ones(2**24) is not None]
+        print(min(after - before for before, after in zip(counts, counts[1:])))
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 1000
