@@ -160,10 +160,16 @@ def test_figures_leave_partial_training_out_or_say_it(
     for name in FULL:
         (root / keep.FOLDER / f"{name}.json").unlink()
     keep.tell(root)
-    assert drawn == [set(FULL), set(PARTIAL)]
-    assert "None of our models has been trained in full yet" in (root / "README.md").read_text()
     there = kept.load(root / keep.FOLDER)
     assert "partial" in notice([one for one in there if one["name"] in PARTIAL])
+    assert drawn == [set(FULL), set(PARTIAL)]
+    text = (root / "README.md").read_text()
+    assert "None of our models has been trained in full yet. In partial training" in text
+    assert {name for name in files(root) if name in text} == set(PARTIAL)
+    for name in PARTIAL:
+        (root / keep.FOLDER / f"{name}.json").unlink()
+    keep.tell(root)
+    assert "None of our models has been trained in full yet.\n<!--" in (root / "README.md").read_text()
 
 
 def test_an_estimator_without_a_look_of_its_own_is_kept_too(
