@@ -177,6 +177,7 @@ def evaluate(data: Path, model: Path, evaluation: Path) -> dict[str, Any]:
             from dvq import load as load_model
             from dvq.evaluate import evaluate as judge
 
+            device.keep_memory()
             with _step(work.folder, "evaluating"):
                 images, _ = load(data).evaluation(trial.split)
                 result = {

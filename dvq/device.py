@@ -56,15 +56,12 @@ def take(count: int, folder: Path) -> int:
     raise AssertionError
 
 
-def ready_cpu(threads: int) -> None:
-    """Set this process up to train on a CPU: its threads, which are part of the numbers, and what its step costs.
+def keep_memory() -> None:
+    """Keep the pages of large tensors for this process.
 
-    Numbers under 1e-38, as weights of hopeless codes, cost 100 times others: they are taken for 0. And glibc gives
-    the pages of a large tensor back when it is freed, for the system to clear others at the next step, which takes a
-    tenth of a step of 256 maps: it is told to keep them. (Other C libraries, without ``mallopt``, are left alone.)
+    glibc gives them back when a tensor is freed, for the system to clear others at the next step: an eighth of a step
+    of 256 maps on a CPU. Other C libraries, which have no ``mallopt``, are left alone.
     """
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
     tell = getattr(ctypes.CDLL(None), "mallopt", None)
     if tell:
         tell(M_MMAP_MAX, 0)  # large blocks come from the heap,

@@ -6,18 +6,18 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def provenance(device: str, threads: int) -> dict[str, Any]:
     """What decides the numbers beside the configuration: code, library, kernels, machine."""
+    import torch
+
     name = (
         torch.cuda.get_device_name(device)
         if device.startswith("cuda")
         else torch.backends.cpu.get_cpu_capability()
     )
     return {
-        "commit": os.environ.get("DVQ_COMMIT") or _commit(),
+        "commit": os.environ.get("DVQ_COMMIT") or commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": f"{device} ({name})",
@@ -25,7 +25,8 @@ def provenance(device: str, threads: int) -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The code's version, as git describes it; "unknown" where there is no git or no repository."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()

@@ -21,7 +21,7 @@ from dvq import DvqError, checkpoint, goodput
 from dvq import events as diary
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
-from dvq.device import pick, ready_cpu
+from dvq.device import keep_memory, pick
 from dvq.evaluate import evaluate
 from dvq.events import Events
 from dvq.model import BITS_PER_DIM, Model
@@ -60,7 +60,11 @@ class Training:
     """
 
     def __init__(self, trial: Trial, data: Data, folder: Path, device: str, threads: int) -> None:
-        ready_cpu(threads)
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(
+            True
+        )  # under 1e-38, as hopeless codes' weights are, a number costs a CPU 100
+        keep_memory()
         self.trial, self.folder, self.device, self.threads = trial, folder, device, threads
         found = checkpoint.latest(folder, trial.family(), lambda told: print(told, flush=True))
         goodput.begin(folder, found.step if found else 0)

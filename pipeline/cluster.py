@@ -22,7 +22,7 @@ from dvq.fingerprints import FINGERPRINTS, LABELS
 from pipeline import containers, definition, forecast, image, pods, preflight, results
 from pipeline.kubeflow import SUCCEEDED, Kubeflow, Run, UnreachableError
 from pipeline.profile import Profile, find_profile
-from pipeline.watch import Job, rows, watch
+from pipeline.watch import Job, remove, rows, watch
 
 LOOK = 10.0
 """Seconds between two looks at the cluster."""
@@ -50,8 +50,7 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
             f"make cancel RUN={going} ends it"
         )
     if fresh:
-        for trial in job.trials.values():
-            job.store.remove(trial.key())
+        remove(job)
     job, plan = bring_data(job), forecast.plan(job.trials, job.store, profile)
     began, submit = time.time(), Submitter(job, profile, kubeflow, experiment, console)
     results.say(console, f"sweep {job.sweep.name}: {len(job.trials)} trials on {LABELS[_data(job)]}")

@@ -25,7 +25,7 @@ from dvq import DvqError
 from pipeline.profile import Profile, size
 
 LABEL = "dvq.launch"
-PASSED = re.compile(r"DVQ_STORE|DVQ_CACHE|MLFLOW_.*|AWS_.*|MALLOC_.*|.*_NUM_THREADS")
+PASSED = re.compile(r"DVQ_STORE|DVQ_CACHE|MLFLOW_.*|AWS_.*|.*_NUM_THREADS")
 """The environment variables that reach the tasks."""
 LOOPBACK = re.compile(r"localhost|127\..*|::1")
 ENDED = "container of "

@@ -117,7 +117,7 @@ def _shape(fields: Mapping[str, Any]) -> str:
 
 def _like(trial: Trial) -> str:
     """What trials that are as fast have in common."""
-    return _shape(json.loads(json.dumps(values(trial))))
+    return _shape(values(trial))
 
 
 def _guess(trial: Trial, known: Mapping[str, Speed], profile: Profile) -> Speed | None:

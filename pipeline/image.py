@@ -23,6 +23,7 @@ from docker.utils.build import exclude_paths
 
 from components import IMAGE
 from dvq import DvqError, __version__
+from dvq.provenance import commit
 from pipeline import preflight
 from pipeline.containers import connect, reason
 from pipeline.profile import Cluster, Profile, find_profile
@@ -139,11 +140,7 @@ def build(client: docker.DockerClient, made_of: Content) -> None:
             "UV_TORCH_BACKEND": torch.partition("+")[2]
         }  # no other index than PyPI, which has no such builds
     whole = Content({**made_of.files, **given}, made_of.arguments)
-    revision = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
-    arguments = {**whole.arguments, **index, "VERSION": __version__, "REVISION": revision}
+    arguments = {**whole.arguments, **index, "VERSION": __version__, "REVISION": commit()}
     with tempfile.TemporaryFile() as context:
         whole.write(context)
         context.seek(0)

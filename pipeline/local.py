@@ -33,9 +33,6 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 """The environment that keeps a trial to one thread: several trials share the machine, and the number of threads
 decides the last bits of its results."""
 
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-"""Has glibc keep what a training step frees for the next one, instead of giving it back page by page."""
-
 TRACKING = "from components import tracking; tracking.ensure()"
 """Makes MLflow's tables once, before several tasks would try; in a process of its own, for mlflow is large."""
 
@@ -74,7 +71,6 @@ def running(
     temporary = work / "tmp"
     temporary.mkdir(parents=True)
     environment = {
-        **KEEP_MEMORY,
         **os.environ,
         **ONE_THREAD,
         "TMPDIR": str(temporary),

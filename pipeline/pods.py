@@ -5,7 +5,7 @@ from typing import Any
 
 from kfp import kubernetes
 
-from pipeline.local import KEEP_MEMORY, ONE_THREAD
+from pipeline.local import ONE_THREAD
 from pipeline.profile import TRAINS, Cluster, Profile
 
 LABEL = ("app.kubernetes.io/part-of", "dvq")
@@ -19,7 +19,7 @@ def settle(task: Any, name: str, profile: Profile, environment: Mapping[str, str
     assert cluster
     _limits(task, profile, cluster, name in TRAINS)
     task.set_retry(num_retries=cluster.retries, backoff_duration="30s", backoff_factor=2.0)
-    for variable, value in {**ONE_THREAD, **KEEP_MEMORY, **environment}.items():
+    for variable, value in {**ONE_THREAD, **environment}.items():
         task.set_env_variable(variable, value)
     for source, variables in cluster.config_maps.items():
         kubernetes.use_config_map_as_env(task, source, dict(zip(variables, variables, strict=True)))

@@ -24,7 +24,7 @@ from pipeline import forecast, local, preflight, results
 from pipeline.containers import ENDED
 from pipeline.profile import Profile, find_profile
 from pipeline.progress import FAILED, FINISHED, Row
-from pipeline.watch import Job, rows, watch
+from pipeline.watch import Job, remove, rows, watch
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ERROR = re.compile(r"[\w.]*(Error|Exception): ")
@@ -119,19 +119,6 @@ def prepare(job: Job, on: str) -> Job:
     )
     preflight.check_writable(job.folder, "run from a folder that can")
     return replace(job, profile=profile)
-
-
-def remove(job: Job) -> None:
-    """Remove the sweep's trials from the store, and say which."""
-    removed = [name for name, trial in job.trials.items() if job.store.has(trial.key(), "trial.json")]
-    for name in removed:
-        job.store.remove(job.trials[name].key())
-    print(f"removed from {job.store.place}: {', '.join(removed) or 'nothing'}")
-    for name, trial in job.trials.items():
-        if step := job.store.reached(trial):
-            print(
-                f"{name} goes on from step {step} of a shorter trial that another sweep has: FRESH=1 there, too"
-            )
 
 
 def run(job: Job, console: Console) -> int:

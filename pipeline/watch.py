@@ -1,4 +1,4 @@
-"""A sweep under way: its rows, from the store, shown until it ends."""
+"""A sweep that starts, or is under way: its rows, from the store, shown until it ends."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +32,19 @@ class Job:
     def keys(self) -> list[str]:
         """The trials' keys."""
         return [trial.key() for trial in self.trials.values()]
+
+
+def remove(job: Job) -> None:
+    """Remove the sweep's trials from the store, and say which."""
+    removed = [name for name, trial in job.trials.items() if job.store.has(trial.key(), "trial.json")]
+    for name in removed:
+        job.store.remove(job.trials[name].key())
+    print(f"removed from {job.store.place}: {', '.join(removed) or 'nothing'}")
+    for name, trial in job.trials.items():
+        if step := job.store.reached(trial):
+            print(
+                f"{name} goes on from step {step} of a shorter trial that another sweep has: FRESH=1 there, too"
+            )
 
 
 def rows(job: Job) -> list[Row]:

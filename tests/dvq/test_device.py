@@ -172,9 +172,9 @@ def test_training_keeps_the_pages_of_large_tensors() -> None:
     """64 MiB are 16,384 pages, which the system gives until the heap has found its size, and not at every step."""
     code = """if True:
         import resource, torch
-        from dvq.device import ready_cpu
+        from dvq.device import keep_memory
 
-        ready_cpu(1)
+        torch.set_num_threads(1), keep_memory()
         pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         counts = [pages() for _ in range(20) if torch.ones(2**24) is not None]
         print(min(after - before for before, after in zip(counts, counts[1:])))

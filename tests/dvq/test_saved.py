@@ -11,6 +11,7 @@ import dvq
 from dvq import DvqError
 from dvq.config import trial
 from dvq.model import Model
+from dvq.provenance import commit
 from dvq.saved import save
 
 SIZE = {"data": "cifar10-sample", "features": 8, "num_latents": 2, "code_dim": 4}
@@ -125,3 +126,8 @@ def test_a_trials_folder_is_told_from_its_model(folder) -> None:
         dvq.load(folder.parent)
     with pytest.raises(DvqError, match=r"no model here: trial\.json is missing"):
         dvq.load(folder / "trial.json")
+
+
+def test_without_git_the_version_of_the_code_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert commit() == "unknown"

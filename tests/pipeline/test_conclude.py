@@ -11,8 +11,8 @@ from components.store import Store, begin
 from dvq import checkpoint
 from dvq.config import Sweep
 from pipeline import results
-from pipeline.submit import conclude, remove
-from pipeline.watch import Job
+from pipeline.submit import conclude
+from pipeline.watch import Job, remove
 
 SWEEP = Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft", "vq-ema", "vimco"]})
 

@@ -24,6 +24,7 @@ DVQ_IN_PIPELINE = {
     "dvq.findings",
     "dvq.fingerprints",
     "dvq.kept",
+    "dvq.provenance",
     "dvq.report",
     "dvq.trial",
 }

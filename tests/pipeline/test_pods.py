@@ -14,7 +14,7 @@ from components import IMAGE
 from dvq import DvqError
 from dvq.config import Sweep, overrides
 from pipeline import cluster, definition
-from pipeline.local import KEEP_MEMORY, ONE_THREAD
+from pipeline.local import ONE_THREAD
 from pipeline.preflight import PROFILE
 from pipeline.profile import PROFILES, Cluster, Profile, Toleration, find_profile, size
 
@@ -111,7 +111,7 @@ def test_each_task_has_what_the_profile_says(name: str) -> None:
         assert container["image"] == (profile.image or IMAGE)
         told = {one["name"]: one["value"] for one in container["env"]}
         device = {"DVQ_DEVICE": "cuda"} if task in TRAIN and profile.gpu else {}
-        assert told == {**ONE_THREAD, **KEEP_MEMORY, **device, "DVQ_STORE": "s3://dvq/store"}
+        assert told == {**ONE_THREAD, **device, "DVQ_STORE": "s3://dvq/store"}
         limits, resources = (profile if task in TRAIN else its.light), container["resources"]
         cpu, memory = f"{limits.cpu:g}", limits.memory
         assert memory
