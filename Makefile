@@ -48,7 +48,7 @@ report: $(READY) ## write a sweep's report again, from the store
 	@$(PYTHON) -m pipeline.report "$(SWEEP)"
 
 results: $(READY) ## keep a sweep's finished trials on all of CIFAR-10 in pipeline/results, and make the tables and figures there anew
-	@$(PYTHON) -m pipeline.keep "$(SWEEP)"
+	@$(PYTHON) -m pipeline.results "$(SWEEP)"
 
 replay: $(READY) ## bring MLflow up to date with a sweep, from the store
 	@$(PYTHON) -m pipeline.replay "$(SWEEP)"

@@ -19,7 +19,7 @@ from components.store import Store
 from dvq import DvqError
 from dvq.config import overrides
 from dvq.fingerprints import FINGERPRINTS, LABELS
-from pipeline import containers, definition, forecast, image, pods, preflight, results
+from pipeline import conclusion, containers, definition, forecast, image, pods, preflight
 from pipeline.kubeflow import SUCCEEDED, Kubeflow, Run, UnreachableError
 from pipeline.profile import Profile, find_profile
 from pipeline.watch import Job, remove, rows, watch
@@ -53,17 +53,19 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
         remove(job)
     job, plan = bring_data(job), forecast.plan(job.trials, job.store, profile)
     began, submit = time.time(), Submitter(job, profile, kubeflow, experiment, console)
-    results.say(console, f"sweep {job.sweep.name}: {len(job.trials)} trials on {LABELS[_data(job)]}")
+    conclusion.say(console, f"sweep {job.sweep.name}: {len(job.trials)} trials on {LABELS[_data(job)]}")
     if sum(plan.states.values()) - plan.states["finished"] > most:
-        results.say(console, f"{most} of them in each run; the next one goes on, by WAIT=1 or this command")
+        conclusion.say(
+            console, f"{most} of them in each run; the next one goes on, by WAIT=1 or this command"
+        )
     current = going or submit()
     if not wait:
-        results.say(console, f"the same command with WAIT=1 follows it; make cancel RUN={current} ends it")
+        conclusion.say(console, f"the same command with WAIT=1 follows it; make cancel RUN={current} ends it")
         return 0
     try:
         ended = follow(job, kubeflow, current, console)
         while (before := _progress(job)) and ended.state != "CANCELED" and (left := _left(job)):
-            results.say(console, f"{len(left)} trials are left: submitting it again")
+            conclusion.say(console, f"{len(left)} trials are left: submitting it again")
             current = submit()
             ended = follow(job, kubeflow, current, console)
             if _progress(job) <= before:
@@ -152,8 +154,8 @@ class Submitter:
         name = f"{self._job.sweep.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
         arguments = dict(self._job.arguments)
         made = self._kubeflow.start(name, self._experiment, self._version, arguments, self._account)
-        results.say(self._console, f"run:    {self._kubeflow.link(made)}")
-        results.say(self._console, f"mlflow: {_mlflow(self._job.sweep.name)}")
+        conclusion.say(self._console, f"run:    {self._kubeflow.link(made)}")
+        conclusion.say(self._console, f"mlflow: {_mlflow(self._job.sweep.name)}")
         return made
 
 
@@ -231,14 +233,14 @@ def conclude(
     job: Job, plan: forecast.Plan, profile: Profile, ended: Run, began: float, console: Console
 ) -> int:
     """Print what the sweep came to; 0 if every trial finished and the run succeeded, else 1."""
-    failures = results.show(job.sweep, job.trials, job.store, console)
+    failures = conclusion.show(job.sweep, job.trials, job.store, console)
     for fault in ended.faults if failures or ended.state != SUCCEEDED else ():
-        results.say(console, f"  the cluster: {fault}")
+        conclusion.say(console, f"  the cluster: {fault}")
     spent = forecast.spent(job.trials.values(), job.store, profile, began)
     known = "no forecast" if plan.unknown else f"forecast {plan.hours:.2f}"
-    results.say(console, f"{forecast.unit(profile)}: {spent:.2f} spent, {known}")
+    conclusion.say(console, f"{forecast.unit(profile)}: {spent:.2f} spent, {known}")
     report = f"{job.store.place}/reports/{job.sweep.name}/report.html"
-    results.say(console, f"\nrun {ended.state.lower()}; report: {report}")
+    conclusion.say(console, f"\nrun {ended.state.lower()}; report: {report}")
     return 0 if ended.state == SUCCEEDED and not failures else 1
 
 

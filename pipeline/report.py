@@ -7,7 +7,7 @@ from rich.console import Console
 
 from components import reports
 from dvq import DvqError
-from pipeline import preflight, results
+from pipeline import conclusion, preflight
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -21,13 +21,13 @@ def report(
         found = preflight.find_sweep(sweep)
         store = preflight.set_environment()
     console = Console()
-    failures = results.show(found, found.trials(), store, console)
+    failures = conclusion.show(found, found.trials(), store, console)
     try:
         reports.report(found.model_dump_json())
     except DvqError:
         if not failures:  # else it is written, and names them
             raise
-    results.where(found, store, console)
+    conclusion.where(found, store, console)
     raise SystemExit(1 if failures else 0)
 
 

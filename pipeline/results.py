@@ -1,86 +1,56 @@
-"""What a sweep came to: its table, what failed and why, and where to look further."""
+"""Keep a sweep's results in the repository: python -m pipeline.results SWEEP (make results)
 
-from collections.abc import Mapping
-from typing import Any
+``pipeline/results`` holds a JSON file for each finished trial on all of CIFAR-10, named by what it is. The tables and
+figures there, and the README's, are made from these files alone. Each file is also a sweep of its one trial:
+``make submit-sweep SWEEP=pipeline/results/<file>`` computes it again.
+"""
 
-from rich.console import Console
-from rich.table import Table
+import re
+from pathlib import Path
+from typing import Annotated
 
-from components.store import Store
-from dvq.config import Sweep
-from dvq.fingerprints import LABELS
-from dvq.trial import Trial
+import typer
 
-COLUMNS = ("name", "bits_per_dim", "rate", "distortion", "perplexity", "dead_codes")
-"""of dvq.report's rows, as many as 80 characters hold"""
-DID_NOT_START = "it did not start"
-DID_NOT_FINISH = "it did not finish; the log may say why"
+from components import reports
+from dvq import DvqError, kept
+from pipeline import preflight
 
+ROOT = Path(__file__).parents[1]
+FOLDER = Path("pipeline/results")
+SECTION = re.compile(r"(<!-- results.*?-->)\n.*?(<!-- end of results -->)", re.DOTALL)
 
-def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Console) -> dict[str, str]:
-    """Print the finished trials sorted by bits/dim, and the others with their reasons; these, by name."""
-    from dvq import report
-
-    store.look([trial.key() for trial in trials.values()], "results.json")
-    found = {name: store.results(trial.key()) for name, trial in trials.items()}
-    finished = [{**one, "name": name} for name, one in found.items() if one]
-    failures = {name: _reason(store, trials[name]) for name, one in found.items() if not one}
-    if finished:
-        data = LABELS[next(iter(trials.values())).data]
-        split = finished[0]["evaluation"]["split"]
-        say(console, f"\n{sweep.name} on {data}")
-        say(console, f"split {split}; bits/dim = distortion + rate, ± the standard error over images")
-        whole = None if console.is_terminal else sum(map(len, trials)) + 80  # in a file no name is broken
-        console.print(_table(report.rows(finished, {})), width=whole)
-        say(
-            console,
-            f"certificate {report.certificate(finished)}: equal when every number is equal, bit for bit",
-        )
-        lost = goodput([one["training"]["goodput"] for one in finished])
-        if lost:
-            say(console, lost)
-    if failures:
-        came = "are not computed" if set(failures.values()) == {DID_NOT_START} else "failed"
-        say(console, f"\n{len(failures)} of {len(trials)} trials {came}; make submit-sweep tries them again:")
-    for name, reason in failures.items():
-        say(console, f"  {name}: {reason}")
-    return failures
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def goodput(trials: list[dict[str, Any]]) -> str:
-    """What interruptions cost, over the finished trials; empty if there were none."""
-    steps, seconds = (sum(one[key] for one in trials) for key in ("steps_lost", "seconds_lost"))
-    again = sum(max(0, one["attempts"] - 1) for one in trials)
-    told = f"goodput {again} interruptions, which lost {steps} steps and {seconds:.0f} s of training"
-    return told if again else ""
+@app.command()
+def keep(sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")]) -> None:
+    """Keep the sweep's finished trials, and make tables and figures anew from all that are kept."""
+    with preflight.one_sentence():
+        found = preflight.find_sweep(sweep)
+        store = preflight.set_environment()
+        if any(one.data != "cifar10" for one in found.trials().values()):
+            raise DvqError(
+                f"sweep '{found.name}' is on the bundled sample; only results on all of CIFAR-10 are kept"
+            )
+        results, analyses, missing = reports.gather(found, store)
+        for result in results:
+            print(f"kept {kept.write(result, analyses.get(result['name']), found.name, ROOT / FOLDER).name}")
+        for name, reason in missing.items():
+            print(f"not kept: {name}: {reason}")
+        tell(ROOT)
 
 
-def say(console: Console, line: str) -> None:
-    """A line as it is: no markup, no colours, not broken."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+def tell(root: Path) -> None:
+    """Write the tables and figures, and the README's section, from the results that are kept."""
+    folder = root / FOLDER
+    results = kept.load(folder)
+    kept.draw(folder / "figures", results)
+    (folder / "README.md").write_text(kept.page(results, FOLDER), encoding="utf-8")
+    readme = root / "README.md"
+    told = kept.section(results, FOLDER)
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(SECTION.sub(lambda found: f"{found[1]}\n{told}\n{found[2]}", text), encoding="utf-8")
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    from dvq.report import COLUMNS as FORMS
-    from dvq.report import shown
-
-    made = Table(box=None, pad_edge=False, header_style="bold")
-    for key in COLUMNS:
-        heading, form = FORMS[key]
-        made.add_column(heading, justify="right" if form else "left", no_wrap=bool(form), overflow="fold")
-    for row in rows:
-        made.add_row(*(shown(row, key) for key in COLUMNS))
-    return made
-
-
-def _reason(store: Store, trial: Trial) -> str:
-    state = store.state(trial.key())
-    return state.reason or (DID_NOT_START if state.name == "new" else DID_NOT_FINISH)
-
-
-def where(sweep: Sweep, store: Store, console: Console) -> None:
-    """Print where the report is and how to look at the runs."""
-    page = store.report(sweep.name) / "report.html"
-    if page.exists():
-        say(console, f"\nreport: {page}")
-    say(console, "runs:   make ui")
+if __name__ == "__main__":
+    app()

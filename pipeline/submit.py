@@ -20,7 +20,7 @@ from components import tracking
 from dvq import DvqError
 from dvq.fingerprints import FINGERPRINTS, LABELS
 from dvq.trial import Trial
-from pipeline import forecast, local, preflight, results
+from pipeline import conclusion, forecast, local, preflight
 from pipeline.containers import ENDED
 from pipeline.profile import Profile, find_profile
 from pipeline.progress import FAILED, FINISHED, Row
@@ -126,7 +126,7 @@ def run(job: Job, console: Console) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     shown, began = rows(job), time.time()
-    results.say(
+    conclusion.say(
         console, f"sweep {job.sweep.name}: {len(shown)} trials on {LABELS[job.arguments['data_name']]}"
     )
     try:
@@ -157,17 +157,17 @@ def _note(shown: list[Row], job: Job) -> str:
 
 def conclude(job: Job, code: int, console: Console) -> int:
     """Print what the sweep came to; 0 if every trial finished and the pipeline succeeded, else 1."""
-    failures = results.show(job.sweep, job.trials, job.store, console)
+    failures = conclusion.show(job.sweep, job.trials, job.store, console)
     for line in _because(code, failures, job.folder / "kfp.log"):
-        results.say(console, line)
+        conclusion.say(console, line)
     behind = [name for name, trial in job.trials.items() if name not in failures and not _tracked(job, trial)]
     if behind:
-        results.say(
+        conclusion.say(
             console,
             f"MLflow lacks {len(behind)} of the finished trials: make replay sends them; the log says why",
         )
-    results.where(job.sweep, job.store, console)
-    results.say(console, f"log:    {job.folder / 'kfp.log'}")
+    conclusion.where(job.sweep, job.store, console)
+    conclusion.say(console, f"log:    {job.folder / 'kfp.log'}")
     return 1 if failures or code != 0 else 0
 
 
@@ -181,9 +181,9 @@ def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
     text = COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
     lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
     deaths = [line for line in lines if line.startswith(ENDED) and not line.endswith("exit code 1")]
-    if deaths and {results.DID_NOT_START, results.DID_NOT_FINISH} & set(failures.values()):
+    if deaths and {conclusion.DID_NOT_START, conclusion.DID_NOT_FINISH} & set(failures.values()):
         return deaths
-    if results.DID_NOT_START in failures.values():
+    if conclusion.DID_NOT_START in failures.values():
         errors = [line for line in lines if ERROR.match(line)]
         sentences = [line.partition(": ")[2] for line in errors if line.startswith("dvq.DvqError: ")]
         return [*sentences, *errors, f"the pipeline ended with exit status {code}"][:1]

@@ -15,7 +15,7 @@ from dvq.analyze import Analysis, analyze
 from dvq.config import load_sweep, trial
 from dvq.style import notice
 from dvq.trial import Trial, values
-from pipeline import keep, preflight
+from pipeline import preflight, results
 
 SWEEP = """
 base: {data: cifar10}
@@ -63,7 +63,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with the README's section, and a store with all trials of ``sweep.yaml`` finished."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(keep, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(report, "draw", lambda *_: {})  # takes seconds
     (tmp_path / "README.md").write_text(README)
     (tmp_path / "sweep.yaml").write_text(SWEEP)
@@ -75,13 +75,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(sweep: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Exit status, standard output and standard error."""
     with pytest.raises(SystemExit) as stopped:
-        keep.app([sweep])
+        results.app([sweep])
     assert isinstance(stopped.value.code, int)
     return stopped.value.code, *capsys.readouterr()
 
 
 def files(root: Path) -> set[str]:
-    return {path.stem for path in (root / keep.FOLDER).glob("*.json")}
+    return {path.stem for path in (root / results.FOLDER).glob("*.json")}
 
 
 def between(text: str, begin: str, end: str) -> str:
@@ -95,7 +95,7 @@ def test_each_trial_is_a_file_that_is_also_its_sweep(root: Path, capsys: pytest.
     assert files(root) == {*FULL, *PARTIAL, *TUNE}
     assert out.splitlines() == [f"kept {one}.json" for one in (*FULL, *PARTIAL, *TUNE)]
     for one in load_sweep(root / "sweep.yaml").trials().values():
-        path = root / keep.FOLDER / f"{kept.name(one)}.json"
+        path = root / results.FOLDER / f"{kept.name(one)}.json"
         again = preflight.find_sweep(str(path))
         assert [found.key() for found in again.trials().values()] == [one.key()]
         made, stored = json.loads(path.read_text()), Store(root / "store").results(one.key())
@@ -106,7 +106,7 @@ def test_each_trial_is_a_file_that_is_also_its_sweep(root: Path, capsys: pytest.
 
 def test_full_partial_and_tuning_never_share_a_table(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("sweep.yaml", capsys)
-    text = (root / keep.FOLDER / "README.md").read_text()
+    text = (root / results.FOLDER / "README.md").read_text()
     for heading, names in (("Trained in full", FULL), ("Partial", PARTIAL), ("Held-out", TUNE)):
         told = between(text, f"## {heading}", "\n## ")
         assert {name for name in files(root) if f"({name}.json)" in told} == set(names)
@@ -140,35 +140,33 @@ def test_tables_and_figures_come_from_the_files_alone(
 ) -> None:
     monkeypatch.setattr(report, "draw", DRAW)
     run("sweep.yaml", capsys)
-    before = {path: path.read_bytes() for path in (root / keep.FOLDER).rglob("*.*")}
+    before = {path: path.read_bytes() for path in (root / results.FOLDER).rglob("*.*")}
     assert len([path for path in before if path.suffix == ".png"]) == 4
     shutil.rmtree(root / "store")
     code, out, _ = run("sweep.yaml", capsys)
     assert code == 0
     assert out.count("not kept: ") == len(before) - 5
-    assert {path: path.read_bytes() for path in (root / keep.FOLDER).rglob("*.*")} == before
+    assert {path: path.read_bytes() for path in (root / results.FOLDER).rglob("*.*")} == before
 
 
 def test_figures_leave_partial_training_out_or_say_it(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[set[str]] = []
-    monkeypatch.setattr(
-        report, "draw", lambda _, results, *__: drawn.append({one["name"] for one in results})
-    )
+    monkeypatch.setattr(report, "draw", lambda _, found, *__: drawn.append({one["name"] for one in found}))
     run("sweep.yaml", capsys)
     for name in FULL:
-        (root / keep.FOLDER / f"{name}.json").unlink()
-    keep.tell(root)
-    there = kept.load(root / keep.FOLDER)
+        (root / results.FOLDER / f"{name}.json").unlink()
+    results.tell(root)
+    there = kept.load(root / results.FOLDER)
     assert "partial" in notice([one for one in there if one["name"] in PARTIAL])
     assert drawn == [set(FULL), set(PARTIAL)]
     text = (root / "README.md").read_text()
     assert "None of our models has been trained in full yet. In partial training" in text
     assert {name for name in files(root) if name in text} == set(PARTIAL)
     for name in PARTIAL:
-        (root / keep.FOLDER / f"{name}.json").unlink()
-    keep.tell(root)
+        (root / results.FOLDER / f"{name}.json").unlink()
+    results.tell(root)
     assert "None of our models has been trained in full yet.\n<!--" in (root / "README.md").read_text()
 
 
@@ -176,17 +174,17 @@ def test_an_estimator_without_a_look_of_its_own_is_kept_too(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("sweep.yaml", capsys)
-    (least, *_) = there = kept.load(root / keep.FOLDER)
+    (least, *_) = there = kept.load(root / results.FOLDER)
     known = {name: look for name, look in kept.ESTIMATORS.items() if name != least["trial"]["estimator"]}
     monkeypatch.setattr(kept, "ESTIMATORS", known)
-    found = kept.load(root / keep.FOLDER)
+    found = kept.load(root / results.FOLDER)
     assert sorted(one["name"] for one in found) == sorted(one["name"] for one in there)
     assert found[-1]["trial"]["estimator"] == least["trial"]["estimator"]
 
 
 def test_figures_name_what_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr(report, "draw", lambda _, results, *__: drawn.extend(one["name"] for one in results))
+    monkeypatch.setattr(report, "draw", lambda _, found, *__: drawn.extend(one["name"] for one in found))
     base = {"estimator": "vq-ema", "features": 32, "learning_rate": 1e-3}
     trials = [
         trial({**base, **more}) for more in ({"steps": 10}, {"steps": 20}, {"steps": 20, "commitment": 1.0})
@@ -198,7 +196,7 @@ def test_figures_name_what_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -
 
 def test_only_the_codebooks_of_figure_2_are_kept(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("sweep.yaml", capsys)
-    there = kept.load(root / keep.FOLDER)
+    there = kept.load(root / results.FOLDER)
     assert [one["name"] for one in there if "codebooks" in one] == [FULL[0]]
     made = next(one for one in there if "codebooks" in one)
     whole = Analysis.load(Store(root / "store").trial(made["key"]) / "analysis.npz")
@@ -231,11 +229,11 @@ def test_a_file_that_is_no_result_is_one_sentence(content: str, tmp_path: Path) 
 
 def test_the_tables_here_are_those_of_the_files_here() -> None:
     root = Path(__file__).parents[2]
-    results = kept.load(root / keep.FOLDER)
-    assert (root / keep.FOLDER / "README.md").read_text() == kept.page(results, keep.FOLDER)
-    assert kept.section(results, keep.FOLDER) in (root / "README.md").read_text()
-    assert [path.stem for path in sorted((root / keep.FOLDER).glob("*.json"))] == sorted(
-        kept.name(trial(one["trial"])) for one in results
+    there = kept.load(root / results.FOLDER)
+    assert (root / results.FOLDER / "README.md").read_text() == kept.page(there, results.FOLDER)
+    assert kept.section(there, results.FOLDER) in (root / "README.md").read_text()
+    assert [path.stem for path in sorted((root / results.FOLDER).glob("*.json"))] == sorted(
+        kept.name(trial(one["trial"])) for one in there
     )
 
 

@@ -10,7 +10,7 @@ from components import tracking
 from components.store import Store, begin
 from dvq import checkpoint
 from dvq.config import Sweep
-from pipeline import results
+from pipeline import conclusion
 from pipeline.submit import conclude
 from pipeline.watch import Job, remove
 
@@ -26,7 +26,7 @@ def test_finished_trials_that_mlflow_lacks_are_counted(
     (tmp_path / "kfp.log").touch()
     job = Job(SWEEP, trials, store, {}, 1, tmp_path, None)
     first, _, failed = trials
-    monkeypatch.setattr(results, "show", lambda *_: {failed: "why not"})
+    monkeypatch.setattr(conclusion, "show", lambda *_: {failed: "why not"})
     for name, lacks in ((first, "MLflow lacks 1 of"), (None, "MLflow lacks 2 of")):
         console = Console(file=io.StringIO(), width=200)
         if name:

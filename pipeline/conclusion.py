@@ -1,0 +1,86 @@
+"""What a sweep came to: its table, what failed and why, and where to look further."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from components.store import Store
+from dvq.config import Sweep
+from dvq.fingerprints import LABELS
+from dvq.trial import Trial
+
+COLUMNS = ("name", "bits_per_dim", "rate", "distortion", "perplexity", "dead_codes")
+"""of dvq.report's rows, as many as 80 characters hold"""
+DID_NOT_START = "it did not start"
+DID_NOT_FINISH = "it did not finish; the log may say why"
+
+
+def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Console) -> dict[str, str]:
+    """Print the finished trials sorted by bits/dim, and the others with their reasons; these, by name."""
+    from dvq import report
+
+    store.look([trial.key() for trial in trials.values()], "results.json")
+    found = {name: store.results(trial.key()) for name, trial in trials.items()}
+    finished = [{**one, "name": name} for name, one in found.items() if one]
+    failures = {name: _reason(store, trials[name]) for name, one in found.items() if not one}
+    if finished:
+        data = LABELS[next(iter(trials.values())).data]
+        split = finished[0]["evaluation"]["split"]
+        say(console, f"\n{sweep.name} on {data}")
+        say(console, f"split {split}; bits/dim = distortion + rate, ± the standard error over images")
+        whole = None if console.is_terminal else sum(map(len, trials)) + 80  # in a file no name is broken
+        console.print(_table(report.rows(finished, {})), width=whole)
+        say(
+            console,
+            f"certificate {report.certificate(finished)}: equal when every number is equal, bit for bit",
+        )
+        lost = goodput([one["training"]["goodput"] for one in finished])
+        if lost:
+            say(console, lost)
+    if failures:
+        came = "are not computed" if set(failures.values()) == {DID_NOT_START} else "failed"
+        say(console, f"\n{len(failures)} of {len(trials)} trials {came}; make submit-sweep tries them again:")
+    for name, reason in failures.items():
+        say(console, f"  {name}: {reason}")
+    return failures
+
+
+def goodput(trials: list[dict[str, Any]]) -> str:
+    """What interruptions cost, over the finished trials; empty if there were none."""
+    steps, seconds = (sum(one[key] for one in trials) for key in ("steps_lost", "seconds_lost"))
+    again = sum(max(0, one["attempts"] - 1) for one in trials)
+    told = f"goodput {again} interruptions, which lost {steps} steps and {seconds:.0f} s of training"
+    return told if again else ""
+
+
+def say(console: Console, line: str) -> None:
+    """A line as it is: no markup, no colours, not broken."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    from dvq.report import COLUMNS as FORMS
+    from dvq.report import shown
+
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for key in COLUMNS:
+        heading, form = FORMS[key]
+        made.add_column(heading, justify="right" if form else "left", no_wrap=bool(form), overflow="fold")
+    for row in rows:
+        made.add_row(*(shown(row, key) for key in COLUMNS))
+    return made
+
+
+def _reason(store: Store, trial: Trial) -> str:
+    state = store.state(trial.key())
+    return state.reason or (DID_NOT_START if state.name == "new" else DID_NOT_FINISH)
+
+
+def where(sweep: Sweep, store: Store, console: Console) -> None:
+    """Print where the report is and how to look at the runs."""
+    page = store.report(sweep.name) / "report.html"
+    if page.exists():
+        say(console, f"\nreport: {page}")
+    say(console, "runs:   make ui")
