@@ -1,4 +1,4 @@
-"""Which device a process computes on, and that it computes there the same each time."""
+"""Which device a process computes on, that it computes there the same each time, and with what memory."""
 
 import ctypes
 import fcntl
