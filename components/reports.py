@@ -53,18 +53,14 @@ def gather(sweep: Sweep, store: Store) -> "tuple[list[dict[str, Any]], dict[str,
     """Of the sweep's trials the results, the analyses and, of those that are not finished, the reasons, by name."""
     from dvq.analyze import Analysis
 
-    results, analyses, failures = [], {}, {}
-    trials = sweep.trials()
-    store.look([trial.key() for trial in trials.values()], "results.json", "analysis.npz")
-    for name, trial in trials.items():
-        found = store.results(trial.key())
-        if found is None:
-            state = store.state(trial.key())
-            failures[name] = state.reason or f"it did not finish ({state.name}): see the log"
-            continue
-        results.append({**found, "name": name})
-        if store.has(trial.key(), "analysis.npz"):
-            analyses[name] = Analysis.load(store.trial(trial.key()) / "analysis.npz")
+    results, failures = store.outcomes(sweep.trials())
+    keys = {result["name"]: result["key"] for result in results}
+    store.look(keys.values(), "analysis.npz")
+    analyses = {
+        name: Analysis.load(store.trial(key) / "analysis.npz")
+        for name, key in keys.items()
+        if store.has(key, "analysis.npz")
+    }
     return results, analyses, failures
 
 

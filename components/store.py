@@ -9,17 +9,19 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvq import DvqError, checkpoint, events
+from dvq import DvqError, checkpoint, disk, events
 from dvq.trial import Trial, values
 
 FORMAT = 1
 """The version of a trial's folder."""
+DID_NOT_START = "it did not start"
+DID_NOT_FINISH = "it did not finish; the log may say why"
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,19 @@ class Store:
         """The finished trial's results.json."""
         return read_json(self.trial(key) / "results.json") if self.has(key, "results.json") else None
 
+    def outcomes(self, trials: Mapping[str, Trial]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """The finished trials' results, and of the others the reasons, by name."""
+        self.look([trial.key() for trial in trials.values()], "results.json")
+        results, reasons = [], {}
+        for name, trial in trials.items():
+            found = self.results(trial.key())
+            if found:
+                results.append({**found, "name": name})
+            else:
+                state = self.state(trial.key())
+                reasons[name] = state.reason or (DID_NOT_START if state.name == "new" else DID_NOT_FINISH)
+        return results, reasons
+
 
 @contextmanager
 def locked(path: Path, busy: Callable[[], None]) -> Iterator[int]:
@@ -255,11 +270,5 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write under another name, sync, and rename: a reader sees the whole file or none."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Write the JSON object at ``path``, whole or not at all."""
+    disk.replace(path, json.dumps(content, indent=1) + "\n")

@@ -7,14 +7,13 @@ the last two are kept, so that one that was damaged later leaves another.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvq import DvqError
+from dvq import DvqError, disk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,11 +49,13 @@ def write(folder: Path, step: int, tensors: "dict[str, Tensor]", about: dict[str
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_synced(partial / "state.safetensors", content)
-        _write_synced(partial / "checkpoint.json", (json.dumps(document, indent=1) + "\n").encode())
+        (partial / "state.safetensors").write_bytes(content)
+        (partial / "checkpoint.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        for path in partial.iterdir():
+            disk.sync(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _sync(final.parent)
+        disk.sync(final.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise DvqError(
@@ -64,21 +65,6 @@ def write(folder: Path, step: int, tensors: "dict[str, Tensor]", about: dict[str
     for old in steps(folder)[:-KEPT]:
         shutil.rmtree(final.with_name(f"{old:09d}"), ignore_errors=True)
     return final
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def steps(folder: Path) -> list[int]:

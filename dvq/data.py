@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dvq import DvqError, cifar10
+from dvq import DvqError, cifar10, disk
 from dvq.cifar10 import Images, Progress
 from dvq.fingerprints import FINGERPRINTS, LABELS
 
@@ -209,16 +209,7 @@ def _write(name: str, arrays: dict[str, Images], work: Path) -> None:
         np.save(work / f"{array}.npy", arrays[array])
     (work / "data.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
     for path in (*work.iterdir(), work):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        disk.sync(path)
 
 
 def _publish(work: Path, folder: Path) -> None:
@@ -230,5 +221,5 @@ def _publish(work: Path, folder: Path) -> None:
             raise
         for path in sorted(work.iterdir(), key=lambda path: path.name == "data.json"):
             path.replace(folder / path.name)
-        _sync(folder)
-    _sync(folder.parent)
+        disk.sync(folder)
+    disk.sync(folder.parent)

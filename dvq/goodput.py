@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dvq import events
+from dvq import disk, events
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -29,6 +29,4 @@ def begin(folder: Path, step: int) -> None:
         found["steps_lost"] += lost[-1]["step"] - step
         found["seconds_lost"] += lost[-1]["time"] - (kept[-1] if kept else lost[0]["time"])
     found["attempts"] += 1
-    partial = folder / "goodput.json.partial"
-    partial.write_text(json.dumps(found), encoding="utf-8")
-    partial.replace(folder / "goodput.json")
+    disk.replace(folder / "goodput.json", json.dumps(found))

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dvq import figures, style
+from dvq import disk, figures, style
 from dvq.pictures import Pictures, of_sweep
 from dvq.style import Analyses, Result, notice, save_png
 
@@ -223,8 +223,8 @@ def write(
         "certificate": certificate(results),
         "rows": rows(results, failures),
     }
-    _replace(folder / "table.json", json.dumps(table, indent=1) + "\n")
-    _replace(folder / "report.html", page(sweep_name, description, results, failures, drawn))
+    disk.replace(folder / "table.json", json.dumps(table, indent=1) + "\n")
+    disk.replace(folder / "report.html", page(sweep_name, description, results, failures, drawn))
     return folder / "report.html"
 
 
@@ -247,10 +247,3 @@ def draw(
     for name, figure in drawn.items():
         save_png(figure, folder / f"{name}.png")
     return {name: (folder / f"{name}.png").read_bytes() for name in drawn}
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write under another name and rename: a reader sees the whole file or the one before."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

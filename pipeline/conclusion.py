@@ -6,25 +6,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from components.store import Store
+from components.store import DID_NOT_START, Store
 from dvq.config import Sweep
 from dvq.fingerprints import LABELS
 from dvq.trial import Trial
 
 COLUMNS = ("name", "bits_per_dim", "rate", "distortion", "perplexity", "dead_codes")
 """of dvq.report's rows, as many as 80 characters hold"""
-DID_NOT_START = "it did not start"
-DID_NOT_FINISH = "it did not finish; the log may say why"
 
 
 def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Console) -> dict[str, str]:
     """Print the finished trials sorted by bits/dim, and the others with their reasons; these, by name."""
     from dvq import report
 
-    store.look([trial.key() for trial in trials.values()], "results.json")
-    found = {name: store.results(trial.key()) for name, trial in trials.items()}
-    finished = [{**one, "name": name} for name, one in found.items() if one]
-    failures = {name: _reason(store, trials[name]) for name, one in found.items() if not one}
+    finished, failures = store.outcomes(trials)
     if finished:
         data = LABELS[next(iter(trials.values())).data]
         split = finished[0]["evaluation"]["split"]
@@ -71,11 +66,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         made.add_row(*(shown(row, key) for key in COLUMNS))
     return made
-
-
-def _reason(store: Store, trial: Trial) -> str:
-    state = store.state(trial.key())
-    return state.reason or (DID_NOT_START if state.name == "new" else DID_NOT_FINISH)
 
 
 def where(sweep: Sweep, store: Store, console: Console) -> None:

@@ -31,15 +31,13 @@ def findings() -> None:
 
 def finished(sweep: Sweep, store: Store) -> list[dict[str, Any]]:
     """The results of all its trials; DvqError if one is not finished."""
-    store.look([trial.key() for trial in sweep.trials().values()], "results.json")
-    results = {name: store.results(trial.key()) for name, trial in sweep.trials().items()}
-    missing = [name for name, result in results.items() if not result]
+    results, missing = store.outcomes(sweep.trials())
     if missing:
         raise DvqError(
-            f"{len(missing)} of the {len(results)} trials of sweep '{sweep.name}' are not finished, the first "
-            f"is {missing[0]}; run the sweep: make findings"
+            f"{len(missing)} of the {len(results) + len(missing)} trials of sweep '{sweep.name}' are not finished, "
+            f"the first is {next(iter(missing))}; run the sweep: make findings"
         )
-    return [{**result, "name": name} for name, result in results.items() if result]
+    return results
 
 
 def markdown(mini: Miniature, told: Sequence[Claim]) -> str:

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from components import tracking
+from components.store import DID_NOT_FINISH, DID_NOT_START
 from dvq import DvqError
 from dvq.fingerprints import FINGERPRINTS, LABELS
 from dvq.trial import Trial
@@ -181,9 +182,9 @@ def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
     text = COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
     lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
     deaths = [line for line in lines if line.startswith(ENDED) and not line.endswith("exit code 1")]
-    if deaths and {conclusion.DID_NOT_START, conclusion.DID_NOT_FINISH} & set(failures.values()):
+    if deaths and {DID_NOT_START, DID_NOT_FINISH} & set(failures.values()):
         return deaths
-    if conclusion.DID_NOT_START in failures.values():
+    if DID_NOT_START in failures.values():
         errors = [line for line in lines if ERROR.match(line)]
         sentences = [line.partition(": ")[2] for line in errors if line.startswith("dvq.DvqError: ")]
         return [*sentences, *errors, f"the pipeline ended with exit status {code}"][:1]

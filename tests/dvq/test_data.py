@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dvq import DvqError, cifar10, data
+from dvq import DvqError, cifar10, data, disk
 from dvq.fingerprints import FINGERPRINTS, LABELS
 
 
@@ -178,14 +178,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder):
     assert [path.name for path in folder.parent.iterdir()] == [".prepared.lock"]
 
 
-@pytest.mark.parametrize("step", ["statistics", "_sync", "_publish"])
-def test_an_interruption_leaves_nothing(step, official, folder, monkeypatch):
+@pytest.mark.parametrize(("where", "step"), [(data, "statistics"), (disk, "sync"), (data, "_publish")])
+def test_an_interruption_leaves_nothing(where, step, official, folder, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     source = str(official.folder)
     with monkeypatch.context() as patch:
-        patch.setattr(data, step, interrupt)
+        patch.setattr(where, step, interrupt)
         with pytest.raises(KeyboardInterrupt):
             data.prepare("cifar10", source, folder)
     assert [path.name for path in folder.parent.iterdir()] == [".prepared.lock"]

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dvq import DvqError, checkpoint, events, goodput
+from dvq import DvqError, checkpoint, disk, events, goodput
 from dvq.config import trial
 from dvq.data import load
 from dvq.train import train
@@ -316,11 +316,12 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     one = trial(TINY)
     folder = interrupted(tmp_path / "trial", one, prepared, step=16)
 
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def full(path: Path) -> None:
+        if "checkpoints" in path.parts:
+            raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_synced", full)
+        patch.setattr(disk, "sync", full)
         with pytest.raises(
             DvqError, match=r"step 20 cannot be written .*No space left on device.*the last one is kept"
         ):
