@@ -24,10 +24,20 @@ NAME = re.compile(r"^[a-z0-9][a-z0-9-]*$")
 
 
 def estimators() -> dict[str, type[Trial]]:
-    """Every estimator's configuration by its name."""
+    """Every estimator's configuration by its name; DvqError for a class that has none of its own."""
     union = get_args(Estimator)[0]
     classes: Sequence[type[Trial]] = get_args(union) or (union,)
-    return {get_args(cls.model_fields["estimator"].annotation)[0]: cls for cls in classes}
+    found: dict[str, type[Trial]] = {}
+    for cls in classes:
+        name = next(iter(get_args(cls.model_fields["estimator"].annotation)), None)
+        if name is None or name in found:
+            taken = f", and '{name}' is {found[name].__name__}'s" if name else ""
+            raise DvqError(
+                f"{cls.__module__}: {cls.__name__} has no name of its own{taken}; give it one, "
+                'estimator: Literal["name"] = "name"'
+            )
+        found[name] = cls
+    return found
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
@@ -62,8 +72,10 @@ def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
     for key, value in values.items():
         if key not in cls.model_fields:
             raise DvqError(f"{where}: {name} has no '{key}'{_elsewhere(str(key), cls)}")
-        if isinstance(value, bool):  # pydantic would take it for 0 or 1
-            raise DvqError(f"{where}: {key} = {value}: no field is a yes or no")
+        if (
+            isinstance(value, bool) and cls.model_fields[key].annotation is not bool
+        ):  # pydantic takes it for 0 or 1
+            raise DvqError(f"{where}: {key} = {value}: it is not a yes or no")
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,10 @@ def failure_reason(error: Exception) -> str:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in first:
         told = first.partition("can't allocate memory: ")[2] or first[:160]
         return f"out of memory: {told}; use a smaller batch_size, num_codes or features, or a larger machine"
-    return f"{type(error).__name__}: {first}"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)]
+    place = f" ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
+    return f"{type(error).__name__}: {first}{place}"
 
 
 def main() -> int:

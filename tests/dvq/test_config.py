@@ -1,13 +1,15 @@
 """Trials and sweeps from text: what is right comes through, what is wrong is one sentence."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Field
 
 import dvq
-from dvq import DvqError
+from dvq import DvqError, config
 from dvq.config import Sweep, load_sweep, overrides, point, trial
+from dvq.estimators.gs_soft import GSSoft
 from dvq.fingerprints import FINGERPRINTS
 
 GS = {"estimator": "gs-soft"}
@@ -27,7 +29,7 @@ GS = {"estimator": "gs-soft"}
             {"estimator": "gaussian", "num_codes": 8},
             "gaussian has no 'num_codes', which is a field of gs-soft",
         ),
-        ({**GS, "steps": True}, "steps = True: no field is a yes or no"),
+        ({**GS, "steps": True}, "steps = True: it is not a yes or no"),
         ({**GS, "num_codes": 1}, "num_codes = 1: input should be greater than or equal to 2"),
         ({**GS, "steps": -5}, "steps = -5"),
         ({**GS, "learning_rate": "fast"}, "learning_rate = 'fast'"),
@@ -136,3 +138,27 @@ def test_the_key_hangs_on_what_decides_the_numbers_alone(monkeypatch: pytest.Mon
 )
 def test_every_sweep_of_the_project_is_right(path: Path) -> None:
     assert load_sweep(path).trials()
+
+
+class Nameless(GSSoft):
+    """An estimator that was begun as a copy of another."""
+
+
+class Yes(GSSoft):
+    estimator: Literal["yes"] = "yes"  # type: ignore[assignment]
+    halve: bool = False
+
+
+def test_an_estimator_without_a_name_of_its_own_takes_no_others_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config, "Estimator", Annotated[GSSoft | Nameless, Field(discriminator="estimator")])
+    with pytest.raises(
+        DvqError, match=r"Nameless has no name of its own, and 'gs-soft' is GSSoft's; give it one"
+    ):
+        trial({"estimator": "gs-soft"})
+
+
+def test_a_field_of_an_estimator_can_be_a_yes_or_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "Estimator", Annotated[GSSoft | Yes, Field(discriminator="estimator")])
+    assert trial({"estimator": "yes", "halve": True}).changed() == {"halve": True}

@@ -39,6 +39,7 @@ def test_numbers_are_the_golden_ones(estimator: str) -> None:
     assert golden["numerics"] == dvq.NUMERICS, (
         "dvq.NUMERICS was raised: run make golden and commit the new curves"
     )
+    assert estimator in golden["curves"], "a new estimator: run make golden and commit its curve"
     expected = golden["curves"][estimator]
     for found, right in zip(curve(estimator), expected, strict=True):
         assert found == pytest.approx(right, rel=1e-6), (

@@ -332,8 +332,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     assert outcome(folder) == undisturbed(tmp_path / "undisturbed", one, prepared)
 
 
-def test_what_diverged_is_never_kept(tmp_path: Path, prepared: Path) -> None:
-    one = trial({**TINY, "learning_rate": 1e30, "checkpoint_every": 1})
+@pytest.mark.parametrize("estimator", ["gs-soft", "vimco", "nvil"])
+def test_what_diverged_is_never_kept(estimator: str, tmp_path: Path, prepared: Path) -> None:
+    one = trial({**TINY, "estimator": estimator, "learning_rate": 1e30, "checkpoint_every": 1})
     folder = new_folder(tmp_path / "trial", one)
     with pytest.raises(DvqError, match=r"training diverged: at step \d+ the \w+ is (nan|inf)"):
         train(one, load(prepared), folder)

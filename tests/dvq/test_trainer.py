@@ -1,10 +1,14 @@
 """A step of training: which images it sees, in which noise, and that it leaves nothing behind."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from dvq.config import trial
+from dvq.estimators.gs_soft import GSSoft
+from dvq.train import failure_reason
 from dvq.trainer import Trainer, minibatch, noise_seed
 
 IMAGES = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
@@ -55,3 +59,12 @@ def test_the_learning_rate_falls_by_half_every_half_life_and_is_the_optimizers()
         trainer.step(8)
         moved.append(trainer.model.encoder.body[0].weight.detach() - before)
     torch.testing.assert_close(moved[0], 4 * moved[1])
+
+
+def test_what_an_estimator_got_wrong_is_told_with_its_line() -> None:
+    def loss(self: GSSoft, *_: object) -> None:
+        self.kl_weight("three")  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError) as caught:
+        loss(GSSoft(kl_warmup=1))
+    assert re.fullmatch(r"TypeError: .* \(trial.py, line \d+\)", failure_reason(caught.value))
