@@ -63,7 +63,7 @@ def style(estimator: str) -> tuple[str, str, str]:
 
 
 def partial(trial: Mapping[str, Any]) -> bool:
-    """Whether a trial was trained for fewer steps, or in a smaller network, than the paper's."""
+    """Whether a trial was trained for fewer than 100,000 steps, or in a smaller network than the paper's."""
     return any(trial.get(name, least) < least for name, least in PAPERS.items())
 
 

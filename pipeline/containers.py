@@ -1,6 +1,6 @@
 """Tasks as containers: kfp's DockerRunner, with what it takes from the profile and the environment.
 
-A launch's containers carry its folder as a label. ``python -m pipeline.containers FOLDER`` ends them.
+A launch's containers carry its folder as a label. ``python -m pipeline.containers FOLDER SECONDS`` ends them.
 """
 
 import contextlib

@@ -291,7 +291,8 @@ def test_the_model_loads_elsewhere_with_pickle_forbidden(tmp_path: Path) -> None
         "back = model.predict(images, params={'method': 'reconstruct'})\n"
         "print(json.dumps([list(codes.shape), list(back.shape), str(back.dtype)]))\n"
     )
-    environment = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=environment,
