@@ -66,7 +66,10 @@ class Training:
             True
         )  # under 1e-38, as hopeless codes' weights are, a number costs a CPU 100
         keep_memory()
-        self.trial, self.folder, self.device, self.threads = trial, folder, device, threads
+        self.trial, self.folder = trial, folder
+        self.provenance = provenance(
+            device, threads
+        )  # now: the code may be another in git when training ends
         found = checkpoint.latest(folder, trial.family(), lambda told: print(told, flush=True))
         goodput.begin(folder, found.step if found else 0)
         diary.truncate(folder, found.about["events"] if found else {})
@@ -119,7 +122,7 @@ class Training:
             "seconds": self.seconds,
             "images_per_second": self.trial.steps * self.trial.batch_size / self.seconds,
             "goodput": goodput.read(self.folder),
-            "provenance": provenance(self.device, self.threads),
+            "provenance": self.provenance,
         }
         _publish(self.trainer.model, summary, self.folder)
         return summary
