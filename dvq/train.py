@@ -67,9 +67,7 @@ class Training:
         )  # under 1e-38, as hopeless codes' weights are, a number costs a CPU 100
         keep_memory()
         self.trial, self.folder = trial, folder
-        self.provenance = provenance(
-            device, threads
-        )  # now: the code may be another in git when training ends
+        self.provenance = provenance(device, threads)  # when training ends, git may be at another version
         found = checkpoint.latest(folder, trial.family(), lambda told: print(told, flush=True))
         goodput.begin(folder, found.step if found else 0)
         diary.truncate(folder, found.about["events"] if found else {})

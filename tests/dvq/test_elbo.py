@@ -172,3 +172,9 @@ def test_the_smallest_and_largest_random_number_draw_a_code_too(
     z = inverse_draw(logits.softmax(-1), 1, torch.Generator())
     assert z.min() >= 2
     assert z.max() < 298
+
+
+def test_weights_that_are_not_finite_draw_codes_that_exist() -> None:
+    """Training then ends by what its loss says, and not inside a draw."""
+    weights = torch.full((1, 3, 5), torch.nan)
+    assert inverse_draw(weights, 2, torch.Generator().manual_seed(0)).max() < 5
