@@ -18,9 +18,8 @@ def inverse_draw(weights: Tensor, count: int, generator: Generator) -> Tensor:
     below = (weights.double() if weights.is_cuda else weights).cumsum(-1)
     u = below.new_empty(*weights.shape[:2], count).uniform_(SMALLEST, 1, generator=generator)
     found = torch.searchsorted(below, u.mul_(below[..., -1:]))
-    return found.clamp_(
-        max=weights.shape[-1] - 1
-    )  # where weights are not finite; training says so by its loss
+    # weights that are not finite must not end training inside a draw: its loss says so
+    return found.clamp_(max=weights.shape[-1] - 1)
 
 
 def plain_score(
