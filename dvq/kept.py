@@ -85,12 +85,15 @@ def draw(folder: Path, results: Sequence[Result]) -> None:
     Their legends leave out what all the trials have in common."""
     shown = _kinds(results)["full"] or _kinds(results)["partial"]
     trials = [trial(one["trial"]) for one in shown]
-    changes = [one.changed() for one in trials]
-    common = [
-        field for field in (changes or [{}])[0] if len({str(others.get(field)) for others in changes}) == 1
-    ]
+    common = _shared([one.changed() for one in trials])
     named = [{**one, "name": name(made, *common)} for one, made in zip(shown, trials, strict=True)]
     reports.draw(folder, named, {one["name"]: _analysis(one) for one in named if "codebooks" in one}, {})
+
+
+def _shared(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields that have the same value in all of ``changes``."""
+    first = changes[0] if changes else {}
+    return {field: value for field, value in first.items() if all(one.get(field) == value for one in changes)}
 
 
 def _analysis(result: Result) -> Analysis:
@@ -116,7 +119,7 @@ def section(results: Sequence[Result], place: Path) -> str:
     if shown and not kinds["full"]:
         told += f" In partial training, all 10,000 test images ({PARTIAL}):"
     if shown:
-        told += f"\n\n{table(shown, place, f'{place}/')}"
+        told += f"\n\n{table(shown, f'{place}/')}"
     pictures = "\n".join(f"![{title}]({place}/figures/{name}.png)" for name, title in _titles(shown))
     return f"{PAPERS}\n\n{told}\n\n{pictures}".strip()
 
@@ -127,19 +130,19 @@ def page(results: Sequence[Result], place: Path) -> str:
     parts = [
         "# Results on all of CIFAR-10",
         "Written by `make results SWEEP=…` from the JSON files of this folder. To compute a row again: "
-        "`make submit-sweep SWEEP=<the file in its last column> DATA=…`. Bits/dim is the single-sample ELBO of hard "
+        f"`make submit-sweep SWEEP={place}/<its file> DATA=…`. Bits/dim is the single-sample ELBO of hard "
         "samples over every image of the split, ± its standard error over images; L_S, and VQ-VAE's "
         "code length under a uniform prior, stand beside it.",
         f"## The paper's numbers\n\n{PAPERS}",
     ]
     if kinds["full"]:
-        parts.append(f"## Trained in full: all 10,000 test images\n\n{table(kinds['full'], place)}")
+        parts.append(f"## Trained in full: all 10,000 test images\n\n{table(kinds['full'], '')}")
     if kinds["partial"]:
         told = f"## Partial training: all 10,000 test images\n\n{PARTIAL.capitalize()}."
-        parts.append(f"{told}\n\n{table(kinds['partial'], place)}")
+        parts.append(f"{told}\n\n{table(kinds['partial'], '')}")
     if kinds["tune"]:
         told = "Training without 5,000 training images, evaluated on those: what the choices were made by."
-        parts.append(f"## Held-out training images\n\n{told}\n\n{table(kinds['tune'], place)}")
+        parts.append(f"## Held-out training images\n\n{told}\n\n{table(kinds['tune'], '')}")
     pictures = _titles(kinds["full"] or kinds["partial"])
     parts += [f"![{title}](figures/{name}.png)" for name, title in pictures]
     return "\n\n".join(parts) + "\n"
@@ -151,45 +154,53 @@ def _titles(shown: Sequence[Result]) -> list[tuple[str, str]]:
     return [(name, title) for name, (title, _) in FIGURES.items() if name in there]
 
 
-HEAD = (
-    "estimator | C | K | steps | other settings | bits/dim | rate | distortion | L_S | bits/dim, uniform prior "
-    "| perplexity | dead | minutes | device | code | file"
-)
+def table(results: Sequence[Result], place: str) -> str:
+    """What all trials share in a sentence, then a row a trial, as Markdown, with links to the files in ``place``;
+    columns that would be empty are left out."""
+    changes = [_changed(one) for one in results]
+    shared = _shared(changes) if len(results) > 1 else {}
+    rows = [
+        _row(one, place, {field: changed[field] for field in changed if field not in shared})
+        for one, changed in zip(results, changes, strict=True)
+    ]
+    columns = [column for column in rows[0] if any(row[column] not in ("–", "") for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
+    told = f"All with {_told(shared)}.\n\n" if shared else ""
+    return told + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def table(results: Sequence[Result], place: Path, folder: str = "") -> str:
-    """A row a trial, as Markdown, with the file in ``place`` that it is from and is linked to in ``folder``."""
-    rows = [_row(result, place, folder) for result in results]
-    return "\n".join([f"| {HEAD} |", "|" + " --- |" * len(HEAD.split("|")), *rows])
+def _changed(result: Result) -> dict[str, Any]:
+    """What differs from the defaults, the paper's settings, and has no column of its own."""
+    return {field: value for field, value in trial(result["trial"]).changed().items() if field not in TAKEN}
 
 
-def _row(result: Result, place: Path, folder: str) -> str:
+def _told(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{field} {value}" for field, value in settings.items())
+
+
+def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str]:
+    """A trial's cells by their columns."""
     fields, judged, provenance = result["trial"], result["evaluation"], result["provenance"]
     uniform = judged["distortion"] + judged["rate_uniform"] if fields["estimator"].startswith("vq") else None
-    cells = [
-        style(fields["estimator"])[0],
-        str(fields.get("num_codes", "–")),
-        str(fields["num_latents"]),
-        f"{fields['steps']:,}",
-        _else(fields),
-        f"{judged['bits_per_dim']:.3f} ± {judged['bits_per_dim_se']:.3f}",
-        *(_number(judged.get(key), ".3f") for key in ("rate", "distortion", "bound")),
-        _number(uniform, ".3f"),
-        _number(judged.get("perplexity"), ".1f"),
-        _number(judged.get("dead_codes"), "d"),
-        f"{result['training']['seconds'] / 60:.1f}",
-        provenance["device"],
-        provenance["commit"],
-        f"[{place}/{result['name']}.json]({folder}{result['name']}.json)",
-    ]
-    return f"| {' | '.join(cells)} |"
+    return {
+        "estimator": style(fields["estimator"])[0],
+        "C": str(fields.get("num_codes", "–")),
+        "K": str(fields["num_latents"]),
+        "steps": f"{fields['steps']:,}",
+        "other settings": _told(others),
+        "bits/dim": f"{judged['bits_per_dim']:.3f} ± {judged['bits_per_dim_se']:.3f}",
+        "rate": f"{judged['rate']:.3f}",
+        "distortion": f"{judged['distortion']:.3f}",
+        "L_S": _number(judged.get("bound"), ".3f"),
+        "bits/dim, uniform prior": _number(uniform, ".3f"),
+        "perplexity": _number(judged.get("perplexity"), ".1f"),
+        "dead": _number(judged.get("dead_codes"), "d"),
+        "minutes": f"{result['training']['seconds'] / 60:.1f}",
+        "device": provenance["device"],
+        "code": provenance["commit"],
+        "file": f"[json]({place}{result['name']}.json)",
+    }
 
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
-
-
-def _else(fields: Mapping[str, Any]) -> str:
-    """What else differs from the defaults, the paper's settings."""
-    changed = trial(fields).changed()
-    return ", ".join(f"{field} {value}" for field, value in changed.items() if field not in TAKEN)

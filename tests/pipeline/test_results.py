@@ -118,10 +118,32 @@ def test_a_row_says_what_was_measured(root: Path, capsys: pytest.CaptureFixture[
     run("sweep.yaml", capsys)
     lines = (root / "README.md").read_text().splitlines()
     rows = {row.split("|")[-2].strip(): row for row in lines if row.startswith("| ")}
-    name = f"pipeline/results/{FULL[1]}.json"
     told = "VQ-VAE, EMA | 128 | 8 | 100,000 | learning_rate 5e-05 | 4.510 ± 0.010 | 0.500 | 4.010 | 4.490 | 5.260"
-    assert rows[f"[{name}]({name})"].startswith(f"| {told} | 7.5 | 1 | 1.5 | cuda:0 (a GPU) | c0ffee |")
-    assert rows[f"[pipeline/results/{FULL[2]}.json](pipeline/results/{FULL[2]}.json)"].count("–") == 4
+    row = rows[f"[json](pipeline/results/{FULL[1]}.json)"]
+    assert row.startswith(f"| {told} | 7.5 | 1 | 1.5 | cuda:0 (a GPU) | c0ffee |")
+    assert rows[f"[json](pipeline/results/{FULL[2]}.json)"].count("–") == 4
+
+
+def test_a_table_says_once_what_its_rows_share(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("sweep.yaml", capsys)
+    sample, *_ = kept.load(root / results.FOLDER)
+    shared = {"features": 64, "estimator": "gs-soft", "residual_blocks": 4, "num_codes": 8}
+    some = [
+        {**sample, "name": name, "trial": values(trial({**shared, **more}))}
+        for name, more in (("one", {"seed": 1}), ("two", {"temperature": 0.1}))
+    ]
+    told, empty, head, _, one, two = kept.table(some, "here/").splitlines()
+    assert (told, empty) == ("All with features 64, residual_blocks 4.", "")
+    assert "uniform" not in head  # no VQ-VAE is among them
+    assert one.startswith("| GS-Soft | 8 | 8 | 100,000 | seed 1 | ")
+    assert "| temperature 0.1 |" in two
+    assert two.endswith("| [json](here/two.json) |")
+    for each in some:
+        each["evaluation"] = {**each["evaluation"], "bound": None}
+    assert "L_S" in head
+    assert "L_S" not in kept.table(some, "")
+    (head, _, row) = kept.table(some[:1], "").splitlines()
+    assert "| seed 1, features 64, residual_blocks 4 |" in row
 
 
 def test_the_readme_shows_what_was_trained_in_full(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
