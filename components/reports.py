@@ -96,11 +96,15 @@ def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
 
 def _note(description: str, results: list[dict[str, Any]], failures: dict[str, str]) -> str:
     """What the sweep is in the first line, and its table, as Markdown."""
-    from dvq.report import certificate, rows, shown
+    from dvq.tables import SETTINGS, certificate, rows, settings, shown
 
     columns = ("name", "bits_per_dim", "rate", "distortion")
     lines = ["| trial | bits/dim | rate | distortion |", "| --- | --- | --- | --- |"]
     lines += [f"| {' | '.join(shown(row, key) for key in columns)} |" for row in rows(results, {})]
+    if several := settings(results):
+        heads = [heading for heading, _ in SETTINGS.values()]
+        lines += ["", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+        lines += [f"| {' | '.join(shown(row, key) for key in SETTINGS)} |" for row in several]
     label = f"{results[0]['data']['label']}, certificate `{certificate(results)}`" if results else ""
     label = f"{description} {label}".strip()
     failed = [f"- {name} failed: {reason}" for name, reason in failures.items()]

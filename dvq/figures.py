@@ -17,7 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from dvq.analyze import Analysis, Floats
-from dvq.style import Analyses, Group, Result, alike, legend, look, new_figure, shown, style
+from dvq.style import Analyses, Group, legend, look, new_figure, shown, style
+from dvq.tables import Result, alike
 
 PAPER = {
     "VQ-VAE, best C: 4.81": 4.81,

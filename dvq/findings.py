@@ -8,7 +8,8 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from dvq import DvqError
-from dvq.style import Result, look, new_figure, save_png, style
+from dvq.style import look, new_figure, save_png, style
+from dvq.tables import Result
 
 Measure = Callable[[Result], float]
 ESTIMATORS = ("gs-soft", "vimco", "vq-ema")

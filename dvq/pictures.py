@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from dvq.style import Result, look, new_figure, shown
+from dvq.style import look, new_figure, shown
+from dvq.tables import Result
 
 if TYPE_CHECKING:
     from dvq.model import Model

@@ -1,44 +1,24 @@
 """A sweep's report: its table, its figures, and one page that holds everything."""
 
 import base64
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from dvq import disk, figures, style
 from dvq.pictures import Pictures, of_sweep
-from dvq.style import Analyses, Result, notice, save_png
-
-Row = dict[str, Any]
-
-# column: (its heading, how its numbers are printed; "" for text)
-COLUMNS = {
-    "name": ("trial", ""),
-    "estimator": ("estimator", ""),
-    "num_codes": ("C", "d"),
-    "num_latents": ("K", "d"),
-    "seed": ("seed", "d"),
-    "bits_per_dim": ("bits/dim", ".3f"),
-    "rate": ("rate", ".3f"),
-    "distortion": ("distortion", ".3f"),
-    "perplexity": ("perplexity", ".1f"),
-    "dead_codes": ("dead", "d"),
-    "components_95": ("PCs", ".1f"),
-    "components_95_weighted": ("PCs, used", ".1f"),
-    "images_per_second": ("images/s", ".0f"),
-    "steps": ("steps", "d"),
-    "split": ("split", ""),
-    "data": ("data", ""),
-}
+from dvq.style import Analyses, notice, save_png
+from dvq.tables import COLUMNS, SETTINGS, Result, Row, certificate, rows, settings, shown
 
 CHOICE = (
     "Of a sweep of more than six settings one an estimator is drawn: C = 64 and K = 16 as in the paper if it "
     "has that, else its largest C and K; the first in its order of those that differ in other fields."
+)
+SEVERAL = (
+    "The mean over trainings that differ in their seed alone, ± its standard error over these trainings."
 )
 FIGURES = {
     "figure_1a": (
@@ -74,39 +54,6 @@ FIGURES = {
 }
 
 
-def rows(results: Sequence[Result], failures: Mapping[str, str]) -> list[Row]:
-    """The table: a row a finished trial, sorted by bits/dim, then a row (``name``, ``reason``) a failure.
-
-    A number that a trial does not have, or that is not finite, is None.
-    """
-    table = [_row(result) for result in results]
-    table.sort(key=lambda row: math.inf if row["bits_per_dim"] is None else row["bits_per_dim"])
-    return [*table, *({"name": name, "reason": reason} for name, reason in failures.items())]
-
-
-def _row(result: Result) -> Row:
-    trial, evaluation, analysis = result["trial"], result["evaluation"], result.get("analysis", {})
-    row = {
-        **{key: trial.get(key) for key in ("estimator", "num_codes", "num_latents", "seed", "steps")},
-        **{key: evaluation.get(key) for key in ("bits_per_dim", "bits_per_dim_se", "rate", "distortion")},
-        **{key: evaluation.get(key) for key in ("perplexity", "dead_codes", "split")},
-        "name": result["name"],
-        "components_95": analysis.get("components_95_mean"),
-        "components_95_weighted": analysis.get("components_95_weighted_mean"),
-        "images_per_second": result["training"].get("images_per_second"),
-        "data": result["data"]["name"],
-    }
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-
-
-def certificate(results: Sequence[Result]) -> str:
-    """16 hexadecimal digits of the SHA-256 over the trials' names and exact bits_per_dim, rate and
-    distortion, whatever their order: two reports with the same one hold the same numbers, bit for bit."""
-    numbers = ("bits_per_dim", "rate", "distortion")
-    exact = {result["name"]: [result["evaluation"][number] for number in numbers] for result in results}
-    return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def page(
     sweep_name: str,
     description: str,
@@ -120,17 +67,19 @@ def page(
         f"<li><code>{escape(name)}</code>: {escape(reason)}</li>" for name, reason in failures.items()
     )
     count = f"{len(failures)} of {len(results) + len(failures)} trials failed"
-    finished = [row for row in rows(results, failures) if "reason" not in row]
+    finished, several = rows(results, {}), settings(results)
     return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
         name=escape(sweep_name),
         description=escape(description),
-        summary=_summary(finished, failures),
+        summary=_summary(finished, several, failures),
         notice=f'<p class="notice">{escape(warning)}</p>' if warning else "",
         failures=f'<section class="failures"><h2>{count}</h2><ul>{reasons}</ul></section>'
         if failures
         else "",
-        head="".join(_heading(key, *column) for key, column in COLUMNS.items()),
-        body="\n".join("<tr>" + "".join(_cell(row, key) for key in COLUMNS) + "</tr>" for row in finished),
+        settings=f'<h2>Settings, over seeds</h2>{_table(several, SETTINGS)}<p class="soft">{SEVERAL}</p>'
+        if several
+        else "",
+        trials=_table(finished, COLUMNS),
         figures="".join(_figure(name, pictures[name]) for name in FIGURES if name in pictures)
         or "<p>No trial finished: there is nothing to draw.</p>",
         provenance="".join(
@@ -139,11 +88,20 @@ def page(
     )
 
 
-def _summary(finished: Sequence[Row], failures: Mapping[str, str]) -> str:
+def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[str, str]) -> str:
+    """Of several seeds the mean: the lowest of all trainings would be so by its luck too."""
     parts = [f"{len(finished)} trials finished, {len(failures)} failed"]
-    if finished and finished[0]["bits_per_dim"] is not None:
-        parts.append(f"lowest: {finished[0]['bits_per_dim']:.3f} bits/dim, {escape(finished[0]['name'])}")
+    best = next(iter(several or finished), None)
+    if best and best["bits_per_dim"] is not None:
+        lowest = "lowest mean over seeds" if several else "lowest"
+        parts.append(f"{lowest}: {best['bits_per_dim']:.3f} bits/dim, {escape(best['name'])}")
     return " · ".join(parts)
+
+
+def _table(found: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
+    head = "".join(_heading(key, *column) for key, column in columns.items())
+    body = "\n".join("<tr>" + "".join(_cell(row, key) for key in columns) + "</tr>" for row in found)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _heading(key: str, heading: str, form: str) -> str:
@@ -152,22 +110,8 @@ def _heading(key: str, heading: str, form: str) -> str:
     return f"<th{kind}{sort}><button>{escape(heading)}</button></th>"
 
 
-def shown(row: Row, key: str) -> str:
-    """A number of a trial as the tables print it: bits/dim with its standard error, dead codes with how many
-    codes there are."""
-    value = row[key]
-    if value is None:
-        return "–"
-    text = format(value, COLUMNS[key][1])
-    if key == "bits_per_dim" and row["bits_per_dim_se"] is not None:
-        text += f" ± {row['bits_per_dim_se']:.3f}"
-    if key == "dead_codes" and row["num_codes"] is not None:
-        text += f"/{row['num_codes'] * row['num_latents']}"
-    return text
-
-
 def _cell(row: Row, key: str) -> str:
-    value, kind = row[key], "" if COLUMNS[key][1] else ' class="text"'
+    value, kind = row[key], ' class="text"' if isinstance(row[key], str) else ""
     return (
         f'<td{kind} data-value="{escape("" if value is None else str(value))}">{escape(shown(row, key))}</td>'
     )
@@ -222,6 +166,7 @@ def write(
         "sweep": sweep_name,
         "certificate": certificate(results),
         "rows": rows(results, failures),
+        "settings": settings(results),
     }
     disk.replace(folder / "table.json", json.dumps(table, indent=1) + "\n")
     disk.replace(folder / "report.html", page(sweep_name, description, results, failures, drawn))

@@ -1,7 +1,6 @@
 """What the pictures share: an estimator's colour, the look of an axis, which trials there is room for, the files; and
 mosaics of reconstructions."""
 
-import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +15,9 @@ from matplotlib.image import imsave
 from numpy.typing import NDArray
 
 from dvq.analyze import Analysis
-from dvq.config import estimators
+from dvq.tables import Result, alike
 from dvq.trial import Trial
 
-Result = Mapping[str, Any]
 Analyses = Mapping[str, Analysis]
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; the markers say it once more.
@@ -114,16 +112,6 @@ def shown(results: Sequence[Result]) -> list[Group]:
 def _rank(group: list[Result]) -> tuple[bool, int, int]:
     size = group[0]["trial"].get("num_codes", 0), group[0]["trial"]["num_latents"]
     return size == (64, 16), *size
-
-
-def alike(results: Sequence[Result], *but: str) -> list[list[Result]]:
-    """The results in lists that differ only in the named fields, and in those that change no number."""
-    lists: dict[str, list[Result]] = {}
-    for result in results:
-        left_out = estimators().get(result["trial"]["estimator"], Trial).unkeyed().union(but)
-        fields = {key: value for key, value in result["trial"].items() if key not in left_out}
-        lists.setdefault(json.dumps(fields, sort_keys=True), []).append(result)
-    return list(lists.values())
 
 
 def new_figure(title: str, results: Sequence[Result], width: float, height: float) -> Figure:

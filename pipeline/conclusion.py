@@ -9,16 +9,15 @@ from rich.table import Table
 from components.store import DID_NOT_START, Store
 from dvq.config import Sweep
 from dvq.fingerprints import LABELS
+from dvq.tables import COLUMNS, SETTINGS, certificate, rows, settings, shown
 from dvq.trial import Trial
 
-COLUMNS = ("name", "bits_per_dim", "rate", "distortion", "perplexity", "dead_codes")
-"""of dvq.report's rows, as many as 80 characters hold"""
+TRIAL = ("name", "bits_per_dim", "rate", "distortion", "perplexity", "dead_codes")
+"""of a trial's columns as many as 80 characters hold"""
 
 
 def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Console) -> dict[str, str]:
     """Print the finished trials sorted by bits/dim, and the others with their reasons; these, by name."""
-    from dvq import report
-
     finished, failures = store.outcomes(trials)
     if finished:
         data = LABELS[next(iter(trials.values())).data]
@@ -26,11 +25,11 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
         say(console, f"\n{sweep.name} on {data}")
         say(console, f"split {split}; bits/dim = distortion + rate, ± the standard error over images")
         whole = None if console.is_terminal else sum(map(len, trials)) + 80  # in a file no name is broken
-        console.print(_table(report.rows(finished, {})), width=whole)
-        say(
-            console,
-            f"certificate {report.certificate(finished)}: equal when every number is equal, bit for bit",
-        )
+        console.print(_table(rows(finished, {}), {key: COLUMNS[key] for key in TRIAL}), width=whole)
+        if several := settings(finished):
+            say(console, "\nmeans over seeds, ± the standard error over trainings")
+            console.print(_table(several, SETTINGS), width=whole)
+        say(console, f"certificate {certificate(finished)}: equal when every number is equal, bit for bit")
         lost = goodput([one["training"]["goodput"] for one in finished])
         if lost:
             say(console, lost)
@@ -55,16 +54,12 @@ def say(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    from dvq.report import COLUMNS as FORMS
-    from dvq.report import shown
-
+def _table(found: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> Table:
     made = Table(box=None, pad_edge=False, header_style="bold")
-    for key in COLUMNS:
-        heading, form = FORMS[key]
+    for heading, form in columns.values():
         made.add_column(heading, justify="right" if form else "left", no_wrap=bool(form), overflow="fold")
-    for row in rows:
-        made.add_row(*(shown(row, key) for key in COLUMNS))
+    for row in found:
+        made.add_row(*(shown(row, key) for key in columns))
     return made
 
 

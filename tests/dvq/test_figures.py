@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from dvq import figures, style
+from dvq import figures, style, tables
 from dvq.analyze import analyze
 
 SAMPLE = "bundled sample: not comparable with the paper's numbers"
@@ -253,6 +253,6 @@ def test_a_mosaic_holds_each_image_above_its_reconstruction(tmp_path):
 def test_fields_that_change_no_number_tell_no_trials_apart():
     """Trials that sweeps share have those of the sweep that computed them first."""
     results = [result("gs-soft", 16, 4, seed, 7.0, log_every=10 + seed, probe_draws=seed) for seed in (0, 1)]
-    assert len(style.alike(results, "seed")) == 1
-    assert len(style.alike(results)) == 2
-    assert len(style.alike([*results, result("gs-soft", 16, 4, 2, 7.0, temperature=0.1)], "seed")) == 2
+    assert len(tables.alike(results, "seed")) == 1
+    assert len(tables.alike(results)) == 2
+    assert len(tables.alike([*results, result("gs-soft", 16, 4, 2, 7.0, temperature=0.1)], "seed")) == 2

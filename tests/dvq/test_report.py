@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from dvq import report
+from dvq import report, tables
 from dvq.analyze import analyze
 from dvq.pictures import Pictures
 
@@ -82,7 +82,7 @@ def written(sweep, tmp_path):
 
 
 def test_rows_are_sorted_by_bits_per_dim_and_failures_come_last(sweep):
-    rows = report.rows(sweep[0], FAILURES)
+    rows = tables.rows(sweep[0], FAILURES)
     assert [row["name"] for row in rows] == [
         "gs-soft-c256-k4-s0",
         "vq-ema-c16-k4-s0",
@@ -105,7 +105,7 @@ def test_rows_are_sorted_by_bits_per_dim_and_failures_come_last(sweep):
     assert (best["bits_per_dim"], best["bits_per_dim_se"], best["rate"]) == (6.9, 0.0123, 0.25)
     assert (best["perplexity"], best["dead_codes"], best["images_per_second"]) == (7.5, 3, 101.4)
     assert best["components_95"] == sweep[0][1]["analysis"]["components_95_mean"]
-    assert [report.shown(best, key) for key in ("bits_per_dim", "rate", "dead_codes")] == [
+    assert [tables.shown(best, key) for key in ("bits_per_dim", "rate", "dead_codes")] == [
         "6.900 ± 0.012",
         "0.250",
         "3/1024",
@@ -116,17 +116,46 @@ def test_numbers_that_are_not_there_or_not_finite_are_none_and_sort_last(sweep):
     results = sweep[0]
     results[0]["evaluation"]["bits_per_dim"] = math.nan
     del results[1]["analysis"], results[1]["trial"]["num_codes"], results[1]["evaluation"]["perplexity"]
-    rows = report.rows(results, {})
+    rows = tables.rows(results, {})
     assert [row["bits_per_dim"] for row in rows] == [6.9, 7.0, None]
     assert rows[0]["num_codes"] is rows[0]["components_95"] is rows[0]["perplexity"] is None
     assert "–" in report.page("smoke", "", results, {}, {})
 
 
+def test_settings_are_means_over_seeds_with_the_error_of_trainings(sweep):
+    results = sweep[0]
+    assert tables.settings(results) == []
+    for one, seed, bits in ((0, 1, 7.4), (0, 2, 7.6), (2, 1, 7.1)):
+        other = copy.deepcopy(results[one])
+        other["trial"]["seed"], other["evaluation"]["bits_per_dim"] = seed, bits
+        other["name"] = other["name"].replace("-s0", f"-s{seed}")
+        results.append(other)
+    best, worst = tables.settings(results)
+    assert (best["name"], best["seeds"]) == ("vq-ema-c16-k4", 2)
+    assert (worst["name"], worst["seeds"]) == ("gs-soft-c16-k4", 3)
+    assert best["bits_per_dim"] == pytest.approx(7.05)
+    assert best["bits_per_dim_se"] == pytest.approx(0.05)
+    assert worst["bits_per_dim_se"] == pytest.approx(0.2 / 3**0.5)
+    assert [tables.shown(worst, key) for key in tables.SETTINGS] == [
+        "gs-soft-c16-k4",
+        "3",
+        "7.400 ± 0.115",
+        "0.250 ± 0.000",
+        "6.950 ± 0.000",
+    ]
+    page = report.page("smoke", "", results, {}, {})
+    assert (
+        page.index("Settings, over seeds") < page.index("7.400 ± 0.115") < page.index("Trials, by bits/dim")
+    )
+    results[0]["evaluation"]["bits_per_dim"] = math.nan
+    assert [one["bits_per_dim"] for one in tables.settings(results)] == [best["bits_per_dim"], None]
+
+
 def test_the_certificate_holds_names_and_exact_numbers_only(sweep):
     results = sweep[0]
-    certificate = report.certificate(results)
+    certificate = tables.certificate(results)
     assert re.fullmatch("[0-9a-f]{16}", certificate)
-    assert report.certificate(results[::-1]) == certificate
+    assert tables.certificate(results[::-1]) == certificate
     for where, key, value, same in (
         ("evaluation", "bits_per_dim", math.nextafter(7.2, 8), False),
         ("evaluation", "rate", 0.26, False),
@@ -136,9 +165,9 @@ def test_the_certificate_holds_names_and_exact_numbers_only(sweep):
     ):
         changed = copy.deepcopy(results)
         changed[0][where][key] = value
-        assert (report.certificate(changed) == certificate) == same, key
-    assert report.certificate([{**results[0], "name": "other"}, *results[1:]]) != certificate
-    assert report.certificate(results[1:]) != certificate
+        assert (tables.certificate(changed) == certificate) == same, key
+    assert tables.certificate([{**results[0], "name": "other"}, *results[1:]]) != certificate
+    assert tables.certificate(results[1:]) != certificate
 
 
 def test_the_page_names_every_trial_and_failure_and_what_it_was_made_from(written, sweep):
@@ -155,14 +184,14 @@ def test_the_page_names_every_trial_and_failure_and_what_it_was_made_from(writte
         "2.13.0",
         "(distortion + rate) / (3072 ln 2)",
         "make submit-sweep SWEEP=smoke",
-        report.certificate(sweep[0]),
+        tables.certificate(sweep[0]),
     ):
         assert told in page.text, told
     assert page.text.index("trials failed") < page.text.index(
         "gs-soft-c256-k4-s0", page.text.index("lowest") + 60
     )
     assert len(page.all("tr")) == 1 + 3
-    assert len(page.all("button")) == len(page.all("th")) == len(report.COLUMNS)
+    assert len(page.all("button")) == len(page.all("th")) == len(tables.COLUMNS)
 
 
 def test_the_page_embeds_its_pictures_and_loads_nothing(written):
@@ -201,14 +230,14 @@ def test_everything_is_escaped(sweep):
 
 def test_a_cell_is_sorted_by_its_exact_value(written):
     values = [cell["data-value"] for cell in Page(written.read_text()).all("td")]
-    at = list(report.COLUMNS).index("bits_per_dim")
-    assert values[at :: len(report.COLUMNS)] == ["6.9", "7.0", "7.2"]
+    at = list(tables.COLUMNS).index("bits_per_dim")
+    assert values[at :: len(tables.COLUMNS)] == ["6.9", "7.0", "7.2"]
 
 
 def test_the_table_is_written_as_json(written, sweep):
     table = json.loads((written.parent / "table.json").read_text())
-    assert table["rows"] == report.rows(sweep[0], FAILURES)
-    assert (table["sweep"], table["certificate"]) == ("smoke", report.certificate(sweep[0]))
+    assert (table["rows"], table["settings"]) == (tables.rows(sweep[0], FAILURES), [])
+    assert (table["sweep"], table["certificate"]) == ("smoke", tables.certificate(sweep[0]))
     assert sorted(path.name for path in written.parent.iterdir()) == ["figures", "report.html", "table.json"]
 
 

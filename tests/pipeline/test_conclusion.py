@@ -1,6 +1,7 @@
 """What the launcher says last."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from components import tracking
 from components.store import Store, begin
 from dvq import checkpoint
 from dvq.config import Sweep
+from dvq.trial import Trial, values
 from pipeline import conclusion
 from pipeline.submit import conclude
 from pipeline.watch import Job, remove
@@ -44,6 +46,32 @@ def test_finished_trials_that_mlflow_lacks_are_counted(
     conclude(job, 0, console)
     assert isinstance(console.file, io.StringIO)
     assert "MLflow" not in console.file.getvalue()
+
+
+def finish(store: Store, trials: dict[str, Trial]) -> None:
+    """Leave results of the trials in the store."""
+    for name, one in trials.items():
+        bits = 7.0 + one.seed / 10
+        evaluation = {"split": "test", "bits_per_dim": bits, "bits_per_dim_se": 0.01, "rate": 0.5}
+        found = {"name": name, "key": one.key(), "trial": values(one), "data": {"name": one.data}}
+        found["evaluation"] = {**evaluation, "distortion": bits - 0.5}
+        found["training"] = {"goodput": {"steps_lost": 0, "seconds_lost": 0, "attempts": 1}}
+        store.trial(one.key()).mkdir(parents=True)
+        (store.trial(one.key()) / "results.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+def test_several_seeds_are_told_by_their_mean(seeds: list[int], tmp_path: Path) -> None:
+    sweep, store = SWEEP.model_copy(update={"seeds": seeds}), Store(tmp_path)
+    finish(store, sweep.trials())
+    out = io.StringIO()
+    assert conclusion.show(sweep, sweep.trials(), store, Console(file=out, width=80)) == {}
+    text = out.getvalue()
+    assert "gs-soft-c512-k8-s0 7.000 ± 0.010 0.500 6.500" in " ".join(text.split())
+    assert ("means over seeds" in text) == (len(seeds) > 1)
+    if len(seeds) > 1:
+        told = [line.split() for line in text.partition("means over seeds")[2].splitlines()]
+        assert told[2][:8] == ["gs-soft-c512-k8", "3", "7.100", "±", "0.058", "0.500", "±", "0.000"]
 
 
 def test_fresh_says_what_it_leaves_to_go_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ DVQ_IN_PIPELINE = {
     "dvq.fingerprints",
     "dvq.kept",
     "dvq.provenance",
-    "dvq.report",
+    "dvq.tables",
     "dvq.trial",
 }
 ADAPTERS = {
