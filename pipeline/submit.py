@@ -77,13 +77,12 @@ def look_at(name: str, jobs: str, source: str, profile: Profile | None) -> Job:
     sweep = preflight.find_sweep(name)
     trials = sweep.trials()
     store = preflight.set_environment()
-    if Path(source).exists() and source:
-        source = str(Path(source).absolute())
+    data = next(iter(trials.values())).data
     arguments = {
         "sweep": sweep.model_dump_json(),
         "base": json.dumps(sweep.base),
-        "data_name": next(iter(trials.values())).data,
-        "source": source,
+        "data_name": data,
+        "source": preflight.find_source(source, data),
         "experiment": sweep.name,
     }
     folder = preflight.outputs() / "logs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sweep.name}"

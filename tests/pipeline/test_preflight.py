@@ -120,6 +120,16 @@ def test_a_password_in_an_address(
     assert "secret" not in said
 
 
+def test_data_for_a_sweep_of_the_sample_is_said_not_to_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert preflight.find_source(str(tmp_path), "cifar10-sample") == ""
+    assert "DATA is not used" in capsys.readouterr().err
+    assert preflight.find_source(str(tmp_path), "cifar10") == str(tmp_path)
+    assert preflight.find_source("", "cifar10-sample") == ""
+    assert capsys.readouterr().err == ""
+
+
 def test_a_password_in_the_address_of_data_or_store(
     refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +184,9 @@ def test_a_path_that_kfp_cannot_run_from(
     monkeypatch.chdir(folder)
     assert "python3" in refusal(str(sweep))
     monkeypatch.chdir(tmp_path)
+    write_sweep({"data": "cifar10"}, grid=GRID)
     assert "python3" in refusal("tiny.yaml", "--data", str(folder))
+    write_sweep(grid=GRID)
     monkeypatch.setattr(sys, "executable", "/my project/.venv/bin/python")
     assert "space" in refusal("tiny.yaml")
 
