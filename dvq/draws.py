@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from dvq.relaxation import SMALLEST, Logits, categorical_kl, tiles, weigh
+from dvq.codes import code_sums, look_up
+from dvq.relaxation import SMALLEST, Logits, categorical_kl, posterior_gradients, tiles, weigh
 
 
 def inverse_draw(weights: Tensor, count: int, generator: Generator) -> Tensor:
@@ -92,3 +93,78 @@ def fast_score(
         v, codebook, log_prior.detach(), scale, count, generator
     )
     return codes.movedim(-1, 0), log_q.movedim(-1, 0), rate
+
+
+def plain_reinmax(
+    logits: Tensor, codebook: Tensor, log_prior: Tensor, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """What the decoder sees of a draw z ~ q, M[z], with ReinMax's gradient; and the rate.
+
+    With the decoder's gradient g_c by the weight of code c, Heun's method takes the mean of those at z and at c for
+    the difference of f there; summed over c by q, the logits get
+
+        g_l = ½ ∂(Σ_c q_c g_c)/∂l + ½ (g_z − Σ_c q_c g_c) ∂log q_z/∂l,  M[z] alone the codes' gradient.
+
+    Args:
+        logits: (K, N, C); codebook: (K, C, D); log_prior: (K, C).
+
+    Returns:
+        (K, N, D), and Σ KL(q ‖ p) over all latent variables, a scalar [nats].
+    """
+    log_q = logits.log_softmax(-1)
+    q = log_q.exp()
+    codes = inverse_draw(q.detach(), 1, generator)
+    log_q_z, mean = log_q.gather(-1, codes), torch.bmm(q, codebook.detach())
+    chosen = look_up(codebook, codes.squeeze(-1))
+    away = (chosen - mean).detach()
+    seen = chosen + 0.5 * (mean - mean.detach()) + 0.5 * away * (log_q_z - log_q_z.detach())
+    return seen, categorical_kl(logits, log_prior).sum()
+
+
+class _ReinMax(torch.autograd.Function):
+    """In tiles, as the relaxation: between the passes only the codes and a few numbers a row are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, codebook: Tensor, prior_logits: Tensor, scale: float, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        log_prior, mean = prior_logits.log_softmax(-1), torch.empty_like(v)
+        log_sum, kl = v.new_empty(v.shape[:2]), v.new_empty(v.shape[:2])
+        codes = torch.empty((*v.shape[:2], 1), dtype=torch.long, device=v.device)
+        make = Logits(v, codebook, scale)
+        for at in tiles(v, codebook.shape[1]):
+            weights, total, log_sum[at], kl[at] = weigh(make[at], log_prior[at[0]])
+            codes[at] = inverse_draw(weights, 1, generator)
+            mean[at] = torch.bmm(weights, codebook[at[0]]).div_(total.unsqueeze(-1))
+        seen = look_up(codebook, codes.squeeze(-1))
+        ctx.save_for_backward(v, codebook, log_prior, log_sum, kl, codes, mean, seen)
+        ctx.scale = scale
+        return seen, kl.sum()
+
+    @staticmethod
+    def backward(ctx: Any, g_seen: Tensor, g_kl: Tensor) -> tuple[Tensor | None, ...]:
+        """With g_c = g_seen·M[c]: g_s = ½ q (g_c − g_z) + ½ onehot(z) (g_z − Σ q g)."""
+        v, codebook, log_prior, log_sum, kl, codes, mean, seen = ctx.saved_tensors
+        g_z = (g_seen * seen).sum(-1, keepdim=True)
+        g_left = torch.cat([g_seen, -g_z], -1) / 2
+        g_right = torch.cat([codebook, torch.ones_like(codebook[..., :1])], -1).mT
+        away = (g_z - (g_seen * mean).sum(-1, keepdim=True)) / 2
+
+        def sample_gradient(at: tuple[slice, slice], q: Tensor, _: Tensor) -> Tensor:
+            return torch.bmm(g_left[at], g_right[at[0]]).mul_(q).scatter_add_(-1, codes[at], away[at])
+
+        g_codes = code_sums(g_seen, codes.squeeze(-1), codebook.shape[1])
+        found = posterior_gradients(
+            v, codebook, log_prior, log_sum, kl, ctx.scale, g_kl, g_codes, sample_gradient
+        )
+        return *found, None, None
+
+
+def fast_reinmax(
+    v: Tensor, codebook: Tensor, prior_logits: Tensor, scale: float, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """The same as :func:`dvq.relaxation.logits_of` and :func:`plain_reinmax`, from the same random numbers."""
+    found: tuple[Tensor, Tensor] = _ReinMax.apply(  # type: ignore[no-untyped-call]
+        v, codebook, prior_logits, scale, generator
+    )
+    return found

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dvq.codes import code_sums, largest, look_up
-from dvq.draws import fast_score, inverse_draw, plain_score
+from dvq.draws import fast_reinmax, fast_score, inverse_draw, plain_reinmax, plain_score
 from dvq.relaxation import Logits, categorical_kl, fast_relax, logits_of, plain_relax, tiles
 
 if TYPE_CHECKING:
@@ -101,6 +101,13 @@ class Categorical(Codebooks):
             logits = self.logits(v)
             return plain_relax(logits, self.codebook, self.log_prior(), temperature, hard, generator)
         return fast_relax(v, self.codebook, self.prior_logits, self.scale, temperature, hard, generator)
+
+    def reinmax(self, v: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """What the decoder sees of a draw z ~ q(z|x), (K, N, D), with ReinMax's gradient; and the rate [nats], summed
+        over all."""
+        if self.plain:
+            return plain_reinmax(self.logits(v), self.codebook, self.log_prior(), generator)
+        return fast_reinmax(v, self.codebook, self.prior_logits, self.scale, generator)
 
     def kl(self, logits: Tensor) -> Tensor:
         """KL(q ‖ p) [nats]: (K, N, C) → (K, N)."""

@@ -1,6 +1,6 @@
 """The Gumbel-Softmax relaxation and the posterior's KL: the equations as they stand, and a faster form."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,48 @@ def weigh(
     return weights, total, log_total + top.squeeze(-1), kl
 
 
+def posterior_gradients(
+    v: Tensor,
+    codebook: Tensor,
+    log_prior: Tensor,
+    log_sum: Tensor,
+    kl: Tensor,
+    scale: float,
+    g_kl: Tensor,
+    g_codes: Tensor | float,
+    sample_gradient: Callable[[tuple[slice, slice], Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by v, M and the prior's θ, in tiles, for those g_s that the sample gives the logits:
+
+    g_l = g_s + g_kl·q·(log q − log p − KL),  g_v = 2s g_l M,  g_M = g_codes + 2s (g_lᵀ v − (Σ_n g_l)·M),
+    g_θ = g_kl (N softmax θ − Σ_n q).
+
+    Args:
+        log_sum, kl: (K, N), log Σ exp l and KL(q ‖ p), by :func:`weigh`.
+        g_codes: (K, C, D), what the sample itself gives M.
+        sample_gradient: g_s of a tile, from its place, its q and all of g_M, to which it may add.
+    """
+    g_v, g_m = torch.empty_like(v), torch.zeros_like(codebook)
+    q_sums, l_sums = torch.zeros_like(log_prior), torch.zeros_like(log_prior)
+    make = Logits(v, codebook, scale, log_sum)
+    for at in tiles(v, codebook.shape[1]):
+        ks = at[0]
+        ratio = make[at]  # log q
+        q = ratio.exp()
+        q_sums[ks] += q.sum(1)
+        ratio -= log_prior[ks].unsqueeze(1)
+        ratio -= kl[at].unsqueeze(-1)
+        g_l = sample_gradient(at, q, g_m)
+        g_l.addcmul_(ratio, q.mul_(g_kl))
+        g_v[at] = torch.bmm(g_l, codebook[ks])
+        g_m[ks].baddbmm_(g_l.mT, v[at], alpha=2 * scale)
+        l_sums[ks] += g_l.sum(1)
+    g_m += g_codes
+    g_v *= 2 * scale
+    g_m.addcmul_(l_sums.unsqueeze(-1), codebook, value=-2 * scale)
+    return g_v, g_m, g_kl * (v.shape[1] * log_prior.exp() - q_sums)
+
+
 class _Relaxed(torch.autograd.Function):
     """In tiles that stay in the cache, with the backward pass in closed form.
 
@@ -169,37 +211,23 @@ class _Relaxed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_z: Tensor, g_kl: Tensor) -> tuple[Tensor | None, ...]:
-        """With g_y = g_z Mᵀ, and so Σ g_y·y = g_z·(y M):
-        g_l = (g_y − Σ g_y·y)·y/τ + g_kl·q·(log q − log p − KL),  g_v = 2s g_l M,
-        g_M = yᵀ g_z + 2s (g_lᵀ v − (Σ_n g_l)·M),  g_θ = g_kl (N softmax θ − Σ_n q)."""
+        """With g_y = g_z Mᵀ, and so Σ g_y·y = g_z·(y M), g_s = (g_y − Σ g_y·y)·y/τ, and g_codes = yᵀ g_z; see
+        :func:`posterior_gradients`."""
         v, codebook, log_sum, kl, log_prior, y, factor, mean, codes = ctx.saved_tensors
-        g_v, g_m = torch.empty_like(v), torch.zeros_like(codebook)
-        q_sums, l_sums = torch.zeros_like(log_prior), torch.zeros_like(log_prior)
-        make = Logits(v, codebook, ctx.scale, log_sum)
         g_seen = g_z * factor  # y is without its factor
         g_left = torch.cat([g_seen, -(g_seen * mean).sum(-1, keepdim=True)], -1) / ctx.temperature
         g_right = torch.cat([codebook, torch.ones_like(codebook[..., :1])], -1).mT
-        for at in tiles(v, codebook.shape[1]):
-            ks = at[0]
-            ratio = make[at]  # log q
-            q = ratio.exp()
-            q_sums[ks] += q.sum(1)
-            ratio -= log_prior[ks].unsqueeze(1)
-            ratio -= kl[at].unsqueeze(-1)
+
+        def sample_gradient(at: tuple[slice, slice], _: Tensor, g_m: Tensor) -> Tensor:
             if not ctx.hard:
-                g_m[ks].baddbmm_(y[at].mT, g_seen[at])
-            g_l = torch.bmm(g_left[at], g_right[ks])
-            g_l *= y[at]
-            g_l.addcmul_(ratio, q.mul_(g_kl))
-            g_v[at] = torch.bmm(g_l, codebook[ks])
-            g_m[ks].baddbmm_(g_l.mT, v[at], alpha=2 * ctx.scale)
-            l_sums[ks] += g_l.sum(1)
-        if ctx.hard:
-            g_m += code_sums(g_z, codes, codebook.shape[1])
-        g_v *= 2 * ctx.scale
-        g_m.addcmul_(l_sums.unsqueeze(-1), codebook, value=-2 * ctx.scale)
-        g_prior = g_kl * (v.shape[1] * log_prior.exp() - q_sums)
-        return g_v, g_m, g_prior, None, None, None, None
+                g_m[at[0]].baddbmm_(y[at].mT, g_seen[at])
+            return torch.bmm(g_left[at], g_right[at[0]]).mul_(y[at])
+
+        g_codes = code_sums(g_z, codes, codebook.shape[1]) if ctx.hard else 0.0
+        found = posterior_gradients(
+            v, codebook, log_prior, log_sum, kl, ctx.scale, g_kl, g_codes, sample_gradient
+        )
+        return *found, None, None, None, None
 
 
 def fast_relax(

@@ -24,13 +24,14 @@ Analyses = Mapping[str, Analysis]
 ESTIMATORS = {
     "gs-soft": ("GS-Soft", "#0072b2", "o"),
     "gs-hard": ("GS-Hard", "#56b4e9", "s"),
+    "reinmax": ("ReinMax", "#882255", "p"),
     "vimco": ("VIMCO", "#cc79a7", "^"),
     "nvil": ("NVIL", "#d55e00", "v"),
     "vq-ema": ("VQ-VAE, EMA", "#009e73", "D"),
     "vq-loss": ("VQ-VAE, loss", "#e69f00", "P"),
     "gaussian": ("Gaussian VAE", "#000000", "X"),
 }
-OTHERS = ("#882255", "#999933", "#332288", "#aa4499", "#661100")
+OTHERS = ("#999933", "#332288", "#aa4499", "#661100")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 MOST_GROUPS = len(DASHES)

@@ -12,12 +12,13 @@ from dvq.estimators.gaussian import Gaussian
 from dvq.estimators.gs_hard import GSHard
 from dvq.estimators.gs_soft import GSSoft
 from dvq.estimators.nvil import NVIL
+from dvq.estimators.reinmax import ReinMax
 from dvq.estimators.vimco import VIMCO
 from dvq.estimators.vq_ema import VQEMA
 from dvq.estimators.vq_loss import VQLoss
 
 Estimator = Annotated[
-    GSSoft | GSHard | VIMCO | NVIL | VQEMA | VQLoss | Gaussian,
+    GSSoft | GSHard | ReinMax | VIMCO | NVIL | VQEMA | VQLoss | Gaussian,
     Field(discriminator="estimator"),
 ]
 """Every estimator, told apart by the field ``estimator``."""

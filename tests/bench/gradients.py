@@ -23,6 +23,7 @@ SETTINGS = {
     "gs-soft, τ = 1": {"estimator": "gs-soft", "temperature": 1.0},
     "gs-soft, τ = 0.1": {"estimator": "gs-soft", "temperature": 0.1},
     "gs-hard, τ = 0.5": {"estimator": "gs-hard"},
+    "reinmax": {"estimator": "reinmax"},
     "vimco, S = 4": {"estimator": "vimco"},
     "vimco, S = 4, backward: one": {"estimator": "vimco", "backward": "one"},
     "nvil, untrained baseline": {"estimator": "nvil"},

@@ -101,6 +101,17 @@ def gumbel_softmax(net: Plain, images: Tensor, hard: bool) -> Tensor:
     return net.nll(F.gumbel_softmax(logits, tau=0.5, hard=hard) @ net.book, images) + per_image(kl)
 
 
+def reinmax(net: Plain, images: Tensor) -> Tensor:
+    logits = -net.distances(net.encode(images))
+    log_q = logits.log_softmax(-1)
+    q, log_prior = log_q.exp(), net.prior.log_softmax(-1)[:, None]
+    onehot = F.one_hot(Categorical(probs=q.detach()).sample(), net.c).float()
+    middle = ((((q + onehot) / 2).log() - logits).detach() + logits).softmax(-1)
+    y = 2 * middle - q / 2
+    y = y - y.detach() + onehot
+    return net.nll(y @ net.book, images) + per_image((q * (log_q - log_prior)).sum(-1))
+
+
 def vimco(net: Plain, images: Tensor, samples: int = 4) -> Tensor:
     posterior = Categorical(logits=-net.distances(net.encode(images)))
     z = posterior.sample((samples,))  # (S, K, N)
@@ -154,6 +165,7 @@ def gaussian(net: Plain, images: Tensor) -> Tensor:
 PLAIN: dict[str, Callable[[Plain, Tensor], Tensor]] = {
     "gs-soft": partial(gumbel_softmax, hard=False),
     "gs-hard": partial(gumbel_softmax, hard=True),
+    "reinmax": reinmax,
     "vimco": vimco,
     "nvil": nvil,
     "vq-ema": partial(nearest, ema=True),

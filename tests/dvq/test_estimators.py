@@ -107,7 +107,7 @@ def test_temperature_falls_geometrically_and_stays() -> None:
     assert constant.temperature_at(10**6) == 0.5
 
 
-@pytest.mark.parametrize("estimator", ["gs-soft", "gs-hard", "vimco", "nvil", "gaussian"])
+@pytest.mark.parametrize("estimator", ["gs-soft", "gs-hard", "reinmax", "vimco", "nvil", "gaussian"])
 def test_kl_warmup_weighs_the_surrogate_and_not_the_rate(estimator: str) -> None:
     codes = {"num_codes": 5} if estimator != "gaussian" else {}
     one = trial({**SMALL, **codes, "estimator": estimator, "kl_warmup": 4})
@@ -119,8 +119,8 @@ def test_kl_warmup_weighs_the_surrogate_and_not_the_rate(estimator: str) -> None
     assert terms[0].surrogate != terms[1].surrogate
 
 
-def test_gs_hard_decodes_codes_and_gs_soft_mixtures() -> None:
-    for estimator, exact in (("gs-hard", True), ("gs-soft", False)):
+def test_gs_hard_and_reinmax_decode_codes_and_gs_soft_mixtures() -> None:
+    for estimator, exact in (("gs-hard", True), ("reinmax", True), ("gs-soft", False)):
         model, seen = small(estimator), []
         decode = model.distortion
 
