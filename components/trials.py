@@ -179,11 +179,10 @@ def evaluate(data: Path, model: Path, evaluation: Path) -> dict[str, Any]:
 
             device.keep_memory()
             with _step(work.folder, "evaluating"):
-                images, _ = load(data).evaluation(trial.split)
-                result = {
-                    "split": trial.split,
-                    **judge(load_model(model).to(device.pick()), images, bound_samples=trial.bound_samples),
-                }
+                prepared, judged = load(data), load_model(model).to(device.pick())
+                images, seen = prepared.evaluation(trial.split)[0], prepared.training(trial.split)[0]
+                found = judge(judged, images, bound_samples=trial.bound_samples, training=seen)
+                result = {"split": trial.split, **found}
                 write_json(work.folder / "evaluation.json", result)
     evaluation.parent.mkdir(parents=True, exist_ok=True)
     write_json(evaluation, result or {})

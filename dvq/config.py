@@ -56,7 +56,8 @@ def _elsewhere(key: str, cls: type[Trial]) -> str:
 def _sentence(error: ValidationError, where: str) -> DvqError:
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"]) or "value"
-    message = first["msg"][0].lower() + first["msg"][1:]
+    told = first["msg"].removeprefix("Value error, ")
+    message = told[0].lower() + told[1:]
     return DvqError(f"{where}: {field} = {first['input']!r}: {message}")
 
 

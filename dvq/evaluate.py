@@ -40,7 +40,12 @@ class _Pass:
 
 @torch.no_grad()
 def evaluate(
-    model: Model, images: NDArray[np.uint8], batch_size: int = 100, seed: int = 0, bound_samples: int = 1
+    model: Model,
+    images: NDArray[np.uint8],
+    batch_size: int = 100,
+    seed: int = 0,
+    bound_samples: int = 1,
+    training: NDArray[np.uint8] | None = None,
 ) -> dict[str, Any]:
     """The single-sample ELBO with hard samples z ~ q(z|x), on all ``images`` (N, 32, 32, 3) uint8.
 
@@ -51,13 +56,18 @@ def evaluate(
 
     one draw at a time, so that memory does not grow with S. VQ-VAE's q is certain: its L_S is its ELBO.
 
+    Early in training the prior, which an optimizer moves by small steps, is far from the codes' frequencies, and the
+    more so the fewer codes an estimator uses. With ``training``, the images that the model was trained on, also the
+    ELBO under the prior fitted to these, p(z_k = c) = (n_kc + 1) / (n_k + C) by the counts n of one draw each.
+
     Returns:
         all in bits/dim: ``bits_per_dim``, ``rate`` and ``distortion``, with standard errors over images
         (``_se``); ``bound`` (−L_S), and ``draws_se``, the standard deviation of the mean over images between
         repeated draws; ``ledger``: ``latents`` (the rate of each of the K) and ``channels`` (the distortion of
         red, green, blue), which add up to ``bits_per_dim``. For discrete latent variables also
         ``rate_uniform`` (P·K·log C, the rate under a uniform prior for VQ-VAE), ``usage`` (K lists of C counts
-        over the whole pass), ``perplexity`` (mean over k of exp H(usage_k)) and ``dead_codes``.
+        over the whole pass), ``perplexity`` (mean over k of exp H(usage_k)), ``dead_codes`` and, with ``training``,
+        ``bits_per_dim_fitted``.
     """
     was_training = model.training
     model.eval()
@@ -80,8 +90,24 @@ def evaluate(
             weights.append(-nll - per_image(sample.log_ratio, len(batch)))
         gathered.draws.append(torch.stack(elbos))
         gathered.bounds.append(math.log(draws) - torch.stack(weights).logsumexp(0))
+    result = _summary(gathered, bound_samples)
+    if training is not None and gathered.usage is not None:
+        fitted = _fitted_prior(model, training, batch_size, seed)  # (K, C)
+        gain = ((fitted - model.latents.log_prior().double()) * gathered.usage).sum() / len(images)
+        result["bits_per_dim_fitted"] = result["bits_per_dim"] - gain.item() * BITS_PER_DIM
     model.train(was_training)
-    return _summary(gathered, bound_samples)
+    return result
+
+
+def _fitted_prior(model: Model, images: NDArray[np.uint8], batch_size: int, seed: int) -> Tensor:
+    """log p(z_k = c) by the codes of ``images``, each counted once more: (K, C)."""
+    device = next(model.parameters()).device
+    counts = torch.ones(model.latents.codebook.shape[:2], dtype=torch.double, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for batch in batches(images, batch_size, device):
+        codes = model.latents.sample(model.encoder(batch), generator).codes
+        counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.double))
+    return (counts / counts.sum(1, keepdim=True)).log()
 
 
 def _summary(gathered: _Pass, bound_samples: int) -> dict[str, Any]:

@@ -131,8 +131,8 @@ def page(results: Sequence[Result], place: Path) -> str:
         "# Results on all of CIFAR-10",
         "Written by `make results SWEEP=…` from the JSON files of this folder. To compute a row again: "
         f"`make submit-sweep SWEEP={place}/<its file> DATA=…`. Bits/dim is the single-sample ELBO of hard "
-        "samples over every image of the split, ± its standard error over images; L_S, and VQ-VAE's "
-        "code length under a uniform prior, stand beside it.",
+        "samples over every image of the split, ± its standard error over images; L_S, VQ-VAE's code length under a "
+        "uniform prior, and the ELBO under the prior of the training images' codes, stand beside it.",
         f"## The paper's numbers\n\n{PAPERS}",
     ]
     if kinds["full"]:
@@ -193,6 +193,7 @@ def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str
         "distortion": f"{judged['distortion']:.3f}",
         "L_S": _number(judged.get("bound"), ".3f"),
         "bits/dim, uniform prior": _number(uniform, ".3f"),
+        "bits/dim, fitted prior": _number(judged.get("bits_per_dim_fitted"), ".3f"),
         "perplexity": _number(judged.get("perplexity"), ".1f"),
         "dead": _number(judged.get("dead_codes"), "d"),
         "minutes": f"{result['training']['seconds'] / 60:.1f}",

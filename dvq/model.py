@@ -5,7 +5,7 @@ Bayesian Deep Learning), section 3; the residual blocks are those of van den Oor
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ SIDE = 32
 GRID = 8  # positions a side after two convolutions of stride 2
 POSITIONS = GRID * GRID
 SUBPIXELS = 3 * SIDE * SIDE
+PIECE = 100  # images at a time, lest memory grow with their number
 BITS_PER_DIM = 1 / (SUBPIXELS * math.log(2))
 """bits/dim = nats an image / (3072 ln 2)"""
 
@@ -199,12 +200,16 @@ class Model(nn.Module):
         Raises:
             DvqError: other images, or a model whose latent variables are continuous.
         """
-        codes = self._sample(x := inputs.images(images, self._device()), generator).codes
-        if codes is None:
+        found = [
+            sample.codes
+            for _, sample in self._samples(inputs.images(images, self._device()), generator)
+            if sample.codes is not None
+        ]
+        if not found:
             raise DvqError(
                 f"a {self.trial.estimator} model has no codes: its latent variables are continuous"
             )
-        return codes.T.reshape(len(x), GRID, GRID, -1)
+        return torch.cat(found, 1).T.unflatten(0, (-1, GRID, GRID))
 
     @torch.no_grad()
     def decode(self, codes: Tensor | NDArray[np.integer]) -> Tensor:
@@ -219,7 +224,8 @@ class Model(nn.Module):
     @torch.no_grad()
     def reconstruct(self, images: Images, generator: torch.Generator | None = None) -> Tensor:
         """``decode(encode(images))``, of continuous latent variables too: uint8 (B, 32, 32, 3) → the same."""
-        return self._mean_image(self._sample(inputs.images(images, self._device()), generator).vectors)
+        samples = self._samples(inputs.images(images, self._device()), generator)
+        return torch.cat([self._mean_image(sample.vectors) for _, sample in samples])
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -232,18 +238,24 @@ class Model(nn.Module):
     @torch.no_grad()
     def bits_per_dim(self, images: Images, generator: torch.Generator | None = None) -> Tensor:
         """(distortion + rate) / (3072 ln 2) of each image, by one hard sample: uint8 (B, 32, 32, 3) → (B,)."""
-        sample = self._sample(x := inputs.images(images, self._device()), generator)
-        nats = self.distortions(sample.vectors, x).sum(1) + per_image(sample.rate, len(x))
-        return nats * BITS_PER_DIM
+        nats = [
+            self.distortions(sample.vectors, piece).sum(1) + per_image(sample.rate, len(piece))
+            for piece, sample in self._samples(inputs.images(images, self._device()), generator)
+        ]
+        return torch.cat(nats) * BITS_PER_DIM
 
     def _device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def _sample(self, images: Tensor, generator: torch.Generator | None) -> Any:
+    def _samples(self, images: Tensor, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Any]]:
+        """The images in pieces, and a sample of each."""
         generator = generator or torch.Generator(images.device).manual_seed(0)
-        return self.latents.sample(self.encoder(images), generator)
+        for piece in images.split(PIECE):
+            yield piece, self.latents.sample(self.encoder(piece), generator)
 
     def _mean_image(self, vectors: Tensor) -> Tensor:
-        p = self.decoder(vectors).unflatten(-1, (3, VALUES)).softmax(-1)  # (B, 1024, 3, 256)
-        mean = p @ torch.arange(VALUES, dtype=p.dtype, device=p.device)
-        return mean.round().to(torch.uint8).unflatten(1, (SIDE, SIDE))
+        values, pieces = torch.arange(VALUES, dtype=vectors.dtype, device=vectors.device), []
+        for piece in vectors.split(PIECE * POSITIONS, 1):
+            p = self.decoder(piece).unflatten(-1, (3, VALUES)).softmax(-1)  # (B, 1024, 3, 256)
+            pieces.append((p @ values).round().to(torch.uint8).unflatten(1, (SIDE, SIDE)))
+        return torch.cat(pieces)

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from dvq.latents import Categorical
+from dvq.trial import Stochastic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,10 +27,12 @@ def probe(model: "Model", images: Tensor, draws: int, generator: Generator, step
 
         variance = E‖g − E g‖² / ‖E g‖², over all latent variables of the images;
         bias = ‖E g − r‖ / ‖r‖ over one latent variable of each image, where r is the ELBO's gradient with
-        that variable summed out: r_c = q_c (f_c − Σ q f) + ∂KL/∂l_c, f_c = E −log p(x | z_c, other z),
+        that variable summed out: r_c = q_c (f_c − Σ q f) + β ∂KL/∂l_c, f_c = E −log p(x | z_c, other z), and β
+        the KL's weight in warm-up,
 
     both means over ``draws``. The norms are of means over few draws, so the bias is a proxy: it cannot fall
-    under the noise, about √(variance / draws).
+    under the noise, about √(variance / draws). NVIL's g is the ELBO's by 1 / max(1, σ), so that its bias tends to 1
+    where σ, the deviation of its signal, is large; its direction has none.
 
     Args:
         model: one with a categorical posterior.
@@ -45,6 +48,8 @@ def probe(model: "Model", images: Tensor, draws: int, generator: Generator, step
     signal = (mean.square().sum() - variance / draws).clamp(min=1e-30)  # ‖E g‖² without the noise's share
     logits = model.latents.logits(model.encoder(images))
     positions = logits.shape[1] // len(images)
+    assert isinstance(model.trial, Stochastic)
+    weight = model.trial.kl_weight(step)
     found, right = [], []
     for i in range(min(LOOKED_AT, len(images))):
         k, p = (
@@ -53,7 +58,7 @@ def probe(model: "Model", images: Tensor, draws: int, generator: Generator, step
         )
         mine = slice(i * positions, (i + 1) * positions)
         found.append(mean[k, mine][p])
-        right.append(_reference(model, images[i : i + 1], logits[:, mine], k, p, draws, generator))
+        right.append(_reference(model, images[i : i + 1], logits[:, mine], k, p, draws, generator, weight))
     model.train(was_training)
     bias = torch.stack(found) - torch.stack(right)
     return {
@@ -87,9 +92,17 @@ def _gradient(model: "Model", images: Tensor, generator: Generator, step: int) -
 
 
 def _reference(
-    model: "Model", image: Tensor, logits: Tensor, k: int, p: int, draws: int, generator: Generator
+    model: "Model",
+    image: Tensor,
+    logits: Tensor,
+    k: int,
+    p: int,
+    draws: int,
+    generator: Generator,
+    weight: "float | Tensor",
 ) -> Tensor:
-    """The ELBO's gradient by logits[k, p] (C,), with z[k, p] summed out: (1, 32, 32, 3), (K, P, C) → (C,)."""
+    """The gradient of the ELBO, its KL by its ``weight`` in warm-up, by logits[k, p], with z[k, p] summed out:
+    (1, 32, 32, 3), (K, P, C) → (C,)."""
     latents, (_, positions, codes) = model.latents, logits.shape
     distortion = torch.zeros_like(logits[k, p])
     for _ in range(draws):
@@ -97,5 +110,5 @@ def _reference(
         vectors[k, p::positions] = latents.codebook[k]
         distortion += model.distortions(vectors, image.expand(codes, -1, -1, -1)).sum(1) / draws
     log_q = logits[k, p].log_softmax(-1)  # finite where q is 0
-    q, cost = log_q.exp(), distortion + log_q - latents.log_prior()[k]
+    q, cost = log_q.exp(), distortion + weight * (log_q - latents.log_prior()[k])
     return q * (cost - (q * cost).sum())

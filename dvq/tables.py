@@ -22,6 +22,7 @@ COLUMNS = {
     "num_latents": ("K", "d"),
     "seed": ("seed", "d"),
     "bits_per_dim": ("bits/dim", ".3f"),
+    "bits_per_dim_fitted": ("fitted", ".3f"),
     "rate": ("rate", ".3f"),
     "distortion": ("distortion", ".3f"),
     "perplexity": ("perplexity", ".1f"),
@@ -36,7 +37,7 @@ COLUMNS = {
 SETTINGS = {
     "name": ("setting", ""),
     "seeds": ("seeds", "d"),
-    **{key: COLUMNS[key] for key in ("bits_per_dim", "rate", "distortion")},
+    **{key: COLUMNS[key] for key in ("bits_per_dim", "bits_per_dim_fitted", "rate", "distortion")},
 }
 
 
@@ -54,7 +55,7 @@ def _row(result: Result) -> Row:
     row = {
         **{key: trial.get(key) for key in ("estimator", "num_codes", "num_latents", "seed", "steps")},
         **{key: evaluation.get(key) for key in ("bits_per_dim", "bits_per_dim_se", "rate", "distortion")},
-        **{key: evaluation.get(key) for key in ("perplexity", "dead_codes", "split")},
+        **{key: evaluation.get(key) for key in ("bits_per_dim_fitted", "perplexity", "dead_codes", "split")},
         "name": result["name"],
         "components_95": analysis.get("components_95_mean"),
         "components_95_weighted": analysis.get("components_95_weighted_mean"),
@@ -82,8 +83,9 @@ def certificate(results: Sequence[Result]) -> str:
 
 def settings(results: Sequence[Result]) -> list[Row]:
     """A row a setting that was trained with several seeds, sorted by bits/dim: ``name``, ``seeds``, the means over
-    seeds of ``bits_per_dim``, ``rate`` and ``distortion``, and with ``_se`` behind their names the standard errors of
-    these means over trainings. None where a number is not finite in one of them."""
+    seeds of ``bits_per_dim``, ``bits_per_dim_fitted``, ``rate`` and ``distortion``, and with ``_se`` behind the
+    names of the first two the standard errors of these means over trainings. None where a training has no such
+    number, or it is not finite."""
     made = []
     for group in alike(results, "seed"):
         if len(group) == 1:
@@ -94,9 +96,11 @@ def settings(results: Sequence[Result]) -> list[Row]:
             "name": group[0]["name"].replace(f"{size}-s{trial['seed']}", size, 1),
             "seeds": len(group),
         }
-        for key in ("bits_per_dim", "rate", "distortion"):
-            found = np.array([one["evaluation"][key] for one in group])
-            row |= {key: float(found.mean()), f"{key}_se": float(found.std(ddof=1)) / math.sqrt(len(found))}
+        for key in ("bits_per_dim", "bits_per_dim_fitted", "rate", "distortion"):
+            found = np.array([one["evaluation"].get(key, math.nan) for one in group])
+            row[key] = float(found.mean())
+            if key.startswith("bits"):
+                row[f"{key}_se"] = float(found.std(ddof=1)) / math.sqrt(len(found))
         made.append(_finite(row))
     return sorted(made, key=_bits)
 

@@ -5,7 +5,7 @@ import json
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 import dvq
 from dvq.fingerprints import FINGERPRINTS, DataName
@@ -22,6 +22,12 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Unkeyed: dict[str, Any] = {"key": False}  # a field that changes no number: it is left out of the trial's key
+
+
+def _none_or_several(draws: int) -> int:
+    if draws == 1:
+        raise ValueError("one draw has no variance; give 2 or more, or 0")
+    return draws
 
 
 class Loss(NamedTuple):
@@ -83,11 +89,12 @@ class Trial(BaseModel):
     decay_half_life: Count = 10_000
 
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """of the convolutions and the head's factors in training on a GPU. Logits, likelihood, rate, optimizer and all
-    of evaluation are float32"""
+    """of the convolutions and the head's factors in training on a GPU. Likelihood, rate, optimizer and all of
+    evaluation are float32, and so are the logits of a 1×1 head"""
     cpu_precision: Literal["bfloat16", "float32"] = "float32"
     """the same on a CPU. bfloat16 is for one with AMX (Intel's since Sapphire Rapids: ``amx_bf16`` in /proc/cpuinfo)
-    and many feature maps, where it is two to three times as fast; elsewhere it is slower"""
+    and many feature maps, where it is two to three times as fast; elsewhere it is slower. Here the logits are rounded
+    to it too, which moves the likelihood by less than 1e-4 bits/dim"""
 
     bound_samples: Count = 16
     """S of the importance-weighted bound L_S, which the final evaluation gives beside the ELBO"""
@@ -188,7 +195,9 @@ class Stochastic(Warmed, Discrete):
 
     distance_scale: Positive = 1.0
     """s in the posterior's logits −s‖v − m‖²"""
-    probe_draws: Annotated[int, Field(ge=0)] = Field(default=0, json_schema_extra=Unkeyed)
+    probe_draws: Annotated[int, Field(ge=0), AfterValidator(_none_or_several)] = Field(
+        default=0, json_schema_extra=Unkeyed
+    )
     """at each evaluation along training, look at the gradient's bias and variance with so many draws (2 or
     more; 0: off); it costs passes of the decoder and changes nothing"""
 

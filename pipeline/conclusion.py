@@ -12,7 +12,7 @@ from dvq.fingerprints import LABELS
 from dvq.tables import COLUMNS, SETTINGS, certificate, rows, settings, shown
 from dvq.trial import Trial
 
-TRIAL = ("name", "bits_per_dim", "rate", "distortion", "perplexity", "dead_codes")
+TRIAL = ("name", "bits_per_dim", "bits_per_dim_fitted", "rate", "distortion", "dead_codes")
 """of a trial's columns as many as 80 characters hold"""
 
 
@@ -23,7 +23,11 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
         data = LABELS[next(iter(trials.values())).data]
         split = finished[0]["evaluation"]["split"]
         say(console, f"\n{sweep.name} on {data}")
-        say(console, f"split {split}; bits/dim = distortion + rate, ± the standard error over images")
+        say(
+            console,
+            f"split {split}; bits/dim = distortion + rate, ± the standard error over images; fitted: with the prior\n"
+            "of the training images' codes, which the trained one reaches late",
+        )
         whole = None if console.is_terminal else sum(map(len, trials)) + 80  # in a file no name is broken
         console.print(_table(rows(finished, {}), {key: COLUMNS[key] for key in TRIAL}), width=whole)
         if several := settings(finished):

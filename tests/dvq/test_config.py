@@ -32,6 +32,7 @@ GS = {"estimator": "gs-soft"}
         ({**GS, "steps": True}, "steps = True: it is not a yes or no"),
         ({**GS, "num_codes": 1}, "num_codes = 1: input should be greater than or equal to 2"),
         ({**GS, "steps": -5}, "steps = -5"),
+        ({**GS, "probe_draws": 1}, "probe_draws = 1: one draw has no variance"),
         ({**GS, "learning_rate": "fast"}, "learning_rate = 'fast'"),
         ({**GS, "learning_rate": float("nan")}, "learning_rate = nan"),
         ({**GS, "data": "mnist"}, "data = 'mnist'"),

@@ -127,6 +127,28 @@ def test_the_elbo_is_of_one_draw_with_the_kl_in_closed_form_whatever_the_bounds_
     assert five["bits_per_dim"] == one["bits_per_dim"]
 
 
+def test_the_fitted_prior_is_that_of_the_training_images_codes() -> None:
+    """As if the model had it: VQ-VAE's ELBO is then the same number."""
+    model, judged, training = tiny("vq-ema", codebook_std=1.0), images(7), images(19)[7:]
+    with torch.no_grad():
+        model.latents.prior_logits.normal_(generator=torch.Generator().manual_seed(0))
+    found = evaluate(model, judged, batch_size=3, training=training)
+    assert "bits_per_dim_fitted" not in evaluate(model, judged)
+    counts = np.asarray(evaluate(model, training)["usage"]) + 1
+    with torch.no_grad():
+        model.latents.prior_logits.copy_(torch.from_numpy(counts).double().log())
+    right = evaluate(model, judged)["bits_per_dim"]
+    assert found["bits_per_dim_fitted"] == pytest.approx(right, rel=1e-12)
+    assert abs(found["bits_per_dim"] - right) > 1e-4
+    judged_by_itself = evaluate(model, judged, training=judged)["bits_per_dim_fitted"]
+    assert judged_by_itself != found["bits_per_dim_fitted"]
+
+
+def test_continuous_latents_have_no_prior_to_fit() -> None:
+    one = Model(trial({"estimator": "gaussian", "features": 4, "num_latents": 2, "code_dim": 3}))
+    assert "bits_per_dim_fitted" not in evaluate(one, images(2), training=images(2))
+
+
 def test_perplexity_and_dead_codes_of_counts() -> None:
     found = usage_summary(np.array([[3, 3, 3, 0], [8, 0, 0, 0]]))
     assert found["perplexity"] == pytest.approx((3 + 1) / 2)

@@ -42,6 +42,29 @@ def test_arrays_and_tensors_give_the_same() -> None:
     assert one.sample(2).shape == (2, 32, 32, 3)
 
 
+def test_many_images_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = model("vq-ema")
+    whole = (
+        one.encode(IMAGES),
+        one.decode(one.encode(IMAGES)),
+        one.reconstruct(IMAGES),
+        one.bits_per_dim(IMAGES),
+    )
+    monkeypatch.setattr("dvq.model.PIECE", 2)
+    taken, decode = [], one.decoder.forward
+    monkeypatch.setattr(one.decoder, "forward", lambda x: taken.append(x.shape[1] // 64) or decode(x))
+    pieces = (
+        one.encode(IMAGES),
+        one.decode(one.encode(IMAGES)),
+        one.reconstruct(IMAGES),
+        one.bits_per_dim(IMAGES),
+    )
+    assert taken == [2, 1, 2, 1]
+    for right, found in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1)
+    assert torch.equal(whole[0], pieces[0])
+
+
 @pytest.mark.parametrize("method", ["encode", "reconstruct", "bits_per_dim"])
 @pytest.mark.parametrize(
     ("images", "told"),

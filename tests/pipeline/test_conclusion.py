@@ -53,6 +53,7 @@ def finish(store: Store, trials: dict[str, Trial]) -> None:
     for name, one in trials.items():
         bits = 7.0 + one.seed / 10
         evaluation = {"split": "test", "bits_per_dim": bits, "bits_per_dim_se": 0.01, "rate": 0.5}
+        evaluation["bits_per_dim_fitted"] = bits - 0.2
         found = {"name": name, "key": one.key(), "trial": values(one), "data": {"name": one.data}}
         found["evaluation"] = {**evaluation, "distortion": bits - 0.5}
         found["training"] = {"goodput": {"steps_lost": 0, "seconds_lost": 0, "attempts": 1}}
@@ -67,11 +68,11 @@ def test_several_seeds_are_told_by_their_mean(seeds: list[int], tmp_path: Path) 
     out = io.StringIO()
     assert conclusion.show(sweep, sweep.trials(), store, Console(file=out, width=80)) == {}
     text = out.getvalue()
-    assert "gs-soft-c512-k8-s0 7.000 ± 0.010 0.500 6.500" in " ".join(text.split())
+    assert "gs-soft-c512-k8-s0 7.000 ± 0.010 6.800 0.500 6.500" in " ".join(text.split())
     assert ("means over seeds" in text) == (len(seeds) > 1)
     if len(seeds) > 1:
         told = [line.split() for line in text.partition("means over seeds")[2].splitlines()]
-        assert told[2][:8] == ["gs-soft-c512-k8", "3", "7.100", "±", "0.058", "0.500", "±", "0.000"]
+        assert told[2][:8] == ["gs-soft-c512-k8", "3", "7.100", "±", "0.058", "6.900", "±", "0.058"]
 
 
 def test_fresh_says_what_it_leaves_to_go_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
