@@ -23,6 +23,21 @@ NAME = re.compile(r"^[a-z0-9][a-z0-9-]*$")
 """of a sweep, which is also its experiment's in MLflow and its report's folder"""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a mapping that has a key twice, of which YAML takes the last, is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:  # before '<<' is resolved, whose keys may be set anew
+            word = str(key.value)
+            if word in seen and word != "<<":
+                raise yaml.MarkedYAMLError(
+                    problem=f"'{word}' stands there twice", problem_mark=key.start_mark
+                )
+            seen.add(word)
+        return super().construct_mapping(node, deep)
+
+
 def estimators() -> dict[str, type[Trial]]:
     """Every estimator's configuration by its name; DvqError for a class that has none of its own."""
     union = get_args(Estimator)[0]
@@ -136,8 +151,10 @@ class Sweep(BaseModel):
             one = self.trial(at)
             name = short_name(one, at)
             if one.key() in keys:
+                unkeyed = ", ".join(field for field in at if field in one.unkeyed())
+                but = f" ({unkeyed} changes no number)" if unkeyed else ""
                 raise DvqError(
-                    f"sweep '{self.name}': the trial '{overrides(at)}' stands in it twice; remove one"
+                    f"sweep '{self.name}': the trial '{overrides(at)}' stands in it twice{but}; remove one"
                 )
             keys[one.key()] = name
             named[name] = one
@@ -173,7 +190,7 @@ def load_sweep(path: Path) -> Sweep:
             f"sweep file {path}: a sweep has its file's name; name it in small letters, digits and hyphens"
         )
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -183,10 +200,11 @@ def load_sweep(path: Path) -> Sweep:
     if not isinstance(content, dict):
         raise DvqError(f"sweep file {path}: expected a mapping with 'base' and 'grid'")
     for key in content:
-        if key not in Sweep.model_fields or key == "name":
-            raise DvqError(
-                f"sweep file {path}: unknown key '{key}'{_nearest(str(key), list(Sweep.model_fields))}"
-            )
+        if key == "name":
+            raise DvqError(f"sweep file {path}: a sweep has its file's name; leave 'name' out")
+        if key not in Sweep.model_fields:
+            known = [field for field in Sweep.model_fields if field != "name"]
+            raise DvqError(f"sweep file {path}: unknown key '{key}'{_nearest(str(key), known)}")
     for key, values in (content.get("grid") or {}).items() if isinstance(content.get("grid"), dict) else ():
         if not isinstance(values, list) or not values:
             raise DvqError(f"sweep file {path}: grid: '{key}' needs a list of at least one value")

@@ -49,7 +49,8 @@ def test_a_wrong_trial_is_one_sentence(values: dict[str, Any], says: str) -> Non
     ("sweep", "says"),
     [
         ({}, "the grid is empty"),
-        ({"grid": {"estimator": ["gs-soft", "gs-soft"]}}, "stands in it twice"),
+        ({"grid": {"estimator": ["gs-soft", "gs-soft"]}}, "stands in it twice; remove one"),
+        ({"grid": {"estimator": ["gs-soft"], "log_every": [5, 6]}}, "twice (log_every changes no number)"),
         ({"grid": {"estimator": ["gs-soft"], "seed": [1]}}, "name the seeds in 'seeds'"),
         ({"base": {"seed": 1}, "grid": {"estimator": ["gs-soft"]}}, "name the seeds in 'seeds'"),
         ({"grid": {"estimator": ["gs-soft"], "ema_decay": [0.9]}}, "gs-soft has no 'ema_decay'"),
@@ -62,6 +63,12 @@ def test_a_wrong_sweep_is_one_sentence(sweep: dict[str, Any], says: str) -> None
     assert says in str(caught.value)
 
 
+def test_a_sweep_may_merge_and_set_anew(tmp_path: Path) -> None:
+    text = "base: &b {estimator: gs-soft, steps: 5}\ninclude:\n- {<<: *b, steps: 7}\n"
+    (tmp_path / "one.yaml").write_text(text)
+    assert [one.steps for one in load_sweep(tmp_path / "one.yaml").trials().values()] == [7]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -70,6 +77,13 @@ def test_a_wrong_sweep_is_one_sentence(sweep: dict[str, Any], says: str) -> None
         ("empty.yaml", b"", "expected a mapping"),
         ("broken.yaml", b"base:\n  data: x\n steps: 3\n", "line 3: not valid YAML"),
         ("near.yaml", b"grids: {}", "did you mean 'grid'?"),
+        ("named.yaml", b"name: x", "leave 'name' out"),
+        (
+            "twice.yaml",
+            b"grid:\n  seed: [1]\n  seed: [2]",
+            "line 3: not valid YAML: 'seed' stands there twice",
+        ),
+        ("deep.yaml", b"include:\n- {a: 1, a: 2}", "line 2: not valid YAML: 'a' stands there twice"),
         ("scalar.yaml", b"grid: {estimator: gs-soft}", "needs a list"),
         ("missing.yaml", None, "No such file"),
     ],
