@@ -57,6 +57,7 @@ class Data:
 
 def load(folder: Path) -> Data:
     """The prepared dataset in ``folder``; DvqError if there is none, or it is not whole."""
+    folder = Path(folder)
     try:
         info = json.loads((folder / "data.json").read_text(encoding="utf-8"))
         if info["format"] != FORMAT:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dvq import DvqError
 from dvq.latents import Codebooks, Nearest, Sample, per_image
 from dvq.model import BITS_PER_DIM, POSITIONS, Model
 
@@ -68,7 +69,15 @@ def evaluate(
         ``rate_uniform`` (P·K·log C, the rate under a uniform prior for VQ-VAE), ``usage`` (K lists of C counts
         over the whole pass), ``perplexity`` (mean over k of exp H(usage_k)), ``dead_codes`` and, with ``training``,
         ``bits_per_dim_fitted``.
+
+    Raises:
+        DvqError: no images, or others.
     """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise DvqError(
+            f"the images to evaluate are {images.dtype} {images.shape}: give uint8 (N, 32, 32, 3), values 0 to 255"
+        )
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

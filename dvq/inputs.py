@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,13 +15,21 @@ if TYPE_CHECKING:
 def images(given: Any, device: torch.device) -> Tensor:
     """The images (B, 32, 32, 3) as a uint8 tensor on ``device``; DvqError if they are no such images."""
     found = _tensor(given, "images")
-    wanted = "give uint8 (B, 32, 32, 3), values 0 to 255"
+    wanted, shape = "give uint8 (B, 32, 32, 3), values 0 to 255", tuple(found.shape)
+    tensor = isinstance(given, Tensor)
     if found.dtype != torch.uint8:
-        raise DvqError(f"images are {_told(found)}: {wanted}; for floats in [0, 1]: (x * 255).round().byte()")
-    if found.ndim != 4 or tuple(found.shape[1:]) != (32, 32, 3) or not len(found):
-        hint = "; for channels first: x.permute(0, 2, 3, 1)" if tuple(found.shape[1:]) == (3, 32, 32) else ""
-        hint = "; for one image: x[None]" if tuple(found.shape) == (32, 32, 3) else hint
-        raise DvqError(f"images are {_told(found)}: {wanted}{hint}")
+        to_bytes = "byte()" if tensor else 'astype("uint8")'
+        small = found.is_floating_point() and bool((found <= 1).all())
+        hint = f"(x * 255).round().{to_bytes}" if small else f"x.{to_bytes}, if its values go from 0 to 255"
+        raise DvqError(f"images are {_told(found)}: {wanted}; {hint}")
+    if found.ndim != 4 or shape[1:] != (32, 32, 3) or not len(found):
+        turn = "permute" if tensor else "transpose"
+        axes = "(0, 2, 3, 1)" if found.ndim == 4 else "(1, 2, 0)[None]"
+        hints: dict[tuple[int, ...], str] = {
+            (3, 32, 32): f"; for channels first: x.{turn}{axes}",
+            (32, 32, 3): "; for one image: x[None]",
+        }
+        raise DvqError(f"images are {_told(found)}: {wanted}{hints.get(shape[-3:], '')}")
     return found.to(device)
 
 
@@ -43,7 +52,7 @@ def codes(given: Any, trial: "Trial", device: torch.device) -> Tensor:
 
 def _tensor(given: Any, what: str) -> Tensor:
     try:
-        return given if isinstance(given, Tensor) else torch.tensor(given)
+        return given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))  # a copy, in order
     except (TypeError, ValueError, RuntimeError):
         raise DvqError(f"{what} are a {type(given).__name__}: give a tensor or a numpy array") from None
 

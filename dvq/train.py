@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -67,6 +68,7 @@ class Training:
         )  # under 1e-38, as hopeless codes' weights are, a number costs a CPU 100
         keep_memory()
         self.trial, self.folder = trial, folder
+        folder.mkdir(parents=True, exist_ok=True)
         self.provenance = provenance(device, threads)  # when training ends, git may be at another version
         found = checkpoint.latest(folder, trial.family(), lambda told: print(told, flush=True))
         goodput.begin(folder, found.step if found else 0)
@@ -181,7 +183,7 @@ class Training:
 
 def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: int = 1) -> dict[str, Any]:
     """Train ``trial``, or go on with it, and leave in ``folder``: checkpoints/, events/, images/ and, last,
-    model/. SIGTERM ends it after a checkpoint.
+    model/. SIGTERM ends it after a checkpoint, where this is the main thread.
 
     Args:
         trial: what to train.
@@ -196,7 +198,9 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
         DvqError: the loss is not finite (names step and term); a checkpoint is of another configuration or
             cannot be written.
     """
-    training = Training(trial, data, folder, device, threads)
+    training = Training(trial, data, Path(folder), device, threads)
+    if threading.current_thread() is not threading.main_thread():
+        return training.run()  # which no signal reaches
     earlier = signal.signal(signal.SIGTERM, training.stop)
     try:
         return training.run()
@@ -232,12 +236,17 @@ def _probe(trainer: Trainer, events: Events, step: int) -> None:
 
 
 def _publish(model: Model, summary: dict[str, Any], folder: Path) -> None:
-    """Write model/ under another name and rename it: it is there whole or not at all."""
-    partial = folder / "model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    """Write model/ under another name and rename it: it is there whole or not at all. One that is there, of fewer
+    steps or the same, gives way."""
+    partial, earlier = folder / "model.partial", folder / "model.earlier"
+    for left in (partial, earlier):
+        shutil.rmtree(left, ignore_errors=True)
     save(model, partial)
     (partial / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    if (folder / "model").exists():
+        (folder / "model").rename(earlier)
     partial.rename(folder / "model")
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def failure_reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from dvq import DvqError
 from dvq.config import trial
 from dvq.draws import inverse_draw
 from dvq.evaluate import evaluate, usage_summary
@@ -142,6 +143,12 @@ def test_the_fitted_prior_is_that_of_the_training_images_codes() -> None:
     assert abs(found["bits_per_dim"] - right) > 1e-4
     judged_by_itself = evaluate(model, judged, training=judged)["bits_per_dim_fitted"]
     assert judged_by_itself != found["bits_per_dim_fitted"]
+
+
+@pytest.mark.parametrize("change", [lambda x: x / 255, lambda x: x.transpose(0, 3, 1, 2), lambda x: x[:0]])
+def test_other_images_are_not_evaluated(change: Any) -> None:
+    with pytest.raises(DvqError, match="give uint8"):
+        evaluate(tiny("gs-soft"), change(images(3)))
 
 
 def test_continuous_latents_have_no_prior_to_fit() -> None:

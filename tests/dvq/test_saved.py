@@ -38,6 +38,7 @@ def test_arrays_and_tensors_give_the_same() -> None:
     assert torch.equal(codes, one.encode(IMAGES.numpy()))
     assert torch.equal(one.decode(codes), one.reconstruct(IMAGES))
     assert torch.equal(one.decode(codes), one.decode(codes.numpy().astype(np.uint8)))
+    assert torch.equal(one.encode(IMAGES.numpy()[..., ::-1]), one.encode(IMAGES.flip(-1)))
     assert one.bits_per_dim(IMAGES).shape == (3,)
     assert one.sample(2).shape == (2, 32, 32, 3)
 
@@ -70,8 +71,11 @@ def test_many_images_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     ("images", "told"),
     [
         (IMAGES / 255, r"float32 \(3, 32, 32, 3\): give uint8 .*round"),
+        (IMAGES.numpy() / 255, r'float64 .*round\(\).astype\("uint8"\)'),
+        (IMAGES.float(), r"float32 .*x.byte\(\), if its values go from 0 to 255"),
         (IMAGES.long(), "int64"),
         (IMAGES.permute(0, 3, 1, 2), "channels first: x.permute"),
+        (IMAGES.numpy()[0].transpose(2, 0, 1), r"channels first: x.transpose\(1, 2, 0\)\[None\]"),
         (IMAGES[0], r"one image: x\[None\]"),
         (IMAGES[:0], r"\(0, 32, 32, 3\)"),
         (torch.zeros(1, 64, 64, 3, dtype=torch.uint8), r"\(1, 64, 64, 3\)"),
