@@ -1,6 +1,5 @@
 """What report does: a sweep's page from the store."""
 
-import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
         DvqError: no store, or, after everything is written, trials that failed, each with its reason.
     """
     from dvq.report import write
+    from dvq.tables import best
 
     store = Store.from_environment()
     if store is None:
@@ -30,18 +30,14 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
     sweep = Sweep.model_validate_json(sweep_json)
     results, analyses, failures = gather(sweep, store)
     pictures = _pictures(results, store)
-    path = write(
-        store.report(sweep.name), sweep.name, sweep.description, results, analyses, failures, pictures
-    )
+    path = write(store.report(sweep.name), sweep, results, analyses, failures, pictures)
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, page)
     track(sweep, store)
     tracking.report(sweep.name, path.parent, _note(sweep.description, results, failures), bool(failures))
-    finite = [one for one in results if math.isfinite(one["evaluation"]["bits_per_dim"])]
-    if sweep.champion and finite:
-        best = min(finite, key=lambda one: one["evaluation"]["bits_per_dim"])
-        tracking.champion(sweep.champion, sweep.name, best)
+    if sweep.champion and (found := best(results)):
+        tracking.champion(sweep.champion, sweep.name, dict(found))
     store.publish_report(sweep.name)
     if failures:
         named = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
@@ -107,5 +103,5 @@ def _note(description: str, results: list[dict[str, Any]], failures: dict[str, s
         lines += [f"| {' | '.join(shown(row, key) for key in SETTINGS)} |" for row in several]
     label = f"{results[0]['data']['label']}, certificate `{certificate(results)}`" if results else ""
     label = f"{description} {label}".strip()
-    failed = [f"- {name} failed: {reason}" for name, reason in failures.items()]
+    failed = [f"- {name} is not finished: {reason}" for name, reason in failures.items()]
     return "\n".join([label, "", *lines, "", *failed])

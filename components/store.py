@@ -136,9 +136,10 @@ class Store:
         return [folder.name for folder in (self.root / "trials").glob(f"{trial.family()}-*")]
 
     def reached(self, trial: Trial) -> int:
-        """The step that the trial would go on from: its own last checkpoint's, or a shorter one's."""
+        """The step that the trial would go on from: its own last checkpoint's, or, unless it was begun, a shorter
+        one's."""
         own = max(self.steps(trial.key()), default=0)
-        shorter = self._shorter(trial)
+        shorter = None if self.has(trial.key(), "trial.json") else self._shorter(trial)
         return own or (shorter[0] if shorter else 0)
 
     def shorter(self, trial: Trial) -> Path | None:

@@ -226,6 +226,11 @@ def download(uri: str) -> str:
         raise DvqError(
             f"{uri}: no MLflow is named; set MLFLOW_TRACKING_URI to its server's address, or sqlite:///outputs/mlflow.db"
         )
+    file = mlflow.get_tracking_uri().removeprefix("sqlite:///")
+    if file != mlflow.get_tracking_uri() and not Path(file).exists():  # likewise
+        raise DvqError(
+            f"{uri}: MLFLOW_TRACKING_URI names the database {Path(file).absolute()}, which is not there"
+        )
     try:
         return str(Path(mlflow.artifacts.download_artifacts(uri)) / "artifacts" / "model")
     except Exception as error:

@@ -8,15 +8,20 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+import yaml
+
 from dvq import disk, figures, style
+from dvq.config import Sweep
 from dvq.pictures import Pictures, of_sweep
 from dvq.style import Analyses, notice, save_png
-from dvq.tables import COLUMNS, SETTINGS, Result, Row, certificate, rows, settings, shown
+from dvq.tables import COLUMNS, SETTINGS, Result, Row, alike, certificate, rows, settings, shown
 
 CHOICE = (
-    "Of a sweep of more than six settings one an estimator is drawn: C = 64 and K = 16 as in the paper if it "
-    "has that, else its largest C and K; the first in its order of those that differ in other fields."
+    " Only one setting of each estimator is drawn, for the sweep has more than six: C = 64 and K = 16 as in the "
+    "paper if it is there, else the largest C and K; of several such settings the sweep's first."
 )
+CHOSEN = ("figure_1b", "figure_1c", "figure_2", "pictures")
+"""the figures that show single settings"""
 SEVERAL = (
     "The mean over trainings that differ in their seed alone, ± its standard error over these trainings."
 )
@@ -31,47 +36,43 @@ FIGURES = {
         "Figure 1(b): how many dimensions the codes use",
         "Cumulative fraction of a codebook's variance in its first principal components: the mean over the "
         "codebooks, and their range. Left, every code counts the same; right, each is weighted by how often "
-        "it was used, so that dead codes, which stay where they were, do not count. Ever thinner curves show those "
-        "that coincide. " + CHOICE,
+        "it was used, so that dead codes, which stay where they were, do not count. Curves that coincide are drawn "
+        "ever thinner, one on the other.",
     ),
     "figure_1c": (
         "Figure 1(c): rate and distortion along training",
         "Each point is an evaluation on every image of the split; arrows show the direction, large marks the "
-        "end. Along a grey line bits/dim, the sum of both, is the same. " + CHOICE,
+        "end. Along a grey line bits/dim, the sum of both, is the same.",
     ),
     "figure_2": (
         "Figure 2: the codes",
         "Rows are trials, columns their first latent variables; points are codes, projected on the first "
         "three principal components of all codes of that codebook, with one scale for the three axes. Colour "
-        "is a code's norm; rings are codes that were never used. " + CHOICE,
+        "is a code's norm; rings are codes that were never used.",
     ),
     "pictures": (
         "Reconstructions and samples",
         "The first images of the split; a row a trial, of several seeds the first, the mean of p(x|z) at a hard "
         "sample z ~ q(z|x) of each; and the mean of p(x|z) for draws from the prior, which is factorial: it knows "
-        "how often a code occurs, and nothing of which go together. " + CHOICE,
+        "how often a code occurs, and nothing of which go together.",
     ),
 }
 
 
 def page(
-    sweep_name: str,
-    description: str,
-    results: Sequence[Result],
-    failures: Mapping[str, str],
-    pictures: Mapping[str, bytes],
+    sweep: Sweep, results: Sequence[Result], failures: Mapping[str, str], pictures: Mapping[str, bytes]
 ) -> str:
     """The report as one HTML page that loads nothing; ``pictures`` are PNGs by the names of ``FIGURES``."""
     warning = notice(results)
     reasons = "".join(
         f"<li><code>{escape(name)}</code>: {escape(reason)}</li>" for name, reason in failures.items()
     )
-    count = f"{len(failures)} of {len(results) + len(failures)} trials failed"
+    count = f"{len(failures)} of {len(results) + len(failures)} trials not finished"
     finished, several = rows(results, {}), settings(results)
     return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
-        name=escape(sweep_name),
-        description=escape(description),
-        summary=_summary(finished, several, failures),
+        name=escape(sweep.name),
+        description=escape(sweep.description),
+        summary=_summary(results, failures),
         notice=f'<p class="notice">{escape(warning)}</p>' if warning else "",
         failures=f'<section class="failures"><h2>{count}</h2><ul>{reasons}</ul></section>'
         if failures
@@ -80,21 +81,30 @@ def page(
         if several
         else "",
         trials=_table(finished, COLUMNS),
-        figures="".join(_figure(name, pictures[name]) for name in FIGURES if name in pictures)
+        figures="".join(_figure(name, pictures[name], results) for name in FIGURES if name in pictures)
         or "<p>No trial finished: there is nothing to draw.</p>",
+        sweep=escape(definition(sweep)),
         provenance="".join(
             f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _provenance(results).items()
         ),
     )
 
 
-def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[str, str]) -> str:
+def definition(sweep: Sweep) -> str:
+    """The sweep as the YAML of a file that asks for the same trials."""
+    fields = sweep.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+
+
+def _summary(results: Sequence[Result], failures: Mapping[str, str]) -> str:
     """Of several seeds the mean: the lowest of all trainings would be so by its luck too."""
-    parts = [f"{len(finished)} trials finished, {len(failures)} failed"]
-    best = next(iter(several or finished), None)
+    several = settings(results)
+    parts = [f"{len(results)} of {len(results) + len(failures)} trials finished"]
+    best = next(iter(several or rows(results, {})), None)
     if best and best["bits_per_dim"] is not None:
         lowest = "lowest mean over seeds" if several else "lowest"
         parts.append(f"{lowest}: {best['bits_per_dim']:.3f} bits/dim, {escape(best['name'])}")
+        parts.append(f"split {results[0]['evaluation']['split']}")
     return " · ".join(parts)
 
 
@@ -117,8 +127,10 @@ def _cell(row: Row, key: str) -> str:
     )
 
 
-def _figure(name: str, png: bytes) -> str:
+def _figure(name: str, png: bytes, results: Sequence[Result]) -> str:
     title, caption = FIGURES[name]
+    if name in CHOSEN and len(style.shown(results)) < len(alike(results, "seed")):
+        caption += CHOICE
     source = base64.b64encode(png).decode()
     return (
         f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{source}">'
@@ -142,8 +154,7 @@ def _provenance(results: Sequence[Result]) -> dict[str, str]:
 
 def write(
     folder: Path,
-    sweep_name: str,
-    description: str,
+    sweep: Sweep,
     results: Sequence[Result],
     analyses: Analyses,
     failures: Mapping[str, str],
@@ -153,8 +164,7 @@ def write(
 
     Args:
         folder: made if it is not there.
-        sweep_name: names the command that makes the report again.
-        description: the sweep's.
+        sweep: what it asked for stands in the report, as YAML.
         results: the contents of ``results.json`` files, in the sweep's order.
         analyses: by the trials' names; a trial with continuous latent variables has none.
         failures: the reason by the trial's name.
@@ -163,13 +173,14 @@ def write(
     drawn = draw(folder / "figures", results, analyses, pictures)
     table = {
         "format": 1,
-        "sweep": sweep_name,
+        "sweep": sweep.name,
+        "definition": definition(sweep),
         "certificate": certificate(results),
         "rows": rows(results, failures),
         "settings": settings(results),
     }
     disk.replace(folder / "table.json", json.dumps(table, indent=1) + "\n")
-    disk.replace(folder / "report.html", page(sweep_name, description, results, failures, drawn))
+    disk.replace(folder / "report.html", page(sweep, results, failures, drawn))
     return folder / "report.html"
 
 

@@ -23,6 +23,7 @@ COLUMNS = {
     "seed": ("seed", "d"),
     "bits_per_dim": ("bits/dim", ".3f"),
     "bits_per_dim_fitted": ("fitted", ".3f"),
+    "bound": ("L_S", ".3f"),
     "rate": ("rate", ".3f"),
     "distortion": ("distortion", ".3f"),
     "perplexity": ("perplexity", ".1f"),
@@ -31,8 +32,6 @@ COLUMNS = {
     "components_95_weighted": ("PCs, used", ".1f"),
     "images_per_second": ("images/s", ".0f"),
     "steps": ("steps", "d"),
-    "split": ("split", ""),
-    "data": ("data", ""),
 }
 SETTINGS = {
     "name": ("setting", ""),
@@ -55,11 +54,12 @@ def _row(result: Result) -> Row:
     row = {
         **{key: trial.get(key) for key in ("estimator", "num_codes", "num_latents", "seed", "steps")},
         **{key: evaluation.get(key) for key in ("bits_per_dim", "bits_per_dim_se", "rate", "distortion")},
-        **{key: evaluation.get(key) for key in ("bits_per_dim_fitted", "perplexity", "dead_codes", "split")},
+        **{key: evaluation.get(key) for key in ("bits_per_dim_fitted", "bound", "perplexity", "dead_codes")},
         "name": result["name"],
         "components_95": analysis.get("components_95_mean"),
         "components_95_weighted": analysis.get("components_95_weighted_mean"),
         "images_per_second": result["training"].get("images_per_second"),
+        "split": evaluation["split"],
         "data": result["data"]["name"],
     }
     return _finite(row)
@@ -79,6 +79,12 @@ def certificate(results: Sequence[Result]) -> str:
     numbers = ("bits_per_dim", "rate", "distortion")
     exact = {result["name"]: [result["evaluation"][number] for number in numbers] for result in results}
     return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def best(results: Sequence[Result]) -> Result | None:
+    """The trial with the lowest bits/dim, of those where it is finite."""
+    finite = [one for one in results if math.isfinite(one["evaluation"]["bits_per_dim"])]
+    return min(finite, key=lambda one: float(one["evaluation"]["bits_per_dim"]), default=None)
 
 
 def settings(results: Sequence[Result]) -> list[Row]:

@@ -1,5 +1,6 @@
 """What a sweep came to: its table, what failed and why, and where to look further."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,18 +29,25 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
             f"split {split}; bits/dim = distortion + rate, ± the standard error over images; fitted: with the prior\n"
             "of the training images' codes, which the trained one reaches late",
         )
-        whole = None if console.is_terminal else sum(map(len, trials)) + 80  # in a file no name is broken
-        console.print(_table(rows(finished, {}), {key: COLUMNS[key] for key in TRIAL}), width=whole)
+        if not console.is_terminal:  # in a file no name is broken
+            console.width = max(map(len, trials)) + 80
+        console.print(_table(rows(finished, {}), {key: COLUMNS[key] for key in TRIAL}))
         if several := settings(finished):
             say(console, "\nmeans over seeds, ± the standard error over trainings")
-            console.print(_table(several, SETTINGS), width=whole)
+            console.print(_table(several, SETTINGS))
         say(console, f"certificate {certificate(finished)}: equal when every number is equal, bit for bit")
         lost = goodput([one["training"]["goodput"] for one in finished])
         if lost:
             say(console, lost)
+    if sweep.champion and finished and os.environ.get("MLFLOW_TRACKING_URI"):
+        name = rows(finished, {})[0]["name"]
+        say(console, f"champion: models:/{sweep.champion}@champion is {name}")
     if failures:
         came = "are not computed" if set(failures.values()) == {DID_NOT_START} else "failed"
-        say(console, f"\n{len(failures)} of {len(trials)} trials {came}; make submit-sweep tries them again:")
+        say(
+            console,
+            f"\n{len(failures)} of {len(trials)} trials {came}; the next make submit-sweep of this sweep tries them:",
+        )
     for name, reason in failures.items():
         say(console, f"  {name}: {reason}")
     return failures

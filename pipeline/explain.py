@@ -28,7 +28,7 @@ def explain(
         trials = found.trials()
         store.look([one.key() for one in trials.values()], *(["results.json"] if trial else []))
         if trial:
-            print(ledger(trial, trials, store))
+            print(ledger(trial, trials, store, sweep))
             return
     width, todo = max(map(len, trials)), 0
     for name, one in trials.items():
@@ -56,14 +56,14 @@ def _told(state: State, trained: bool, reached: int) -> str:
     }[state.name]
 
 
-def ledger(name: str, trials: Mapping[str, Trial], store: Store) -> str:
+def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> str:
     """The bits of each latent variable and of each colour channel, which add up to the trial's bits/dim."""
     if name not in trials:
         raise DvqError(f"the sweep has no trial '{name}'; its trials: {', '.join(trials)}")
     key = trials[name].key()
     results = store.results(key)
     if results is None:
-        raise DvqError(f"trial '{name}' is not finished: make submit-sweep finishes it")
+        raise DvqError(f"trial '{name}' is not finished: make submit-sweep SWEEP={sweep} finishes it")
     evaluation = results["evaluation"]
     latents = enumerate(evaluation["ledger"]["latents"], start=1)  # as the figures count them
     entries = [(f"latent variable k = {k}", bits) for k, bits in latents]

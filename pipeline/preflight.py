@@ -57,11 +57,13 @@ def find_sweep(name: str) -> Sweep:
             )
     sweep = again(path) if path.suffix == ".json" else load_sweep(path)
     trials = sweep.trials()
-    data = sorted({trial.data for trial in trials.values()})
-    if len(data) > 1:
-        raise DvqError(
-            f"sweep '{sweep.name}': its trials name several datasets ({', '.join(data)}); make a sweep for each"
-        )
+    for what in ("data", "split"):
+        found = sorted({str(getattr(trial, what)) for trial in trials.values()})
+        if len(found) > 1:
+            raise DvqError(
+                f"sweep '{sweep.name}': its trials differ in '{what}' ({', '.join(found)}), and do not compare; make "
+                "a sweep for each"
+            )
     return sweep
 
 
@@ -94,6 +96,17 @@ def set_environment() -> Store:
     assert store
     store.check()
     return store
+
+
+def check_begun(sweep: Sweep, store: Store, name: str) -> None:
+    """DvqError if the store has nothing of the sweep, which one typed as ``name``: there is nothing to tell."""
+    keys = [trial.key() for trial in sweep.trials().values()]
+    store.look(keys)
+    if all(store.state(key).name == "new" for key in keys):
+        raise DvqError(
+            f"the store {store.place} has none of the trials of sweep '{sweep.name}'; make submit-sweep SWEEP={name} "
+            "computes them"
+        )
 
 
 def whole_number(name: str, text: str) -> int:

@@ -21,6 +21,7 @@ def replay(
     with preflight.one_sentence():
         found = preflight.find_sweep(sweep)
         store = preflight.set_environment()
+        preflight.check_begun(found, store, sweep)
         fault = preflight.check_tracking()
         if fault:
             raise DvqError(f"{fault}; start it and replay again")

@@ -20,6 +20,7 @@ def report(
     with preflight.one_sentence():
         found = preflight.find_sweep(sweep)
         store = preflight.set_environment()
+        preflight.check_begun(found, store, sweep)
     console = Console()
     failures = conclusion.show(found, found.trials(), store, console)
     try:

@@ -33,6 +33,10 @@ def keep(sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, o
                 f"sweep '{found.name}' is on the bundled sample; only results on all of CIFAR-10 are kept"
             )
         results, analyses, missing = reports.gather(found, store)
+        if not results:
+            raise DvqError(
+                f"the store {store.place} has none of sweep '{found.name}' finished; there is nothing to keep"
+            )
         for result in results:
             print(f"kept {kept.write(result, analyses.get(result['name']), found.name, ROOT / FOLDER).name}")
         for name, reason in missing.items():

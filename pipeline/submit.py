@@ -127,7 +127,8 @@ def run(job: Job, console: Console) -> int:
         signal.signal(number, _interrupt)
     shown, began = rows(job), time.time()
     conclusion.say(
-        console, f"sweep {job.sweep.name}: {len(shown)} trials on {LABELS[job.arguments['data_name']]}"
+        console,
+        f"sweep {job.sweep.name}: {len(shown)} trial{'s' * (len(shown) > 1)} on {LABELS[job.arguments['data_name']]}",
     )
     try:
         with local.running(job.arguments, job.jobs, job.folder, job.profile) as process:
@@ -164,7 +165,7 @@ def conclude(job: Job, code: int, console: Console) -> int:
     if behind:
         conclusion.say(
             console,
-            f"MLflow lacks {len(behind)} of the finished trials: make replay sends them; the log says why",
+            f"MLflow lacks {len(behind)} of the finished trials: make replay sends a sweep's; the log says why",
         )
     conclusion.where(job.sweep, job.store, console)
     conclusion.say(console, f"log:    {job.folder / 'kfp.log'}")

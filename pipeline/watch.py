@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from components.store import Store
+from components.store import Store, begin
 from dvq.config import Sweep
 from dvq.events import Tail
 from dvq.trial import Trial
@@ -35,16 +35,16 @@ class Job:
 
 
 def remove(job: Job) -> None:
-    """Remove the sweep's trials from the store, and say which."""
+    """Remove the sweep's trials from the store, say which, and begin those that would go on from shorter ones."""
     removed = [name for name, trial in job.trials.items() if job.store.has(trial.key(), "trial.json")]
     for name in removed:
         job.store.remove(job.trials[name].key())
     print(f"removed from {job.store.place}: {', '.join(removed) or 'nothing'}")
     for name, trial in job.trials.items():
-        if step := job.store.reached(trial):
-            print(
-                f"{name} goes on from step {step} of a shorter trial that another sweep has: FRESH=1 there, too"
-            )
+        if job.store.reached(trial):
+            with job.store.working(trial.key()) as work:
+                begin(work.folder, trial, name)
+    job.store.look(job.keys())
 
 
 def rows(job: Job) -> list[Row]:

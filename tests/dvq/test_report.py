@@ -13,10 +13,15 @@ import pytest
 
 from dvq import report, tables
 from dvq.analyze import analyze
+from dvq.config import Sweep, load_sweep
 from dvq.pictures import Pictures
 
 FAILURES = {"vimco-c16-k4-s0": "training was killed by <SIGKILL> & more"}
 EVIL = '<script>alert("x")</script>'
+
+
+def smoke(description=""):
+    return Sweep(name="smoke", description=description, base={"steps": 200}, grid={"num_codes": [16, 256]})
 
 
 def result(estimator, codes, bits):
@@ -78,7 +83,7 @@ def written(sweep, tmp_path):
     grey = np.full((16, 32, 32, 3), 128, np.uint8)
     pictures = {one["name"]: Pictures(grey, grey, grey) for one in results}
     folder = tmp_path / "reports" / "smoke"
-    return report.write(folder, "smoke", f"A try {EVIL}", results, analyses, FAILURES, pictures)
+    return report.write(folder, smoke(f"A try {EVIL}"), results, analyses, FAILURES, pictures)
 
 
 def test_rows_are_sorted_by_bits_per_dim_and_failures_come_last(sweep):
@@ -119,7 +124,7 @@ def test_numbers_that_are_not_there_or_not_finite_are_none_and_sort_last(sweep):
     rows = tables.rows(results, {})
     assert [row["bits_per_dim"] for row in rows] == [6.9, 7.0, None]
     assert rows[0]["num_codes"] is rows[0]["components_95"] is rows[0]["perplexity"] is None
-    assert "–" in report.page("smoke", "", results, {}, {})
+    assert "–" in report.page(smoke(), results, {}, {})
 
 
 def test_settings_are_means_over_seeds_with_the_error_of_trainings(sweep):
@@ -144,7 +149,7 @@ def test_settings_are_means_over_seeds_with_the_error_of_trainings(sweep):
         "0.250",
         "6.950",
     ]
-    page = report.page("smoke", "", results, {}, {})
+    page = report.page(smoke(), results, {}, {})
     assert (
         page.index("Settings, over seeds") < page.index("7.400 ± 0.115") < page.index("Trials, by bits/dim")
     )
@@ -177,7 +182,8 @@ def test_the_page_names_every_trial_and_failure_and_what_it_was_made_from(writte
         *(one["name"] for one in sweep[0]),
         *FAILURES,
         *FAILURES.values(),
-        "1 of 4 trials failed",
+        "1 of 4 trials not finished",
+        "3 of 4 trials finished",
         "6.900 ± 0.012",
         "bundled sample: not comparable with the paper's numbers",
         "bundled sample of CIFAR-10, fingerprint 0123456789ab",
@@ -188,7 +194,7 @@ def test_the_page_names_every_trial_and_failure_and_what_it_was_made_from(writte
         tables.certificate(sweep[0]),
     ):
         assert told in page.text, told
-    assert page.text.index("trials failed") < page.text.index(
+    assert page.text.index("trials not finished") < page.text.index(
         "gs-soft-c256-k4-s0", page.text.index("lowest") + 60
     )
     assert len(page.all("tr")) == 1 + 3
@@ -218,12 +224,23 @@ def test_the_page_embeds_its_pictures_and_loads_nothing(written):
     assert "prefers-color-scheme: dark" in written.read_text()
 
 
+def test_a_caption_says_where_not_every_setting_is_drawn(sweep):
+    results = sweep[0]
+    assert "Only one setting" not in report.page(smoke(), results, {}, {"figure_1c": b""})
+    for codes in (2, 4, 8, 32, 64):
+        results.append(copy.deepcopy(results[0]))
+        results[-1]["trial"]["num_codes"] = codes
+    assert "Only one setting" in report.page(smoke(), results, {}, {"figure_1c": b""})
+    assert "Only one setting" not in report.page(smoke(), results, {}, {"figure_1a": b""})
+
+
 def test_everything_is_escaped(sweep):
     results = copy.deepcopy(sweep[0])
     results[0]["evaluation"]["bits_per_dim"] = 1.0  # the best is named above the table, too
     results[0]["name"] = results[0]["trial"]["estimator"] = EVIL
     results[0]["data"]["label"] = results[0]["provenance"]["commit"] = results[0]["provenance"][EVIL] = EVIL
-    text = report.page(EVIL, EVIL, results, {EVIL: f'"{EVIL}'}, {})
+    evil = Sweep.model_construct(name=EVIL, description=EVIL, base={EVIL: EVIL})
+    text = report.page(evil, results, {EVIL: f'"{EVIL}'}, {})
     assert EVIL not in text
     assert text.count(html.escape(EVIL)) >= 10
     assert len(Page(text).all("script")) == 1
@@ -238,20 +255,25 @@ def test_a_cell_is_sorted_by_its_exact_value(written):
 def test_the_table_is_written_as_json(written, sweep):
     table = json.loads((written.parent / "table.json").read_text())
     assert (table["rows"], table["settings"]) == (tables.rows(sweep[0], FAILURES), [])
+    (written.parent / "again.yaml").write_text(table["definition"])
+    asked, again = smoke(f"A try {EVIL}"), load_sweep(written.parent / "again.yaml")
+    assert again.model_copy(update={"name": "smoke"}) == asked
+    (written.parent / "again.yaml").unlink()
+    assert html.escape(table["definition"]) in written.read_text()
     assert (table["sweep"], table["certificate"]) == ("smoke", tables.certificate(sweep[0]))
     assert sorted(path.name for path in written.parent.iterdir()) == ["figures", "report.html", "table.json"]
 
 
 def test_a_second_report_replaces_the_first(written):
-    report.write(written.parent, "smoke", "", [], {}, FAILURES, {})
+    report.write(written.parent, smoke(), [], {}, FAILURES, {})
     page = Page(written.read_text())
-    assert "1 of 1 trials failed" in page.text
+    assert "1 of 1 trials not finished" in page.text
     assert "nothing to draw" in page.text
     assert not page.all("img")
     assert not list((written.parent / "figures").iterdir())
 
 
 def test_continuous_latents_have_no_codebooks_to_draw(sweep, tmp_path):
-    page = Page(report.write(tmp_path, "smoke", "", sweep[0], {}, {}, {}).read_text())
+    page = Page(report.write(tmp_path, smoke(), sweep[0], {}, {}, {}).read_text())
     assert [picture["alt"][:11] for picture in page.all("img")] == ["Figure 1(a)", "Figure 1(c)"]
-    assert "failed" not in page.text.replace("0 failed", "")
+    assert "not finished" not in page.text

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from components import tracking
 from components.store import Store, begin
-from dvq import checkpoint
+from dvq import checkpoint, events
 from dvq.config import Sweep
 from dvq.trial import Trial, values
 from pipeline import conclusion
@@ -75,13 +75,40 @@ def test_several_seeds_are_told_by_their_mean(seeds: list[int], tmp_path: Path) 
         assert told[2][:8] == ["gs-soft-c512-k8", "3", "7.100", "±", "0.058", "6.900", "±", "0.058"]
 
 
-def test_fresh_says_what_it_leaves_to_go_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_a_file_no_name_is_broken(tmp_path: Path) -> None:
+    swept = {"learning_rate": [0.0012345, 0.0023456], "kl_warmup": [1000], "distance_scale": [0.75]}
+    sweep = SWEEP.model_copy(update={"grid": {"estimator": ["gs-soft"], **swept}})
+    finish(Store(tmp_path), sweep.trials())
+    out = io.StringIO()
+    conclusion.show(sweep, sweep.trials(), Store(tmp_path), Console(file=out, width=80))
+    for name in sweep.trials():
+        assert f"\n{name}  7.000" in out.getvalue()
+
+
+def test_the_champion_is_named_where_there_is_a_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = SWEEP.model_copy(
+        update={"champion": "mine", "base": {"data": "cifar10-sample", "split": "tune"}, "seeds": [1, 0]}
+    )
+    finish(Store(tmp_path), sweep.trials())
+    for uri in ("sqlite:///x.db", ""):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        out = io.StringIO()
+        conclusion.show(sweep, sweep.trials(), Store(tmp_path), Console(file=out, width=80))
+        assert ("champion: models:/mine@champion is gs-soft-c512-k8-s0" in out.getvalue()) == bool(uri)
+
+
+def test_fresh_trials_go_on_from_no_shorter_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trials, store = SWEEP.trials(), Store(tmp_path)
     name, *_ = trials
     checkpoint.write(store.trial(f"{trials[name].family()}-300"), 300, {}, {"events": {}})  # another sweep's
     begin(store.trial(trials[name].key()), trials[name], name)
+    events.Events(store.trial(trials[name].key())).state("training")
+    assert store.reached(trials[name]) == 0  # it was begun before the other was there
     remove(Job(SWEEP, trials, store, {}, 1, tmp_path, None))
-    assert not store.has(trials[name].key(), "trial.json")
-    removed, left = capsys.readouterr().out.splitlines()
-    assert removed.endswith(f": {name}")
-    assert left.startswith(f"{name} goes on from step 300")
+    assert capsys.readouterr().out.endswith(f": {name}\n")
+    assert store.state(trials[name].key()).name == "new"
+    assert store.reached(trials[name]) == 0
+    assert store.shorter(trials[name])  # which is left, and left alone
+    assert store.has(trials[name].key(), "trial.json")

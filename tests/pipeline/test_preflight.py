@@ -11,7 +11,7 @@ import pytest
 
 from components.store import Store
 from dvq.config import load_sweep
-from pipeline import explain, local, preflight, report, submit, ui
+from pipeline import explain, local, preflight, replay, report, submit, ui
 
 GRID = {"estimator": ["gs-soft"]}
 Refusal = Callable[..., str]
@@ -49,7 +49,11 @@ def refusal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
         ({"base": {"num_codes": 1}, "grid": GRID}, "num_codes"),
         ({"base": {"steps": -5}, "grid": GRID}, "steps"),
         ({"gird": GRID}, "grid"),
-        ({"grid": {**GRID, "data": ["cifar10", "cifar10-sample"]}}, "several datasets"),
+        (
+            {"grid": {**GRID, "data": ["cifar10", "cifar10-sample"]}},
+            "differ in 'data' (cifar10, cifar10-sample)",
+        ),
+        ({"grid": {**GRID, "split": ["tune", "test"]}}, "differ in 'split' (test, tune)"),
     ],
 )
 @pytest.mark.parametrize("command", [submit, explain, report])
@@ -128,6 +132,15 @@ def test_data_for_a_sweep_of_the_sample_is_said_not_to_be_used(
     assert preflight.find_source(str(tmp_path), "cifar10") == str(tmp_path)
     assert preflight.find_source("", "cifar10-sample") == ""
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", [report, replay])
+def test_there_is_nothing_to_tell_of_a_sweep_that_was_never_run(
+    command: Any, refusal: Refusal, write_sweep: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_sweep(grid=GRID)
+    assert "make submit-sweep SWEEP=tiny.yaml" in refusal("tiny.yaml", command=command)
+    assert not (tmp_path / "outputs/store/reports").exists()
 
 
 def test_a_password_in_the_address_of_data_or_store(
