@@ -305,11 +305,19 @@ def test_the_model_loads_elsewhere_with_pickle_forbidden(tmp_path: Path) -> None
     assert json.loads(done.stdout.splitlines()[-1]) == [[2, 8, 8, 8], [2, 32, 32, 3], "uint8"]
 
 
-def test_a_model_of_no_named_mlflow_is_refused_and_no_database_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("", "no MLflow is named; set MLFLOW_TRACKING_URI"),
+        ("sqlite:///gone.db", "MLFLOW_TRACKING_URI names the database"),
+    ],
+)
+def test_a_model_of_no_mlflow_is_refused_and_no_database_made(uri: str, told: str, tmp_path: Path) -> None:
     """In a process of its own: MLflow keeps what it was told once."""
     script = "import dvq\ntry: dvq.load('models:/m-1')\nexcept dvq.DvqError as error: print(error)\n"
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     environment["PYTHONPATH"] = str(Path(tracking.__file__).parents[1])
+    environment |= {"MLFLOW_TRACKING_URI": uri} if uri else {}
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=environment,
@@ -318,7 +326,7 @@ def test_a_model_of_no_named_mlflow_is_refused_and_no_database_made(tmp_path: Pa
         text=True,
         check=True,
     )
-    assert "models:/m-1: no MLflow is named; set MLFLOW_TRACKING_URI" in done.stdout
+    assert f"models:/m-1: {told}" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

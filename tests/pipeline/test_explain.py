@@ -20,8 +20,8 @@ EVALUATION = {
 
 def test_a_ledger_counts_latents_as_the_figures_do_and_says_where_the_model_is(tmp_path: Path) -> None:
     store, folder = Store(tmp_path), tmp_path / "trials" / TRIALS[NAME].key()
-    with pytest.raises(DvqError, match="is not finished"):
-        ledger(NAME, TRIALS, store)
+    with pytest.raises(DvqError, match="is not finished: make submit-sweep SWEEP=tiny.yaml"):
+        ledger(NAME, TRIALS, store, "tiny.yaml")
     (folder / "model").mkdir(parents=True)
     results = {"evaluation": EVALUATION, "data": {"label": "a sample"}}
     (folder / "results.json").write_text(json.dumps(results))
