@@ -20,12 +20,12 @@ EVALUATION = {
 
 def test_a_ledger_counts_latents_as_the_figures_do_and_says_where_the_model_is(tmp_path: Path) -> None:
     store, folder = Store(tmp_path), tmp_path / "trials" / TRIALS[NAME].key()
-    with pytest.raises(DvqError, match="is not finished: make submit-sweep SWEEP=tiny.yaml"):
+    with pytest.raises(DvqError, match=r"not finished: make submit-sweep SWEEP=tiny\.yaml"):
         ledger(NAME, TRIALS, store, "tiny.yaml")
     (folder / "model").mkdir(parents=True)
     results = {"evaluation": EVALUATION, "data": {"label": "a sample"}}
     (folder / "results.json").write_text(json.dumps(results))
-    lines = ledger(NAME, TRIALS, store).splitlines()
+    lines = ledger(NAME, TRIALS, store, "tiny.yaml").splitlines()
     assert lines[0] == f"{NAME} on a sample, split test, in bits/dim"
     assert [line.split() for line in lines[1:3]] == [
         ["latent", "variable", "k", "=", number, "0.25000"] for number in ("1", "2")
@@ -33,4 +33,4 @@ def test_a_ledger_counts_latents_as_the_figures_do_and_says_where_the_model_is(t
     assert lines[-3].split()[:5] == ["bits/dim", "7.00000", "±", "0.02000", "over"]
     assert lines[-1] == f'its model: dvq.load("{folder}/model")'
     with pytest.raises(DvqError, match=f"no trial 'other'; its trials: {NAME}"):
-        ledger("other", TRIALS, store)
+        ledger("other", TRIALS, store, "tiny.yaml")
