@@ -8,21 +8,10 @@ SERVICES := $(VENV)/.services
 
 SWEEP ?= smoke
 ON ?= local
-JOBS ?=
-PROFILE ?=
-WAIT ?=
-BUDGET ?=
-DRY_RUN ?=
-RUN ?=
-TORCH ?=
-BASE ?=
-PUSH ?=
-REGISTRY ?=
-DATA ?=
-FRESH ?=
 PORT ?= 5000
-TRIAL ?=
-ARGS ?=
+OPTIONS := SWEEP ON PORT JOBS PROFILE WAIT BUDGET DRY_RUN RUN TORCH BASE PUSH REGISTRY DATA FRESH TRIAL ARGS PYTHON3
+GIVEN := $(foreach word,$(MAKEOVERRIDES),$(if $(findstring =,$(word)),$(firstword $(subst =, ,$(word)))))
+$(foreach word,$(filter-out $(OPTIONS) DVQ_% MLFLOW_% AWS_% KFP_% PIP_% -%,$(GIVEN)),$(warning $(word) is no option here; they are $(OPTIONS)))
 
 .DEFAULT_GOAL := help
 .PHONY: help image base submit-sweep cancel explain report results replay ui stack-up stack-down test test-services test-docker test-gpu check components release-components findings bench soak golden clean

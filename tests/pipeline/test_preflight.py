@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,20 @@ def test_there_is_nothing_to_tell_of_a_sweep_that_was_never_run(
     write_sweep(grid=GRID)
     assert "make submit-sweep SWEEP=tiny.yaml" in refusal("tiny.yaml", command=command)
     assert not (tmp_path / "outputs/store/reports").exists()
+
+
+def test_make_says_which_option_it_does_not_know() -> None:
+    """A slip, SWEP=paper, would run the smoke sweep without a word."""
+    given = ["SWEP=paper", "JOBS=3", "ARGS=--sizes a=b", "DVQ_STORE=here"]
+    done = subprocess.run(
+        ["make", "-n", "help", *given],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "SWEP is no option here" in done.stderr
+    assert done.stderr.count("no option") == 1
 
 
 def test_a_password_in_the_address_of_data_or_store(
