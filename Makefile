@@ -10,7 +10,7 @@ SWEEP ?= smoke
 ON ?= local
 PORT ?= 5000
 OPTIONS := SWEEP ON PORT JOBS PROFILE WAIT BUDGET DRY_RUN RUN TORCH BASE PUSH REGISTRY DATA FRESH TRIAL ARGS PYTHON3
-GIVEN := $(foreach word,$(MAKEOVERRIDES),$(if $(findstring =,$(word)),$(firstword $(subst =, ,$(word)))))
+GIVEN := $(foreach word,$(subst \ ,_,$(MAKEOVERRIDES)),$(if $(findstring =,$(word)),$(firstword $(subst =, ,$(word)))))
 $(foreach word,$(filter-out $(OPTIONS) DVQ_% MLFLOW_% AWS_% KFP_% PIP_% -%,$(GIVEN)),$(warning $(word) is no option here; they are $(OPTIONS)))
 
 .DEFAULT_GOAL := help
