@@ -4,6 +4,7 @@ python -m pipeline.submit SWEEP [--on local|docker|kfp] [--jobs 2] [--profile NA
 """
 
 import json
+import os
 import re
 import signal
 import sys
@@ -161,7 +162,10 @@ def conclude(job: Job, code: int, console: Console) -> int:
     failures = conclusion.show(job.sweep, job.trials, job.store, console)
     for line in _because(code, failures, job.folder / "kfp.log"):
         conclusion.say(console, line)
-    behind = [name for name, trial in job.trials.items() if name not in failures and not _tracked(job, trial)]
+    finished = [trial for name, trial in job.trials.items() if name not in failures]
+    behind = [
+        trial for trial in finished if os.environ.get("MLFLOW_TRACKING_URI") and not _tracked(job, trial)
+    ]
     if behind:
         conclusion.say(
             console,
