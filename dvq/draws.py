@@ -1,4 +1,4 @@
-"""Hard draws from the posterior and their log q: the equations as they stand, and a faster form."""
+"""Draws from the posterior, their log q and ReinMax's gradient: the equations as they stand, and a faster form."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from dvq.codes import code_sums, look_up
-from dvq.relaxation import SMALLEST, Logits, categorical_kl, posterior_gradients, tiles, weigh
+from dvq.posterior import SMALLEST, Logits, categorical_kl, posterior_gradients, tiles, weigh
 
 
 def inverse_draw(weights: Tensor, count: int, generator: Generator) -> Tensor:
@@ -88,7 +88,7 @@ class _Scored(torch.autograd.Function):
 def fast_score(
     v: Tensor, codebook: Tensor, log_prior: Tensor, scale: float, count: int, generator: Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as :func:`dvq.relaxation.logits_of` and :func:`plain_score`, from the same random numbers."""
+    """The same as :func:`dvq.posterior.logits_of` and :func:`plain_score`, from the same random numbers."""
     codes, log_q, rate = _Scored.apply(  # type: ignore[no-untyped-call]
         v, codebook, log_prior.detach(), scale, count, generator
     )
@@ -163,7 +163,7 @@ class _ReinMax(torch.autograd.Function):
 def fast_reinmax(
     v: Tensor, codebook: Tensor, prior_logits: Tensor, scale: float, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """The same as :func:`dvq.relaxation.logits_of` and :func:`plain_reinmax`, from the same random numbers."""
+    """The same as :func:`dvq.posterior.logits_of` and :func:`plain_reinmax`, from the same random numbers."""
     found: tuple[Tensor, Tensor] = _ReinMax.apply(  # type: ignore[no-untyped-call]
         v, codebook, prior_logits, scale, generator
     )

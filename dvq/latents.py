@@ -11,7 +11,8 @@ from torch import Generator, Tensor, nn
 
 from dvq.codes import code_sums, largest, look_up
 from dvq.draws import fast_reinmax, fast_score, inverse_draw, plain_reinmax, plain_score
-from dvq.relaxation import Logits, categorical_kl, fast_relax, logits_of, plain_relax, tiles
+from dvq.posterior import Logits, categorical_kl, logits_of, tiles
+from dvq.relaxation import fast_relax, plain_relax
 
 if TYPE_CHECKING:
     from dvq.trial import Discrete, Stochastic, Trial

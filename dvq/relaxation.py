@@ -1,6 +1,5 @@
-"""The Gumbel-Softmax relaxation and the posterior's KL: the equations as they stand, and a faster form."""
+"""The Gumbel-Softmax relaxation: the equations as they stand, and a faster form."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -8,9 +7,8 @@ import torch
 from torch import Generator, Tensor
 
 from dvq.codes import code_sums, largest, look_up
+from dvq.posterior import SMALLEST, Logits, categorical_kl, posterior_gradients, tiles, weigh
 
-TILE = {"cpu": 2**18, "cuda": 2**23}  # logits that stay in the cache (1 MiB; 32 MiB)
-SMALLEST = 1e-30  # u is never 0, and its logarithm finite
 SHARP = (
     0.5  # temperatures under this make powers of y that leave float32's range, unless divided by the largest
 )
@@ -42,18 +40,6 @@ def gumbel(like: Tensor, generator: Generator) -> Tensor:
     return exponential(like.new_empty(like.shape), noise_of(generator)).log_().neg_()
 
 
-def logits_of(v: Tensor, codebook: Tensor, scale: float) -> Tensor:
-    """l = −s‖v − m‖², less ‖v‖²: (K, N, D), (K, C, D) → (K, N, C)."""
-    norms = codebook.square().sum(-1).unsqueeze(1)  # (K, 1, C)
-    return torch.baddbmm(norms, v, codebook.mT, beta=-scale, alpha=2 * scale)
-
-
-def categorical_kl(logits: Tensor, log_prior: Tensor) -> Tensor:
-    """KL(q ‖ p) = Σ_c q_c (log q_c − log p_c) [nats]: (K, N, C), (K, C) → (K, N)."""
-    log_q = logits.log_softmax(-1)
-    return (log_q.exp() * (log_q - log_prior.unsqueeze(1))).sum(-1)
-
-
 def plain_relax(
     logits: Tensor,
     codebook: Tensor,
@@ -76,97 +62,6 @@ def plain_relax(
     onehot = torch.zeros_like(y).scatter_(-1, y.argmax(-1, keepdim=True), 1.0)
     seen = onehot + (y - y.detach()) if hard else y
     return torch.bmm(seen, codebook), categorical_kl(logits, log_prior).sum()
-
-
-def tiles(v: Tensor, codes: int) -> Iterator[tuple[slice, slice]]:
-    """Places in v (K, N, D) whose logits (·, ·, C) have TILE elements at most: some rows of a codebook, or
-    several codebooks whole. In the order of the noise."""
-    count, rows, _ = v.shape
-    tile = max(1, TILE["cuda" if v.is_cuda else "cpu"] // codes)
-    several = max(1, tile // rows)
-    for k in range(0, count, several):
-        for start in range(0, rows, tile):
-            yield slice(k, k + several), slice(start, start + tile)
-
-
-class Logits:
-    """l in tiles, each a single product: l = [v, 1]·[2sM, −s‖m‖²]ᵀ, and log q with another column."""
-
-    def __init__(self, v: Tensor, codebook: Tensor, scale: float, log_sum: Tensor | None = None) -> None:
-        ones, norms = v.new_ones(*v.shape[:2], 1), codebook.square().sum(-1, keepdim=True)
-        left, right = [v, ones], [2 * scale * codebook, -scale * norms]
-        if log_sum is not None:
-            left, right = [*left, log_sum.unsqueeze(-1)], [*right, norms.new_full(norms.shape, -1)]
-        self.left, self.right = torch.cat(left, -1), torch.cat(right, -1).mT
-
-    def __getitem__(self, at: tuple[slice, slice]) -> Tensor:
-        return torch.bmm(self.left[at], self.right[at[0]])
-
-
-def weigh(
-    logits: Tensor, log_prior: Tensor, out: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """w = exp(l − max l), its sum, log Σ exp l, and KL(q ‖ p), in tiles; ``logits`` is used up.
-
-        KL = (Σ w·l − Σ w·log p)/Σ w − log Σ w,  l less its largest
-
-    Args:
-        logits: (K, N, C); log_prior: (K, C); out: (K, N, C), where to put w.
-
-    Returns:
-        (K, N, C), (K, N), (K, N) and (K, N).
-    """
-    top = logits.amax(-1, keepdim=True)
-    logits -= top
-    weights = torch.exp(logits, out=out)
-    total = weights.sum(-1)
-    log_total = total.log()
-    mean_log_p = torch.bmm(weights, log_prior.unsqueeze(-1)).squeeze(-1)
-    logits *= weights
-    kl = (logits.sum(-1) - mean_log_p) / total - log_total
-    return weights, total, log_total + top.squeeze(-1), kl
-
-
-def posterior_gradients(
-    v: Tensor,
-    codebook: Tensor,
-    log_prior: Tensor,
-    log_sum: Tensor,
-    kl: Tensor,
-    scale: float,
-    g_kl: Tensor,
-    g_codes: Tensor | float,
-    sample_gradient: Callable[[tuple[slice, slice], Tensor, Tensor], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by v, M and the prior's θ, in tiles, for those g_s that the sample gives the logits:
-
-    g_l = g_s + g_kl·q·(log q − log p − KL),  g_v = 2s g_l M,  g_M = g_codes + 2s (g_lᵀ v − (Σ_n g_l)·M),
-    g_θ = g_kl (N softmax θ − Σ_n q).
-
-    Args:
-        log_sum, kl: (K, N), log Σ exp l and KL(q ‖ p), by :func:`weigh`.
-        g_codes: (K, C, D), what the sample itself gives M.
-        sample_gradient: g_s of a tile, from its place, its q and all of g_M, to which it may add.
-    """
-    g_v, g_m = torch.empty_like(v), torch.zeros_like(codebook)
-    q_sums, l_sums = torch.zeros_like(log_prior), torch.zeros_like(log_prior)
-    make = Logits(v, codebook, scale, log_sum)
-    for at in tiles(v, codebook.shape[1]):
-        ks = at[0]
-        ratio = make[at]  # log q
-        q = ratio.exp()
-        q_sums[ks] += q.sum(1)
-        ratio -= log_prior[ks].unsqueeze(1)
-        ratio -= kl[at].unsqueeze(-1)
-        g_l = sample_gradient(at, q, g_m)
-        g_l.addcmul_(ratio, q.mul_(g_kl))
-        g_v[at] = torch.bmm(g_l, codebook[ks])
-        g_m[ks].baddbmm_(g_l.mT, v[at], alpha=2 * scale)
-        l_sums[ks] += g_l.sum(1)
-    g_m += g_codes
-    g_v *= 2 * scale
-    g_m.addcmul_(l_sums.unsqueeze(-1), codebook, value=-2 * scale)
-    return g_v, g_m, g_kl * (v.shape[1] * log_prior.exp() - q_sums)
 
 
 class _Relaxed(torch.autograd.Function):

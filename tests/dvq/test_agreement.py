@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvq import relaxation
+from dvq import posterior
 from dvq.config import estimators, trial
 from dvq.likelihood import plain_nll
 from dvq.model import Model
@@ -40,7 +40,7 @@ def test_the_fast_form_agrees_with_the_plain(
 ) -> None:
     options: dict[str, Any] = {"num_latents": 2, "code_dim": 3, "features": 8, "kl_warmup": 20}
     options |= {"num_codes": 5, "distance_scale": 0.7}
-    monkeypatch.setitem(relaxation.TILE, "cpu", 5 * 70)  # pieces of a codebook's rows
+    monkeypatch.setitem(posterior.TILE, "cpu", 5 * 70)  # pieces of a codebook's rows
     known = estimators()[estimator].model_fields
     torch.manual_seed(0)
     model = Model(trial({"estimator": estimator, **{k: x for k, x in options.items() if k in known}}))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvq import load, relaxation
+from dvq import load, posterior, relaxation
 from dvq.codes import kmeans
 from dvq.config import estimators, trial
 from dvq.estimators.gs_soft import GSSoft
@@ -141,7 +141,7 @@ def test_the_fast_relaxation_agrees_with_the_plain(
     hard: bool, dtype: torch.dtype, tolerance: float, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In value and in every gradient, with weights on both outputs, by tiles of rows and all at once."""
-    monkeypatch.setitem(relaxation.TILE, "cpu", tile)
+    monkeypatch.setitem(posterior.TILE, "cpu", tile)
     model = small("gs-soft", distance_scale=0.7).to(dtype)
     latents, weight = model.latents, torch.randn(2, 40, 3, dtype=dtype)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Sweeps so small that a trial takes seconds, and the launcher as a process."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,6 +46,8 @@ class Launcher:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # tests that a shell runs in the background ignore Ctrl-C, and so would what they start
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *arguments: str) -> tuple[int, str]:
