@@ -1,4 +1,4 @@
-"""ReinMax: the decoder sees one code; the gradient is exact for a decoder of second order."""
+"""ReinMax: the decoder sees one code; the gradient is of second order, where straight-through's is of first."""
 
 from typing import TYPE_CHECKING, Literal
 
