@@ -259,7 +259,7 @@ def test_the_tables_here_are_those_of_the_files_here() -> None:
     there = kept.load(root / results.FOLDER)
     assert (root / results.FOLDER / "README.md").read_text() == kept.page(there, results.FOLDER)
     assert kept.section(there, results.FOLDER) in (root / "README.md").read_text()
-    assert [path.stem for path in sorted((root / results.FOLDER).glob("*.json"))] == sorted(
+    assert sorted(path.stem for path in (root / results.FOLDER).glob("*.json")) == sorted(
         kept.name(trial(one["trial"])) for one in there
     )
 
