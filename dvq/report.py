@@ -72,7 +72,7 @@ def page(
     return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
         name=escape(sweep.name),
         description=escape(sweep.description),
-        summary=_summary(results, failures),
+        summary=_summary(finished, several, failures),
         notice=f'<p class="notice">{escape(warning)}</p>' if warning else "",
         failures=f'<section class="failures"><h2>{count}</h2><ul>{reasons}</ul></section>'
         if failures
@@ -96,15 +96,14 @@ def definition(sweep: Sweep) -> str:
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
 
 
-def _summary(results: Sequence[Result], failures: Mapping[str, str]) -> str:
+def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[str, str]) -> str:
     """Of several seeds the mean: the lowest of all trainings would be so by its luck too."""
-    several = settings(results)
-    parts = [f"{len(results)} of {len(results) + len(failures)} trials finished"]
-    best = next(iter(several or rows(results, {})), None)
+    parts = [f"{len(finished)} of {len(finished) + len(failures)} trials finished"]
+    best = next(iter(several or finished), None)
     if best and best["bits_per_dim"] is not None:
         lowest = "lowest mean over seeds" if several else "lowest"
         parts.append(f"{lowest}: {best['bits_per_dim']:.3f} bits/dim, {escape(best['name'])}")
-        parts.append(f"split {results[0]['evaluation']['split']}")
+        parts.append(f"split {finished[0]['split']}")
     return " · ".join(parts)
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from components.store import DID_NOT_START, Store
 from dvq.config import Sweep
 from dvq.fingerprints import LABELS
-from dvq.tables import COLUMNS, SETTINGS, certificate, rows, settings, shown
+from dvq.tables import COLUMNS, SETTINGS, best, certificate, rows, settings, shown
 from dvq.trial import Trial
 
 TRIAL = ("name", "bits_per_dim", "bits_per_dim_fitted", "rate", "distortion", "dead_codes")
@@ -39,9 +39,8 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
         lost = goodput([one["training"]["goodput"] for one in finished])
         if lost:
             say(console, lost)
-    if sweep.champion and finished and os.environ.get("MLFLOW_TRACKING_URI"):
-        name = rows(finished, {})[0]["name"]
-        say(console, f"champion: models:/{sweep.champion}@champion is {name}")
+    if sweep.champion and os.environ.get("MLFLOW_TRACKING_URI") and (first := best(finished)):
+        say(console, f"champion: models:/{sweep.champion}@champion is {first['name']}")
     if failures:
         came = "are not computed" if set(failures.values()) == {DID_NOT_START} else "failed"
         say(
