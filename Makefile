@@ -14,7 +14,7 @@ GIVEN := $(foreach word,$(subst \ ,_,$(MAKEOVERRIDES)),$(if $(findstring =,$(wor
 $(foreach word,$(filter-out $(OPTIONS) DVQ_% MLFLOW_% AWS_% KFP_% PIP_% -%,$(GIVEN)),$(warning $(word) is no option here; they are $(OPTIONS)))
 
 .DEFAULT_GOAL := help
-.PHONY: help image base submit-sweep cancel explain report results replay ui stack-up stack-down test test-services test-docker test-gpu check components release-components findings bench soak golden clean
+.PHONY: help image base submit-sweep data cancel explain report results replay ui stack-up stack-down test test-services test-docker test-gpu check components release-components findings bench soak golden clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -26,6 +26,9 @@ submit-sweep: $(READY) $(if $(filter docker,$(ON)),$(if $(filter-out 0,$(DRY_RUN
 	@$(PYTHON) -m pipeline.submit "$(SWEEP)" --on "$(ON)" --jobs "$(JOBS)" --data "$(DATA)" --profile "$(PROFILE)" \
 	  --budget "$(BUDGET)" $(if $(filter-out 0,$(FRESH)),--fresh) $(if $(filter-out 0,$(WAIT)),--wait) \
 	  $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
+
+data: $(READY) ## bring images of your own to the store, DATA=file.npz, and say what a sweep calls them
+	@$(PYTHON) -m pipeline.prepare "$(DATA)"
 
 cancel: $(READY) ## end a run on kfp: RUN=its id or link
 	@$(PYTHON) -m pipeline.cluster "$(RUN)" --profile "$(PROFILE)"

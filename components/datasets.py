@@ -6,13 +6,12 @@ from typing import Any
 from components.bucket import Bucket
 from components.s3 import MissingError
 from components.store import Store, locked
-from dvq import DvqError, data
-from dvq.fingerprints import FINGERPRINTS
+from dvq import DvqError, data, fingerprints
 
 
 def prepare(name: str, source: str, path: Path) -> dict[str, Any]:
     """Make ``path`` hold the dataset ``name``; its data.json."""
-    store, fingerprint = Store.from_environment(), FINGERPRINTS[name]
+    store, fingerprint = Store.from_environment(), fingerprints.of(name)
     folder = store.data(fingerprint) if store else path
     if store:
         store.fetch_data(fingerprint)

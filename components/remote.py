@@ -20,7 +20,7 @@ from components.manifest import Manifest, parse, paths
 from components.mirror import Mirror, OvertakenError
 from components.s3 import MissingError
 from components.store import State, Store, Work, locked, state
-from dvq import DvqError, checkpoint
+from dvq import DvqError, checkpoint, fingerprints
 from dvq.trial import Trial
 
 LOOK = 2.0
@@ -141,8 +141,8 @@ class RemoteStore(Store):
     def family(self, trial: Trial) -> list[str]:
         return [key for key in self._manifests if key.startswith(f"{trial.family()}-")]
 
-    def has_data(self, name: str, fingerprint: str) -> bool:
-        return bool(self._dataset(fingerprint).read().owner) or super().has_data(name, fingerprint)
+    def has_data(self, name: str) -> bool:
+        return bool(self._dataset(fingerprints.of(name)).read().owner) or super().has_data(name)
 
     def _dataset(self, fingerprint: str) -> Mirror:
         return Mirror(self.bucket, f"data/{fingerprint}", self.data(fingerprint), lambda _: {})

@@ -1,5 +1,6 @@
 """What MLflow gets: a trial's run with its curves, results and model, a sweep's ``report`` run, and its champion."""
 
+import json
 import os
 import re
 import tempfile
@@ -13,8 +14,8 @@ from mlflow.exceptions import MlflowException
 from components import logged
 from components.store import read_json
 from components.tracking import experiment_id
+from dvq import fingerprints
 from dvq.events import Tail
-from dvq.fingerprints import FINGERPRINTS, LABELS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -153,7 +154,7 @@ def _find_or_create(
             return run
         if _store():
             server.delete_run(run.info.run_id)
-    label = LABELS[document["trial"]["data"]]
+    label = fingerprints.label(document["trial"]["data"])
     tags = {
         "dvq.key": document["key"],
         "dvq.attempt": document["attempt"],
@@ -167,8 +168,9 @@ def _find_or_create(
 
 def _send_inputs(server: "MlflowClient", run_id: str, trial: dict[str, Any]) -> None:
     """The trial's data by fingerprint, and then, in one request, its fields as parameters."""
-    name, fingerprint = trial["data"], FINGERPRINTS[trial["data"]]
-    dataset = Dataset(name, fingerprint[:16], "code", "{}", profile=f'{{"label": "{LABELS[name]}"}}')
+    name = trial["data"]
+    about = json.dumps({"label": fingerprints.label(name)})
+    dataset = Dataset(name, fingerprints.of(name)[:16], "code", "{}", profile=about)
     server.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
     server.log_batch(run_id, params=[Param(key, str(value)) for key, value in trial.items()])
 

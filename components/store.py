@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvq import DvqError, checkpoint, disk, events
+from dvq import DvqError, checkpoint, disk, events, fingerprints
 from dvq.trial import Trial, values
 
 FORMAT = 1
@@ -105,11 +105,11 @@ class Store:
     def _lock(self, key: str) -> Path:
         return self.root / "trials" / f".{key}.lock"
 
-    def has_data(self, name: str, fingerprint: str) -> bool:
+    def has_data(self, name: str) -> bool:
         """Whether the store has the prepared dataset."""
         from dvq.data import is_prepared
 
-        return is_prepared(name, self.data(fingerprint))
+        return is_prepared(name, self.data(fingerprints.of(name)))
 
     def fetch_data(self, fingerprint: str) -> None:
         """Bring the prepared dataset to its folder, if it is elsewhere."""

@@ -7,7 +7,6 @@ training images' mean and standard deviation per channel, in [0, 1].
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -21,13 +20,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dvq import DvqError, cifar10, disk
+from dvq import DvqError, cifar10, disk, fingerprints, own
 from dvq.cifar10 import Images, Progress
-from dvq.fingerprints import FINGERPRINTS, LABELS
+from dvq.fingerprints import ARRAYS, FORMAT, fingerprint
 
-FORMAT = 1
-"""the version of a prepared dataset's folder and of its fingerprint"""
-ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 SAMPLE = Path(__file__).parent / "sample" / "cifar10-sample.npz"
 HELD_OUT = 10
 """one training image in so many, the last ones, is held out by the split ``tune``"""
@@ -75,7 +71,7 @@ def load(folder: Path) -> Data:
 def is_prepared(name: str, folder: Path) -> bool:
     """Whether ``folder`` holds all of the dataset ``name``, by sizes and data.json; pixels are not read."""
     try:
-        return bool(load(folder).info.get("fingerprint") == FINGERPRINTS[name])
+        return str(load(folder).info.get("fingerprint")).startswith(fingerprints.of(name))
     except DvqError:
         return False
 
@@ -84,6 +80,8 @@ def check_source(name: str, source: str) -> None:
     """DvqError unless ``name`` can be prepared from ``source``, as far as can be told without a download."""
     if name == "cifar10":
         cifar10.check(source)
+    elif name != "cifar10-sample":
+        own.check(name, source)
 
 
 def prepare(name: str, source: str, folder: Path, progress: Progress | None = None) -> None:
@@ -93,21 +91,20 @@ def prepare(name: str, source: str, folder: Path, progress: Progress | None = No
     and finds its work; what a killed one left behind is removed by the next.
 
     Args:
-        name: "cifar10", or "cifar10-sample", which is bundled.
-        source: where CIFAR-10 is, see :func:`dvq.cifar10.read`; the sample needs none.
+        name: "cifar10", "cifar10-sample", which is bundled, or what :func:`dvq.own.name` calls images of one's own.
+        source: where CIFAR-10 is, see :func:`dvq.cifar10.read`, or the file of one's own; the sample needs none.
         folder: nothing happens if it is whole already.
         progress: told about a download.
 
     Raises:
-        DvqError: the source is missing, damaged, unreachable or not CIFAR-10, or ``folder`` is not writable.
+        DvqError: the source is missing, damaged, unreachable or holds other images, or ``folder`` is not writable.
     """
     if is_prepared(name, folder):
         return
     with _writing(folder), _alone(folder) as work:
         if is_prepared(name, folder):
             return
-        arrays = read_sample() if name == "cifar10-sample" else cifar10.read(source, work, progress)
-        _write(name, arrays, work)
+        _write(name, _read(name, source, work, progress), work)
         _publish(work, folder)
 
 
@@ -121,15 +118,6 @@ def link(folder: Path, other: Path) -> None:
                 os.link(folder / file, other / file)
             except OSError:
                 shutil.copyfile(folder / file, other / file)
-
-
-def fingerprint(arrays: dict[str, Images]) -> str:
-    """SHA-256 over the four arrays' names, shapes and bytes; a dataset's own name is not in it."""
-    digest = hashlib.sha256(f"dvq data {FORMAT}\n".encode())
-    for name in ARRAYS:
-        digest.update(f"{name} {arrays[name].shape}\n".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).data)
-    return digest.hexdigest()
 
 
 def statistics(images: Images) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -196,15 +184,28 @@ def _alone(folder: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
+def _read(name: str, source: str, scratch: Path, progress: Progress | None) -> dict[str, Images]:
+    if name == "cifar10":
+        return cifar10.read(source, scratch, progress)
+    return read_sample() if name == "cifar10-sample" else own.read(source)
+
+
 def _write(name: str, arrays: dict[str, Images], work: Path) -> None:
-    found = fingerprint(arrays)
-    if found != FINGERPRINTS[name]:
-        raise DvqError(
-            f"{name}: the images have the fingerprint {found} instead of {FINGERPRINTS[name]}; reinstall dvq"
+    found, wanted = fingerprint(arrays), fingerprints.of(name)
+    if not found.startswith(wanted):
+        remedy = (
+            "reinstall dvq" if name in fingerprints.FINGERPRINTS else "give the file that make data was given"
         )
+        raise DvqError(f"{name}: the images have the fingerprint {found} instead of {wanted}; {remedy}")
     mean, std = statistics(arrays["train_images"])
     train, test = len(arrays["train_images"]), len(arrays["test_images"])
-    info = {"format": FORMAT, "name": name, "fingerprint": found, "label": LABELS[name], "train": train}
+    info = {
+        "format": FORMAT,
+        "name": name,
+        "fingerprint": found,
+        "label": fingerprints.label(name),
+        "train": train,
+    }
     info |= {"tune": train // HELD_OUT, "test": test, "mean": mean.tolist(), "std": std.tolist()}
     for array in ARRAYS:
         np.save(work / f"{array}.npy", arrays[array])

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from dvq.analyze import Analysis, Floats
+from dvq.fingerprints import FINGERPRINTS
 from dvq.style import Analyses, Group, legend, look, new_figure, shown, style
 from dvq.tables import Result, alike
 
@@ -35,19 +36,23 @@ MOST_COLUMNS = 8
 @look
 def figure_1a(results: Sequence[Result]) -> Figure:
     """Bits/dim against C: the mean over seeds and their range, a curve an estimator and a panel a K, and the
-    paper's numbers as marks. Where a sweep varies other fields too, each setting is a thin curve."""
+    paper's numbers as marks, unless the images are others. Where a sweep varies other fields too, each setting
+    is a thin curve."""
     trials = [result["trial"] for result in results]
+    paper = PAPER if all(result["data"]["name"] in FINGERPRINTS for result in results) else {}
     sizes = sorted({trial["num_latents"] for trial in trials})
-    apart = min(result["evaluation"]["bits_per_dim"] for result in results) > max(PAPER.values()) + APART
+    least = min(result["evaluation"]["bits_per_dim"] for result in results)
+    apart = least > max(paper.values(), default=least) + APART
     figure = new_figure("Bits/dim against codebook size", results, max(10, 4.8 + 2.6 * len(sizes)), 4.6)
     rows: dict[str, Any] = {"nrows": 2, "height_ratios": [3, 1]} if apart else {}
     panels = figure.subplots(ncols=len(sizes), squeeze=False, sharex=True, sharey="row", **rows)
     for column, latents in zip(panels.T, sizes, strict=True):
         _sizes(column[0], [result for result in results if result["trial"]["num_latents"] == latents])
-        _paper(column[-1])
+        if paper:
+            _paper(column[-1])
         column[0].set_title(f"K = {latents}")
         column[-1].set_xlabel("C, codes in a codebook")
-    ticks = sorted({PAPER_CODES, *(trial["num_codes"] for trial in trials if "num_codes" in trial)})
+    ticks = sorted({*([PAPER_CODES] * bool(paper)), *(t["num_codes"] for t in trials if "num_codes" in t)})
     panels[0, 0].set_xscale("log", base=2)
     panels[0, 0].set_xticks(ticks, labels=[str(tick) for tick in ticks])
     panels[0, 0].xaxis.set_minor_locator(NullLocator())
@@ -56,8 +61,8 @@ def figure_1a(results: Sequence[Result]) -> Figure:
     drawn = [artist for axes in panels.flat for artist in axes.get_legend_handles_labels()[0]]
     named = {artist.get_label(): artist for artist in drawn}
     ours = [named[label] for label in named if label not in PAPER]
-    heading = Line2D([], [], lw=0, label="\nthe paper, on all of CIFAR-10")
-    legend(figure, [*ours, heading, *(named[label] for label in PAPER)], "dvq")
+    heading = [Line2D([], [], lw=0, label="\nthe paper, on all of CIFAR-10")] if paper else []
+    legend(figure, [*ours, *heading, *(named[label] for label in paper)], "dvq")
     return figure
 
 

@@ -68,8 +68,10 @@ def partial(trial: Mapping[str, Any]) -> bool:
 
 def notice(results: Sequence[Result]) -> str:
     """What keeps the numbers from being compared with the paper's; empty if nothing does."""
-    if any(result["data"]["name"] != "cifar10" for result in results):
-        return "bundled sample: not comparable with the paper's numbers"
+    others = sorted({result["data"]["name"] for result in results} - {"cifar10"})
+    if others:
+        images = "bundled sample" if others == ["cifar10-sample"] else f"images {', '.join(others)}"
+        return f"{images}: not comparable with the paper's numbers"
     if any(result["trial"]["split"] != "test" for result in results):
         return "held-out training images: not comparable with the paper's numbers"
     if any(partial(result["trial"]) for result in results):

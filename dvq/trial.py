@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 import dvq
-from dvq.fingerprints import FINGERPRINTS, DataName
+from dvq import fingerprints
+from dvq.fingerprints import DataName
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -59,6 +60,7 @@ class Trial(BaseModel):
 
     estimator: str
     data: DataName = "cifar10"
+    """cifar10, cifar10-sample, or as ``make data`` names images of one's own, ``birds@0123456789abcdef``"""
     split: Literal["test", "tune"] = "test"
     """test: train on all training images, evaluate on the test images. tune: train without the images held
     out of the training set and evaluate on those; every choice is made here, never on test images."""
@@ -129,7 +131,7 @@ class Trial(BaseModel):
         invalidates nothing), the data's fingerprint and ``dvq.NUMERICS``.
         """
         chosen = {name: value for name, value in self.changed().items() if name != "steps"}
-        chosen |= {"estimator": self.estimator, "data": FINGERPRINTS[self.data], "numerics": dvq.NUMERICS}
+        chosen |= {"estimator": self.estimator, "data": fingerprints.of(self.data), "numerics": dvq.NUMERICS}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
     def changed(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from components import datasets
 from components.store import Store
 from dvq import DvqError
 from dvq.config import overrides
-from dvq.fingerprints import FINGERPRINTS, LABELS
+from dvq.fingerprints import FINGERPRINTS, label
 from pipeline import conclusion, containers, definition, forecast, image, pods, preflight
 from pipeline.kubeflow import SUCCEEDED, Kubeflow, Run, UnreachableError
 from pipeline.profile import Profile, find_profile
@@ -53,7 +53,7 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
         remove(job)
     job, plan = bring_data(job), forecast.plan(job.trials, job.store, profile)
     began, submit = time.time(), Submitter(job, profile, kubeflow, experiment, console)
-    conclusion.say(console, f"sweep {job.sweep.name}: {len(job.trials)} trials on {LABELS[_data(job)]}")
+    conclusion.say(console, f"sweep {job.sweep.name}: {len(job.trials)} trials on {label(_data(job))}")
     if sum(plan.states.values()) - plan.states["finished"] > most:
         conclusion.say(
             console, f"{most} of them in each run; the next one goes on, by WAIT=1 or this command"
@@ -112,10 +112,10 @@ def check(job: Job) -> Profile:
 def bring_data(job: Job) -> Job:
     """The job, with data of this machine uploaded to the store, where the pods find it."""
     source, name = job.arguments["source"], _data(job)
-    if not source or "://" in source:
+    if "://" in source or (not source and name in FINGERPRINTS):  # from where the pods find it
         return job
     preflight.check_data(name, source, job.store)
-    if not job.store.has_data(name, FINGERPRINTS[name]):
+    if not job.store.has_data(name):
         print(f"uploading {name} from {source} to {job.store.place}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             datasets.prepare(name, source, Path(folder, "data"))

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from components.store import DID_NOT_START, Store
 from dvq.config import Sweep
-from dvq.fingerprints import LABELS
+from dvq.fingerprints import label
 from dvq.tables import COLUMNS, SETTINGS, best, certificate, rows, settings, shown
 from dvq.trial import Trial
 
@@ -21,7 +21,7 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
     """Print the finished trials sorted by bits/dim, and the others with their reasons; these, by name."""
     finished, failures = store.outcomes(trials)
     if finished:
-        data = LABELS[next(iter(trials.values())).data]
+        data = label(next(iter(trials.values())).data)
         split = finished[0]["evaluation"]["split"]
         say(console, f"\n{sweep.name} on {data}")
         say(

@@ -16,7 +16,6 @@ from components import datasets, tracking
 from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep, load_sweep
-from dvq.fingerprints import FINGERPRINTS
 from pipeline.profile import Profile
 from pipeline.stack import Stack
 
@@ -204,7 +203,7 @@ def check_data(name: str, source: str, store: Store) -> None:
     """DvqError unless the dataset is in the store or can be prepared from ``source``."""
     from dvq import data
 
-    if store.has_data(name, FINGERPRINTS[name]):
+    if store.has_data(name):
         return
     if source.startswith("s3://"):
         datasets.check(source)

@@ -19,8 +19,7 @@ from rich.console import Console
 
 from components import tracking
 from components.store import DID_NOT_FINISH, DID_NOT_START
-from dvq import DvqError
-from dvq.fingerprints import FINGERPRINTS, LABELS
+from dvq import DvqError, fingerprints
 from dvq.trial import Trial
 from pipeline import conclusion, forecast, local, preflight
 from pipeline.containers import ENDED
@@ -40,7 +39,10 @@ def submit(
     sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
     on: Annotated[str, typer.Option(help="where it runs: local, docker or kfp")] = "local",
     jobs: Annotated[str, typer.Option(help="trials at a time; by default the profile's, or 2")] = "",
-    data: Annotated[str, typer.Option(help="where CIFAR-10 is: an archive, a folder or an address")] = "",
+    data: Annotated[
+        str,
+        typer.Option(help="where CIFAR-10 is: archive, folder or address; or your own images' file"),
+    ] = "",
     profile: Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")] = "",
     fresh: Annotated[bool, typer.Option(help="compute its trials anew")] = False,
     wait: Annotated[bool, typer.Option(help="on kfp: follow it to its end")] = False,
@@ -127,10 +129,8 @@ def run(job: Job, console: Console) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     shown, began = rows(job), time.time()
-    conclusion.say(
-        console,
-        f"sweep {job.sweep.name}: {len(shown)} trial{'s' * (len(shown) > 1)} on {LABELS[job.arguments['data_name']]}",
-    )
+    count, on = f"{len(shown)} trial{'s' * (len(shown) > 1)}", fingerprints.label(job.arguments["data_name"])
+    conclusion.say(console, f"sweep {job.sweep.name}: {count} on {on}")
     try:
         with local.running(job.arguments, job.jobs, job.folder, job.profile) as process:
             try:
@@ -151,7 +151,7 @@ def _interrupt(*_: object) -> NoReturn:
 def _note(shown: list[Row], job: Job) -> str:
     """What goes on beside the trials."""
     name = job.arguments["data_name"]
-    if not (job.store.data(FINGERPRINTS[name]) / "data.json").exists():
+    if not (job.store.data(fingerprints.of(name)) / "data.json").exists():
         told = DOWNLOAD.findall((job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace"))
         return f"preparing {name}" + (f": {told[-1]}" if told else "")
     return "writing the report" if all(row.state in (FINISHED, FAILED) for row in shown) else ""

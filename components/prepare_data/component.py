@@ -11,9 +11,10 @@ def prepare_data(name: str, source: str, data: Output[Dataset]):
     """The dataset as uint8 arrays; prepared once a store.
 
     Args:
-        name: "cifar10", or "cifar10-sample", which is bundled.
+        name: "cifar10", "cifar10-sample", which is bundled, or what make data calls images of your own.
         source: cifar-10-python.tar.gz or a folder that holds it or its batches, an address of it
-            (https://…, s3://bucket/key), or "" for the official one; the sample needs none.
+            (https://…, s3://bucket/key), or "" for the official one; the file of your own images (a path or
+            s3://…), or "" if the store has them; the sample needs none.
         data: train_images.npy, train_labels.npy, test_images.npy, test_labels.npy and data.json.
     """
     from pathlib import Path

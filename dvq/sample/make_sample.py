@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from dvq.cifar10 import Images
-from dvq.data import SAMPLE, fingerprint, load, read_sample
+from dvq.data import SAMPLE, load, read_sample
+from dvq.fingerprints import fingerprint
 
 PER_CLASS = {"train": 200, "test": 50}
 

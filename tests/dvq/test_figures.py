@@ -54,6 +54,16 @@ def legend(figure):
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
+def test_the_papers_numbers_stand_beside_no_other_images():
+    results = [one | {"data": {"name": "birds@0123456789abcdef"}} for one in sweep()]
+    drawn = figures.figure_1a(results)
+    assert not [text for text in words(drawn) + legend(drawn) if "paper, on" in text or text in figures.PAPER]
+    assert any(
+        "images birds@0123456789abcdef: not comparable with the paper's" in text for text in words(drawn)
+    )
+    assert [axes.get_title() for axes in drawn.axes] == ["K = 4"]
+
+
 def curves(axes):
     return (line for line in axes.lines if line.get_label() not in figures.PAPER and line.get_label() != "_")
 

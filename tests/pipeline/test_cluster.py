@@ -166,6 +166,8 @@ def test_data_of_this_machine_goes_to_the_store(
     assert list((tmp_path / "store/data").glob("*/data.json"))
     with pytest.raises(DvqError, match="cifar-10"):
         cluster.bring_data(make(source=str(tmp_path), data_name="cifar10"))
+    with pytest.raises(DvqError, match="the store has no images birds@0123456789abcdef"):
+        cluster.bring_data(make(data_name="birds@0123456789abcdef"))  # there is no address of them to ask
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from components import datasets, s3
 from components.store import Store
-from dvq import DvqError, data
+from dvq import DvqError, data, own
 from dvq.fingerprints import FINGERPRINTS
 from tests.dvq.conftest import official as official  # noqa: PLC0414, a fixture
 from tests.services.conftest import SeaweedFS
@@ -42,7 +43,7 @@ def test_data_comes_from_s3_and_goes_through_it(
     monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "two"))
     store = Store.from_environment()
     assert store is not None
-    assert store.has_data("cifar10", FINGERPRINTS["cifar10"])
+    assert store.has_data("cifar10")
     proxy.clear()
     assert datasets.prepare("cifar10", "https://127.0.0.1:9/never", tmp_path / "fetched") == made
     arrays = data.load(tmp_path / "fetched").arrays
@@ -54,6 +55,18 @@ def test_a_source_in_s3_needs_no_store(archive: str, tmp_path: Path, monkeypatch
     monkeypatch.delenv("DVQ_STORE")
     datasets.prepare("cifar10", archive, tmp_path / "made")
     assert data.is_prepared("cifar10", tmp_path / "made")
+
+
+def test_images_of_ones_own_come_from_s3(archive: str, tmp_path: Path) -> None:
+    images = np.arange(22 * 3072, dtype=np.uint64).astype(np.uint8).reshape(22, 32, 32, 3)
+    np.savez(tmp_path / "birds.npz", train_images=images[:20], test_images=images[20:])
+    bucket, key = datasets._object(archive.replace("cifar-10-python.tar.gz", "birds.npz"))
+    bucket.upload(tmp_path / "birds.npz", key)
+    name = own.name(str(tmp_path / "birds.npz"))
+    assert datasets.prepare(name, f"{bucket}/{key}", tmp_path / "made")["train"] == 20
+    assert datasets.prepare(name, "", tmp_path / "again")["name"] == name  # from the store
+    with pytest.raises(DvqError, match="instead of 0123456789abcdef"):
+        datasets.prepare("birds@0123456789abcdef", f"{bucket}/{key}", tmp_path / "other")
 
 
 def test_a_wrong_source_is_one_sentence(archive: str, tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""Images of one's own, from a file of numpy arrays: checked, and named by their content."""
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dvq import DvqError, fingerprints
+from dvq.cifar10 import Images
+
+WANTED = (
+    "train_images and test_images, uint8 (N, 32, 32, 3), and, as you like, train_labels and test_labels (N,)"
+)
+LEAST = {"train": 20, "test": 2}
+"""images of a half; of the training images the split ``tune`` holds out a tenth"""
+
+
+def read(source: str) -> dict[str, Images]:
+    """The images and labels in a file of ``numpy.savez``, as ``dvq.data`` prepares them.
+
+    The training images are put in an order of chance, the same each time: of them the split ``tune`` holds
+    out the last tenth, which in a sorted file would be of one kind.
+
+    Args:
+        source: the file; in it ``train_images`` and ``test_images``, uint8 (N, 32, 32, 3), and, where there
+            are any, ``train_labels`` and ``test_labels`` (N,), 0 to 255.
+
+    Raises:
+        DvqError: there is no such file, or it holds something else.
+    """
+    found = _arrays(source)
+    arrays = _half("train", found, source) | _half("test", found, source)
+    order = np.random.RandomState(0).permutation(len(arrays["train_images"]))  # whose numbers numpy keeps
+    return arrays | {name: arrays[name][order] for name in ("train_images", "train_labels")}
+
+
+def name(source: str) -> str:
+    """What a sweep calls the images in a file: ``birds@0123456789abcdef`` for those in ``birds.npz``.
+
+    Raises:
+        DvqError: as :func:`read`; or the file's own name is none for images.
+    """
+    stem = Path(source).stem
+    called = f"{stem}@{fingerprints.fingerprint(read(source))[:16]}"
+    if not fingerprints.OWN.fullmatch(called):
+        better = re.sub("[^a-z0-9]+", "-", stem.lower()).strip("-") or "images"
+        raise DvqError(
+            f"DATA={source}: images have their file's name; call it {better}.npz, small letters, digits and hyphens"
+        )
+    return called
+
+
+def check(name: str, source: str) -> None:
+    """DvqError unless the images ``name`` are those in the file ``source``."""
+    if not source:
+        raise DvqError(f"the store has no images {name}; give the file that they are in, DATA=file.npz")
+    found = fingerprints.fingerprint(read(source))
+    if not found.startswith(fingerprints.of(name)):
+        raise DvqError(
+            f"DATA={source}: these are not the images {name}, but some with the fingerprint {found[:16]}"
+        )
+
+
+def shared(train: Images, test: Images) -> int:
+    """How many of the test images are training images too, pixel for pixel."""
+    known = {image.tobytes() for image in test}
+    both = known.intersection(image.tobytes() for image in train)
+    return sum(image.tobytes() in both for image in test)
+
+
+def _arrays(source: str) -> dict[str, npt.NDArray[Any]]:
+    if not source:
+        raise DvqError(f"DATA: name the file of your images, DATA=file.npz; in it {WANTED}")
+    try:
+        with np.load(Path(source).expanduser()) as file:
+            found = {key: file[key] for key in file.files}
+    except OSError as error:
+        raise DvqError(f"DATA={source}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
+        raise DvqError(
+            f"DATA={source}: this is no file that numpy.savez writes; give one with {WANTED}"
+        ) from None
+    for key in found:
+        if key not in fingerprints.ARRAYS:
+            raise DvqError(f"DATA={source}: '{key}' has no place in it; give {WANTED}")
+    return found
+
+
+def _half(half: str, found: dict[str, npt.NDArray[Any]], source: str) -> dict[str, Images]:
+    """The training or the test half, checked."""
+    images = found.get(f"{half}_images")
+    if images is None:
+        raise DvqError(f"DATA={source}: there is no {half}_images in it; give {WANTED}")
+    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) < LEAST[half]:
+        raise DvqError(
+            f"DATA={source}: {half}_images is {images.dtype} {images.shape}; give at least {LEAST[half]}, "
+            "as uint8 (N, 32, 32, 3), values from 0 to 255"
+        )
+    labels = found.get(f"{half}_labels", np.zeros(len(images), np.uint8))
+    fits = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+    if not fits or labels.min() < 0 or labels.max() > 255:
+        raise DvqError(
+            f"DATA={source}: {half}_labels is {labels.dtype} {labels.shape}; give {len(images)} integers "
+            "from 0 to 255, or no labels"
+        )
+    return {f"{half}_images": images, f"{half}_labels": labels.astype(np.uint8)}

@@ -1,0 +1,42 @@
+"""Prepare images of one's own, and say what a sweep calls them: ``python -m pipeline.prepare FILE``."""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from components import datasets
+from dvq import data, own
+from pipeline import preflight
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="a file of numpy.savez with train_images and test_images")],
+) -> None:
+    """Bring images to the store and print their name."""
+    with preflight.one_sentence():
+        store = preflight.set_environment()
+        name = own.name(source)
+        with tempfile.TemporaryDirectory() as folder:
+            info = datasets.prepare(name, source, Path(folder, "data"))
+            arrays = data.load(Path(folder, "data")).arrays
+            both = own.shared(arrays["train_images"], arrays["test_images"])
+    if both:
+        print(
+            f"warning: {both} of the {info['test']} test images are training images too, pixel for pixel; results on "
+            "them say nothing of images that were not seen",
+            file=sys.stderr,
+        )
+    print(
+        f"{info['train']} training images, of which 'split: tune' holds out {info['tune']}, and {info['test']} test "
+        f"images are in the store {store.place}; in a sweep's base:\n\n  data: {name}"
+    )
+
+
+if __name__ == "__main__":
+    app()

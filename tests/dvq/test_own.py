@@ -1,0 +1,155 @@
+"""Images of one's own: checked, named by their content, prepared like CIFAR-10."""
+
+import numpy as np
+import pytest
+
+import dvq
+from dvq import DvqError, config, data, evaluate, own, train
+from dvq.fingerprints import fingerprint
+
+
+def images(number, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (number, 32, 32, 3), np.uint8)
+
+
+@pytest.fixture
+def birds(tmp_path):
+    """A file of 60 training images, of kind 0 and then of kind 1, and 8 test images."""
+    path = tmp_path / "birds.npz"
+    labels = np.repeat([0, 1], 30)
+    np.savez(path, train_images=images(60), train_labels=labels, test_images=images(8, 1))
+    return path
+
+
+def test_the_name_is_the_files_and_the_contents(birds, tmp_path):
+    name = own.name(str(birds))
+    assert name == f"birds@{fingerprint(own.read(str(birds)))[:16]}"
+    again = tmp_path / "again" / "birds.npz"
+    again.parent.mkdir()
+    with np.load(birds) as file:
+        arrays = dict(file)
+    np.savez_compressed(again, **arrays)
+    assert own.name(str(again)) == name
+    arrays["test_images"][0, 0, 0, 0] ^= 1
+    np.savez(again, **arrays)
+    assert own.name(str(again)) != name
+
+
+def test_what_is_prepared_are_the_files_images(birds, tmp_path):
+    name = own.name(str(birds))
+    data.prepare(name, str(birds), tmp_path / "prepared")
+    found = data.load(tmp_path / "prepared")
+    assert (found.info["name"], found.info["label"]) == (name, name)
+    assert [found.info[half] for half in ("train", "tune", "test")] == [60, 6, 8]
+    with np.load(birds) as file:
+        ours = {image.tobytes(): label for image, label in zip(*found.training("test"), strict=True)}
+        pairs = zip(file["train_images"], file["train_labels"], strict=True)
+        assert ours == {image.tobytes(): label for image, label in pairs}
+        np.testing.assert_array_equal(found.evaluation("test")[0], file["test_images"])
+    assert found.evaluation("test")[1].tolist() == [0] * 8
+    assert len(set(found.evaluation("tune")[1].tolist())) == 2  # both kinds are held out of a sorted file
+    assert data.is_prepared(name, tmp_path / "prepared")
+    assert not data.is_prepared("birds@0123456789abcdef", tmp_path / "prepared")
+
+
+def test_a_trial_is_of_the_images_that_its_data_name(birds, tmp_path):
+    name = own.name(str(birds))
+    data.prepare(name, str(birds), tmp_path / "prepared")
+    found = data.load(tmp_path / "prepared")
+    point = {
+        "estimator": "gs-soft",
+        "data": name,
+        "features": 4,
+        "num_latents": 2,
+        "num_codes": 4,
+        "steps": 2,
+    }
+    trial = config.trial(point)
+    train.train(trial, found, tmp_path / "trial")
+    model = dvq.load(tmp_path / "trial" / "model")
+    numbers = evaluate.evaluate(model, *found.evaluation("test")[:1], training=found.training("test")[0])
+    assert numbers["images"] == 8
+    assert np.isfinite(numbers["bits_per_dim"])
+    other = config.trial(point | {"data": "birds@0123456789abcdef"})
+    assert other.key() != trial.key()
+    renamed = config.trial(point | {"data": name.replace("birds", "eagles")})
+    assert renamed.key() == trial.key()  # the same images, whatever their file is called
+
+
+@pytest.mark.parametrize("wrong", ["birds", "Birds@0123456789abcdef", "birds@0123", "birds.npz"])
+def test_a_sweep_with_another_name_says_how_to_get_one(wrong):
+    with pytest.raises(
+        DvqError, match=r"known are cifar10, cifar10-sample; for images of your own, make data DATA="
+    ):
+        config.trial({"estimator": "gs-soft", "data": wrong})
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ({"train_images": images(20)}, "there is no test_images in it; give train_images and test_images"),
+        ({"train_images": images(20), "test_imges": images(2)}, "'test_imges' has no place in it"),
+        (
+            {"train_images": images(20) / 255, "test_images": images(2)},
+            r"train_images is float64 \(20, 32, 32, 3\)",
+        ),
+        ({"train_images": images(19), "test_images": images(2)}, "give at least 20"),
+        ({"train_images": images(20), "test_images": images(1)}, "give at least 2, as uint8"),
+        (
+            {"train_images": images(20), "test_images": images(2)[:, :28]},
+            r"test_images is uint8 \(2, 28, 32, 3\)",
+        ),
+        (
+            {"train_images": images(20), "test_images": images(2), "test_labels": np.zeros(3, int)},
+            r"test_labels is int64 \(3,\); give 2 integers",
+        ),
+        (
+            {"train_images": images(20), "test_images": images(2), "train_labels": np.full(20, 256)},
+            "give 20 integers from 0 to 255, or no labels",
+        ),
+        ({"train_images": np.array([images(1), None], object)}, "this is no file that numpy.savez writes"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(arrays, sentence, tmp_path):
+    np.savez(tmp_path / "birds.npz", **arrays)
+    with pytest.raises(DvqError, match=sentence):
+        own.name(str(tmp_path / "birds.npz"))
+
+
+def test_no_file_of_images_is_one_sentence(birds, tmp_path):
+    (tmp_path / "text.npz").write_text("birds")
+    np.save(tmp_path / "plain.npy", images(2))
+    (tmp_path / "half.npz").write_bytes(birds.read_bytes()[:9000])
+    for name in ("text.npz", "plain.npy", "half.npz"):
+        with pytest.raises(DvqError, match=r"this is no file that numpy.savez writes; give one with"):
+            own.name(str(tmp_path / name))
+    with pytest.raises(DvqError, match=r"nowhere.npz: cannot be read \(No such file or directory\)"):
+        own.name(str(tmp_path / "nowhere.npz"))
+    with pytest.raises(DvqError, match=r"name the file of your images, DATA=file.npz"):
+        own.name("")
+    with pytest.raises(DvqError, match=r"call it my-birds.npz"):
+        own.name(str(birds.rename(tmp_path / "My birds.npz")))
+
+
+def test_other_images_than_those_named_are_refused(birds, tmp_path):
+    name = "birds@0123456789abcdef"
+    with pytest.raises(DvqError, match=f"these are not the images {name}, but some with the fingerprint"):
+        data.check_source(name, str(birds))
+    with pytest.raises(DvqError, match=f"the store has no images {name}; give the file"):
+        data.check_source(name, "")
+    with pytest.raises(DvqError, match="instead of 0123456789abcdef; give the file that make data was given"):
+        data.prepare(name, str(birds), tmp_path / "prepared")
+    assert not (tmp_path / "prepared").exists()
+    data.check_source(own.name(str(birds)), str(birds))
+
+
+def test_the_order_of_the_training_images_stays_what_it_is(birds):
+    """Else the fingerprint of a file would be another with another numpy."""
+    given, found = images(60), own.read(str(birds))["train_images"]
+    order = [next(n for n, image in enumerate(given) if np.array_equal(image, one)) for one in found[:8]]
+    assert order == [26, 35, 59, 28, 11, 2, 34, 58]
+
+
+def test_images_of_both_halves_are_counted():
+    train_images = images(20)
+    assert own.shared(train_images, np.concatenate([images(2, 1), train_images[3:5]])) == 2
