@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvq import DvqError, checkpoint, goodput
+from dvq import DvqError, checkpoint, fingerprints, goodput
 from dvq import events as diary
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
@@ -195,9 +195,14 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
         steps, seconds, speed, goodput and provenance, which are in model/training.json too.
 
     Raises:
-        DvqError: the loss is not finite (names step and term); a checkpoint is of another configuration or
-            cannot be written.
+        DvqError: ``data`` are other images than the trial's; the loss is not finite (names step and term); a
+            checkpoint is of another configuration or cannot be written.
     """
+    if not data.info["fingerprint"].startswith(fingerprints.of(trial.data)):
+        given = data.info["name"]
+        raise DvqError(
+            f"the trial is of {trial.data}, and these images are {given}; give it 'data': '{given}'"
+        )
     training = Training(trial, data, Path(folder), device, threads)
     if threading.current_thread() is not threading.main_thread():
         return training.run()  # which no signal reaches

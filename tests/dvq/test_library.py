@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from dvq import DvqError
+
 CELL = re.compile(r"```python\n(from pathlib import Path\n\nimport dvq\n.*?)```", re.DOTALL)
 
 
@@ -31,3 +33,7 @@ def test_the_readmes_cell_runs_and_runs_again(tmp_path: Path, monkeypatch: pytes
     assert found["model"].trial.steps == 22
     assert found["found"] != first["found"]
     assert sorted(path.name for path in (tmp_path / "my-trial").glob("model*")) == ["model"]
+
+    with pytest.raises(DvqError, match="the trial is of cifar10, and these images are cifar10-sample"):
+        exec(cell.replace('"data": "cifar10-sample", ', "").replace("my-trial", "other"), {})
+    assert not (tmp_path / "other").exists()

@@ -31,7 +31,7 @@ from dvq.trial import Trial, values
 KILLS = int(os.environ.get("DVQ_KILLS", "20"))
 TINY: dict[str, Any] = {
     "estimator": "gs-soft",
-    "data": "cifar10-sample",
+    "data": "noise@0000000000000000",
     "features": 4,
     "num_latents": 2,
     "num_codes": 4,
@@ -57,7 +57,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         images = random_images.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
         np.save(folder / f"{name}_images.npy", images)
         np.save(folder / f"{name}_labels.npy", np.zeros(count, dtype=np.uint8))
-    info = {"format": 1, "name": "tiny", "train": 30, "tune": 3, "test": 8}
+    info = {"format": 1, "name": TINY["data"], "fingerprint": "0" * 64, "train": 30, "tune": 3, "test": 8}
     (folder / "data.json").write_text(json.dumps(info), encoding="utf-8")
     return folder
 

@@ -26,7 +26,7 @@ from tests.services.conftest import SeaweedFS, wait_for
 from tests.services.proxy import Proxy, answer_up_to, cut, s3_error, slow
 
 BASE: dict[str, Any] = {
-    "data": "cifar10-sample",
+    "data": "noise@0000000000000000",
     "features": 4,
     "num_latents": 2,
     "num_codes": 4,
@@ -55,9 +55,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         np.save(folder / f"{name}_labels.npy", np.zeros(count, dtype=np.uint8))
     info = {
         "format": 1,
-        "name": "tiny",
+        "name": BASE["data"],
         "label": "noise",
-        "fingerprint": "0",
+        "fingerprint": "0" * 64,
         "train": 30,
         "tune": 3,
         "test": 8,
