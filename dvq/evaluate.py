@@ -1,5 +1,6 @@
 """Evaluation: the ELBO in bits/dim with hard samples, on every image of the evaluation split."""
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,11 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvq import DvqError
 from dvq.latents import Codebooks, Nearest, Sample, per_image
 from dvq.model import BITS_PER_DIM, POSITIONS, Model
+
+STATISTICS = 200
+"""minibatches whose statistics batch normalization is fitted to, at most"""
 
 
 def batches(images: NDArray[np.uint8], size: int, device: torch.device) -> Iterator[Tensor]:
@@ -57,18 +61,17 @@ def evaluate(
 
     one draw at a time, so that memory does not grow with S. VQ-VAE's q is certain: its L_S is its ELBO.
 
-    Early in training the prior, which an optimizer moves by small steps, is far from the codes' frequencies, and the
-    more so the fewer codes an estimator uses. With ``training``, the images that the model was trained on, also the
-    ELBO under the prior fitted to these, p(z_k = c) = (n_kc + 1) / (n_k + C) by the counts n of one draw each.
+    With ``training``, the images that the model was trained on, also the ELBO of the model that :func:`fit` makes
+    of it.
 
     Returns:
         all in bits/dim: ``bits_per_dim``, ``rate`` and ``distortion``, with standard errors over images
         (``_se``); ``bound`` (−L_S), and ``draws_se``, the standard deviation of the mean over images between
         repeated draws; ``ledger``: ``latents`` (the rate of each of the K) and ``channels`` (the distortion of
-        red, green, blue), which add up to ``bits_per_dim``. For discrete latent variables also
-        ``rate_uniform`` (P·K·log C, the rate under a uniform prior for VQ-VAE), ``usage`` (K lists of C counts
-        over the whole pass), ``perplexity`` (mean over k of exp H(usage_k)), ``dead_codes`` and, with ``training``,
-        ``bits_per_dim_fitted``.
+        red, green, blue), which add up to ``bits_per_dim``; with ``training``, ``bits_per_dim_fitted``. For
+        discrete latent variables also ``rate_uniform`` (P·K·log C, the rate under a uniform prior for VQ-VAE),
+        ``usage`` (K lists of C counts over the whole pass), ``perplexity`` (mean over k of exp H(usage_k)) and
+        ``dead_codes``.
 
     Raises:
         DvqError: no images, or others.
@@ -100,23 +103,65 @@ def evaluate(
         gathered.draws.append(torch.stack(elbos))
         gathered.bounds.append(math.log(draws) - torch.stack(weights).logsumexp(0))
     result = _summary(gathered, bound_samples)
-    if training is not None and gathered.usage is not None:
-        fitted = _fitted_prior(model, training, batch_size, seed)  # (K, C)
-        gain = ((fitted - model.latents.log_prior().double()) * gathered.usage).sum() / len(images)
-        result["bits_per_dim_fitted"] = result["bits_per_dim"] - gain.item() * BITS_PER_DIM
+    if training is not None:
+        fitted = fit(copy.deepcopy(model), training, batch_size, seed)
+        result["bits_per_dim_fitted"] = evaluate(fitted, images, batch_size, seed)["bits_per_dim"]
     model.train(was_training)
     return result
 
 
-def _fitted_prior(model: Model, images: NDArray[np.uint8], batch_size: int, seed: int) -> Tensor:
-    """log p(z_k = c) by the codes of ``images``, each counted once more: (K, C)."""
-    device = next(model.parameters()).device
-    counts = torch.ones(model.latents.codebook.shape[:2], dtype=torch.double, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    for batch in batches(images, batch_size, device):
+@torch.no_grad()
+def fit(model: Model, training: NDArray[np.uint8], batch_size: int = 100, seed: int = 0) -> Model:
+    """Fit, in place, what training only follows: batch normalization's statistics, and the prior.
+
+    Both trail the weights: the statistics by their running averages, which for GS-Soft, besides, are of mixtures
+    of codes and not of single ones; the prior by the optimizer's small steps, the more so the fewer codes an
+    estimator uses. The statistics become the mean over those of minibatches of the trial's size, at most
+    ``STATISTICS``, with hard samples (PreciseBN: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section
+    3); then the prior p(z_k = c) = (n_kc + 1) / (n_k + C), by the counts n of one draw of each image.
+
+    Args:
+        model: which is in evaluation mode afterwards.
+        training: the images (N, 32, 32, 3) uint8 that it was trained on.
+        batch_size: of the images that are counted.
+        seed: of the draws.
+
+    Returns:
+        the model.
+    """
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    _fit_normalization(model, training, generator)
+    model.eval()
+    if isinstance(model.latents, Codebooks):
+        _fit_prior(model, training, batch_size, generator)
+    return model
+
+
+def _fit_normalization(model: Model, training: NDArray[np.uint8], generator: torch.Generator) -> None:
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    if not layers:
+        return
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean over all minibatches
+    model.train()
+    size = min(model.trial.batch_size, len(training))
+    whole = training[: min(len(training) // size, STATISTICS) * size]
+    for batch in batches(whole, size, generator.device):
+        model.decoder.hidden(model.latents.sample(model.encoder(batch), generator).vectors)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
+def _fit_prior(
+    model: Model, training: NDArray[np.uint8], batch_size: int, generator: torch.Generator
+) -> None:
+    counts = torch.ones_like(model.latents.prior_logits, dtype=torch.double)
+    for batch in batches(training, batch_size, generator.device):
         codes = model.latents.sample(model.encoder(batch), generator).codes
         counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.double))
-    return (counts / counts.sum(1, keepdim=True)).log()
+    model.latents.prior_logits.copy_(counts.log())
 
 
 def _summary(gathered: _Pass, bound_samples: int) -> dict[str, Any]:

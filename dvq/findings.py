@@ -102,7 +102,7 @@ def over(results: Sequence[Result], measure: Measure) -> Estimate:
 
 
 def bits_per_dim(result: Result) -> float:
-    """With the prior fitted to the training images' codes: in so few steps the trained one does not get there, least
+    """With normalization and prior fitted to the training images: in so few steps neither gets there, the prior least
     where few codes are used, and estimators would be told apart by that."""
     found = result["evaluation"].get("bits_per_dim_fitted")
     if found is None:
@@ -228,8 +228,8 @@ def draw(mini: Miniature, path: Path) -> None:
             variances.set_xticks(list(found), labels=map(str, found))
             variances.set_xticks([], minor=True)
     variances.set(xlabel="L, latent variables", ylabel="variance / ‖mean gradient‖²")
-    sizes.set(xlabel="C, codes in a codebook", ylabel="bits/dim, prior fitted")
-    latents.set(xlabel="K, latent variables a position", ylabel="bits/dim, prior fitted")
+    sizes.set(xlabel="C, codes in a codebook", ylabel="bits/dim, fitted")
+    latents.set(xlabel="K, latent variables a position", ylabel="bits/dim, fitted")
     along.set(xlabel="step", ylabel="rate [bits/dim]")
     sizes.legend()
     save_png(figure, path)

@@ -193,7 +193,7 @@ def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str
         "distortion": f"{judged['distortion']:.3f}",
         "L_S": _number(judged.get("bound"), ".3f"),
         "bits/dim, uniform prior": _number(uniform, ".3f"),
-        "bits/dim, fitted prior": _number(judged.get("bits_per_dim_fitted"), ".3f"),
+        "bits/dim, fitted": _number(judged.get("bits_per_dim_fitted"), ".3f"),
         "perplexity": _number(judged.get("perplexity"), ".1f"),
         "dead": _number(judged.get("dead_codes"), "d"),
         "minutes": f"{result['training']['seconds'] / 60:.1f}",

@@ -49,7 +49,7 @@ def markdown(mini: Miniature, told: Sequence[Claim]) -> str:
         "in 100.\n",
         "| | the paper | the miniature | |\n| --- | --- | --- | --- |",
         *(f"| {one.number} | {one.says} | {one.shows} | {one.verdict()} |" for one in told),
-        "\n| estimator | C | K | bits/dim, prior fitted | rate | distortion | perplexity |",
+        "\n| estimator | C | K | bits/dim, fitted | rate | distortion | perplexity |",
         "| --- |" + " --- |" * 6,
     ]
     for (name, *size), some in sorted(mini.settings.items()):

@@ -1,5 +1,6 @@
 """The ELBO's two terms, and that evaluation takes hard samples of every image."""
 
+import copy
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from dvq import DvqError
 from dvq.config import trial
 from dvq.draws import inverse_draw
-from dvq.evaluate import evaluate, usage_summary
+from dvq.evaluate import evaluate, fit, usage_summary
 from dvq.latents import Categorical, Nearest
 from dvq.model import BITS_PER_DIM, Model
 from dvq.relaxation import gumbel
@@ -129,11 +130,16 @@ def test_the_elbo_is_of_one_draw_with_the_kl_in_closed_form_whatever_the_bounds_
 
 
 def test_the_fitted_prior_is_that_of_the_training_images_codes() -> None:
-    """As if the model had it: VQ-VAE's ELBO is then the same number."""
-    model, judged, training = tiny("vq-ema", codebook_std=1.0), images(7), images(19)[7:]
+    model, judged, training = (
+        tiny("vq-ema", codebook_std=1.0, normalization="none"),
+        images(7),
+        images(19)[7:],
+    )
     with torch.no_grad():
         model.latents.prior_logits.normal_(generator=torch.Generator().manual_seed(0))
+    before = copy.deepcopy(model.state_dict())
     found = evaluate(model, judged, batch_size=3, training=training)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert "bits_per_dim_fitted" not in evaluate(model, judged)
     counts = np.asarray(evaluate(model, training)["usage"]) + 1
     with torch.no_grad():
@@ -145,15 +151,50 @@ def test_the_fitted_prior_is_that_of_the_training_images_codes() -> None:
     assert judged_by_itself != found["bits_per_dim_fitted"]
 
 
+@torch.no_grad()
+def test_the_fitted_statistics_are_those_of_training_minibatches_of_hard_samples() -> None:
+    """The first layers', and the decoder's first, by hand."""
+    model, training = tiny("vq-ema", codebook_std=1.0, batch_size=4), images(15)
+    convolution, norm = model.encoder.body[:2]
+    first = model.decoder.body[0]
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.fill_(7.0)
+    seen, encoded = [], []
+    for start in (0, 4, 8):  # a rest of 3 is no minibatch
+        x = torch.from_numpy(training[start : start + 4]).double() / 127.5 - 1
+        seen.append(convolution(x.permute(0, 3, 1, 2)).mean((0, 2, 3)))
+        model.train()
+        codes = model.latents.codes(model.encoder(torch.from_numpy(training[start : start + 4])))
+        vectors = model.latents.vectors(codes).transpose(0, 1).reshape(4, 8, 8, -1).permute(0, 3, 1, 2)
+        encoded.append(first(vectors).mean((0, 2, 3)))
+    momentum = norm.momentum
+    fit(model, training)
+    assert not model.training
+    torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0))
+    torch.testing.assert_close(model.decoder.body[1].running_mean, torch.stack(encoded).mean(0))
+    assert norm.momentum == momentum
+
+
+@pytest.mark.parametrize("estimator", ["gs-soft", "vq-ema", "gaussian"])
+def test_what_is_told_as_fitted_is_the_fitted_models_elbo(estimator: str) -> None:
+    options = {name: x for name, x in TINY.items() if (name, estimator) != ("num_codes", "gaussian")}
+    torch.manual_seed(0)
+    model = Model(trial({**options, "estimator": estimator, "batch_size": 4})).double().eval()
+    judged, training = images(7), images(19)[7:]
+    found = evaluate(model, judged, batch_size=3, training=training, bound_samples=2)
+    assert found == evaluate(model, judged, batch_size=3, bound_samples=2) | {
+        "bits_per_dim_fitted": evaluate(fit(model, training, batch_size=3), judged, batch_size=3)[
+            "bits_per_dim"
+        ]
+    }
+    assert abs(found["bits_per_dim_fitted"] - found["bits_per_dim"]) > 1e-4
+
+
 @pytest.mark.parametrize("change", [lambda x: x / 255, lambda x: x.transpose(0, 3, 1, 2), lambda x: x[:0]])
 def test_other_images_are_not_evaluated(change: Any) -> None:
     with pytest.raises(DvqError, match="give uint8"):
         evaluate(tiny("gs-soft"), change(images(3)))
-
-
-def test_continuous_latents_have_no_prior_to_fit() -> None:
-    one = Model(trial({"estimator": "gaussian", "features": 4, "num_latents": 2, "code_dim": 3}))
-    assert "bits_per_dim_fitted" not in evaluate(one, images(2), training=images(2))
 
 
 def test_perplexity_and_dead_codes_of_counts() -> None:
