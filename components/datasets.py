@@ -40,7 +40,7 @@ def _make(name: str, source: str, folder: Path) -> None:
 
 
 def check(source: str) -> None:
-    """DvqError unless there is such an object in S3; that it is the official archive is told by its MD5 later."""
+    """DvqError unless there is such an object in S3; what is in it is checked when it is here."""
     bucket, key = _object(source)
     bucket.patience = 0.0
     _found(bucket, key)

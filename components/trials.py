@@ -180,6 +180,7 @@ def evaluate(data: Path, model: Path, evaluation: Path) -> dict[str, Any]:
             device.keep_memory()
             with _step(work.folder, "evaluating"):
                 prepared, judged = load(data), load_model(model).to(device.pick())
+                prepared.check(trial)
                 images, seen = prepared.evaluation(trial.split)[0], prepared.training(trial.split)[0]
                 found = judge(judged, images, bound_samples=trial.bound_samples, training=seen)
                 result = {"split": trial.split, **found}
@@ -224,6 +225,7 @@ def _analyze(
     from dvq.analyze import analyze as analyze_codebooks
 
     model = load_model(model_path)
+    data.check(model.trial)
     training = read_json(model_path / "training.json") or {}
     results = {
         "format": FORMAT,

@@ -1,6 +1,5 @@
 """What is done code by code: looking codes up, summing what belongs to each, and k-means."""
 
-import math
 from typing import Any
 
 import torch
@@ -49,13 +48,9 @@ def look_up(table: Tensor, codes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def kmeans(v: Tensor, codes: int, generator: Generator, iterations: int = 10) -> Tensor:
-    """Lloyd's k-means of each codebook's encodings, from centers drawn among them: (K, N, D) → (K, C, D).
-
-    Centers beyond the number of encodings are copies of some, told apart by the training's own noise.
-    """
+    """Lloyd's k-means of each codebook's encodings, N ≥ C, from centers drawn among them: (K, N, D) → (K, C, D)."""
     k, n, d = v.shape
-    order = torch.stack([torch.randperm(n, generator=generator, device=v.device) for _ in range(k)])
-    order = order.repeat(1, math.ceil(codes / n))[:, :codes]
+    order = torch.stack([torch.randperm(n, generator=generator, device=v.device)[:codes] for _ in range(k)])
     centers = v.gather(1, order.unsqueeze(-1).expand(-1, -1, d))
     for _ in range(iterations):
         # one codebook at a time, for (N, C) distances may be a gigabyte

@@ -101,7 +101,8 @@ def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
 def overrides(point: Mapping[str, Any]) -> str:
     """A point as it travels: ``estimator=gs-soft num_codes=512 seed=0``."""
     return " ".join(
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in point.items()
+        f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+        for key, value in point.items()
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ import numpy.typing as npt
 from dvq import DvqError, cifar10, disk, fingerprints, own
 from dvq.cifar10 import Images, Progress
 from dvq.fingerprints import ARRAYS, FORMAT, fingerprint
+
+if TYPE_CHECKING:
+    from dvq.trial import Trial
 
 SAMPLE = Path(__file__).parent / "sample" / "cifar10-sample.npz"
 HELD_OUT = 10
@@ -42,6 +45,14 @@ class Data:
         """The images (N, 32, 32, 3) and labels (N,) to train on; for ``tune`` without those held out."""
         end = self.info["train"] - (self.info["tune"] if split == "tune" else 0)
         return self.arrays["train_images"][:end], self.arrays["train_labels"][:end]
+
+    def check(self, trial: "Trial") -> None:
+        """DvqError unless these are the images that the trial names."""
+        if not fingerprints.fits(trial.data, self.info["fingerprint"]):
+            name = self.info["name"]
+            raise DvqError(
+                f"the trial is of {trial.data}, and these images are {name}; give it 'data': '{name}'"
+            )
 
     def evaluation(self, split: Split) -> tuple[Images, Images]:
         """The images and labels to evaluate on: the test set, or for ``tune`` those held out of training."""
@@ -71,9 +82,10 @@ def load(folder: Path) -> Data:
 def is_prepared(name: str, folder: Path) -> bool:
     """Whether ``folder`` holds all of the dataset ``name``, by sizes and data.json; pixels are not read."""
     try:
-        return str(load(folder).info.get("fingerprint")).startswith(fingerprints.of(name))
+        found = load(folder).info
     except DvqError:
         return False
+    return fingerprints.fits(name, str(found.get("fingerprint")))
 
 
 def check_source(name: str, source: str) -> None:
@@ -112,6 +124,7 @@ def link(folder: Path, other: Path) -> None:
     """Make ``other`` hold the prepared dataset in ``folder`` too: hard links, or copies on another disk."""
     with _writing(other):
         other.mkdir(parents=True, exist_ok=True)
+        (other / "data.json").unlink(missing_ok=True)
         for file in (*(f"{name}.npy" for name in ARRAYS), "data.json"):
             (other / file).unlink(missing_ok=True)
             try:
@@ -191,12 +204,14 @@ def _read(name: str, source: str, scratch: Path, progress: Progress | None) -> d
 
 
 def _write(name: str, arrays: dict[str, Images], work: Path) -> None:
-    found, wanted = fingerprint(arrays), fingerprints.of(name)
-    if not found.startswith(wanted):
+    found = fingerprint(arrays)
+    if not fingerprints.fits(name, found):
         remedy = (
             "reinstall dvq" if name in fingerprints.FINGERPRINTS else "give the file that make data was given"
         )
-        raise DvqError(f"{name}: the images have the fingerprint {found} instead of {wanted}; {remedy}")
+        raise DvqError(
+            f"{name}: the images have the fingerprint {found} instead of {fingerprints.of(name)}; {remedy}"
+        )
     mean, std = statistics(arrays["train_images"])
     train, test = len(arrays["train_images"]), len(arrays["test_images"])
     info = {
@@ -221,6 +236,8 @@ def _publish(work: Path, folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+        (folder / "data.json").unlink(missing_ok=True)  # of what is there nothing is whole from here on
+        disk.sync(folder)
         for path in sorted(work.iterdir(), key=lambda path: path.name == "data.json"):
             path.replace(folder / path.name)
         disk.sync(folder)

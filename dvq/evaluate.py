@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dvq import DvqError
 from dvq.latents import Codebooks, Nearest, Sample, per_image
-from dvq.model import BITS_PER_DIM, POSITIONS, Model
+from dvq.model import BITS_PER_DIM, POSITIONS, SIDE, Model
 
 STATISTICS = 200
 """minibatches whose statistics batch normalization is fitted to, at most"""
@@ -68,19 +68,16 @@ def evaluate(
         all in bits/dim: ``bits_per_dim``, ``rate`` and ``distortion``, with standard errors over images
         (``_se``); ``bound`` (−L_S), and ``draws_se``, the standard deviation of the mean over images between
         repeated draws; ``ledger``: ``latents`` (the rate of each of the K) and ``channels`` (the distortion of
-        red, green, blue), which add up to ``bits_per_dim``; with ``training``, ``bits_per_dim_fitted``. For
+        red, green, blue), which add up to ``bits_per_dim``; with ``training``, ``fitted_bits_per_dim``. For
         discrete latent variables also ``rate_uniform`` (P·K·log C, the rate under a uniform prior for VQ-VAE),
+        ``rate_least`` (under the prior of these images' own codes, for which no factorial prior has less: no bound),
         ``usage`` (K lists of C counts over the whole pass), ``perplexity`` (mean over k of exp H(usage_k)) and
         ``dead_codes``.
 
     Raises:
         DvqError: no images, or others.
     """
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
-        raise DvqError(
-            f"the images to evaluate are {images.dtype} {images.shape}: give uint8 (N, 32, 32, 3), values 0 to 255"
-        )
+    images = _checked(images, "the images to evaluate")
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -103,9 +100,16 @@ def evaluate(
         gathered.draws.append(torch.stack(elbos))
         gathered.bounds.append(math.log(draws) - torch.stack(weights).logsumexp(0))
     result = _summary(gathered, bound_samples)
+    if gathered.usage is not None:
+        usage = gathered.usage.double()
+        surprise = -torch.xlogy(
+            usage, usage / usage.sum(1, keepdim=True)
+        ).sum()  # of the codes, by their frequencies
+        gain = -(usage * model.latents.log_prior().double()).sum() - surprise
+        result["rate_least"] = result["rate"] - gain.item() / len(images) * BITS_PER_DIM
     if training is not None:
         fitted = fit(copy.deepcopy(model), training, batch_size, seed)
-        result["bits_per_dim_fitted"] = evaluate(fitted, images, batch_size, seed)["bits_per_dim"]
+        result["fitted_bits_per_dim"] = evaluate(fitted, images, batch_size, seed)["bits_per_dim"]
     model.train(was_training)
     return result
 
@@ -117,8 +121,8 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int = 100, seed: 
     Both trail the weights: the statistics by their running averages, which for GS-Soft, besides, are of mixtures
     of codes and not of single ones; the prior by the optimizer's small steps, the more so the fewer codes an
     estimator uses. The statistics become the mean over those of minibatches of the trial's size, at most
-    ``STATISTICS``, with hard samples (PreciseBN: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section
-    3); then the prior p(z_k = c) = (n_kc + 1) / (n_k + C), by the counts n of one draw of each image.
+    ``STATISTICS``, with hard samples (Ioffe & Szegedy 2015, "Batch Normalization", algorithm 2); then the prior,
+    if it is trained, p(z_k = c) = (n_kc + 1) / (n_k + C), by the counts n of one draw of each image.
 
     Args:
         model: which is in evaluation mode afterwards.
@@ -128,13 +132,26 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int = 100, seed: 
 
     Returns:
         the model.
+
+    Raises:
+        DvqError: no images, or others.
     """
+    training = _checked(training, "the training images")
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     _fit_normalization(model, training, generator)
     model.eval()
-    if isinstance(model.latents, Codebooks):
+    if getattr(model.trial, "prior", "") == "trained":
         _fit_prior(model, training, batch_size, generator)
     return model
+
+
+def _checked(images: NDArray[np.uint8], what: str) -> NDArray[np.uint8]:
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3) or not len(images):
+        raise DvqError(
+            f"{what} are {images.dtype} {images.shape}: give uint8 (N, 32, 32, 3), values 0 to 255"
+        )
+    return images
 
 
 def _fit_normalization(model: Model, training: NDArray[np.uint8], generator: torch.Generator) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator
 
+from dvq import DvqError
+
 FORMAT = 1
 """the version of a prepared dataset's folder and of its fingerprint"""
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -40,8 +42,20 @@ def fingerprint(arrays: Mapping[str, npt.NDArray[np.uint8]]) -> str:
 
 
 def of(name: str) -> str:
-    """The fingerprint of the images ``name``: all of it, or of one's own images the first 16 digits."""
-    return FINGERPRINTS.get(name) or name.partition("@")[2]
+    """The fingerprint of the images ``name``: all of it, or of one's own images the first 16 digits.
+
+    Raises:
+        DvqError: images are not called so.
+    """
+    try:
+        return FINGERPRINTS.get(_checked(name)) or name.partition("@")[2]
+    except ValueError as error:
+        raise DvqError(f"images '{name}': {error}") from None
+
+
+def fits(name: str, found: str) -> bool:
+    """Whether ``found`` is the fingerprint of the images ``name``."""
+    return found.startswith(of(name))
 
 
 def label(name: str) -> str:

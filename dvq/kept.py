@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dvq import NUMERICS, DvqError
+from dvq import NUMERICS, DvqError, disk
 from dvq import report as reports
 from dvq.analyze import Analysis
 from dvq.config import short_name, trial
@@ -44,7 +44,7 @@ def write(result: Mapping[str, Any], analysis: Analysis | None, sweep: str, fold
     path = folder / f"{made['name']}.json"
     folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in made.items())
-    path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    disk.replace(path, f"{{\n{lines}\n}}\n")
     return path
 
 
@@ -132,7 +132,7 @@ def page(results: Sequence[Result], place: Path) -> str:
         "Written by `make results SWEEP=…` from the JSON files of this folder. To compute a row again: "
         f"`make submit-sweep SWEEP={place}/<its file> DATA=…`. Bits/dim is the single-sample ELBO of hard "
         "samples over every image of the split, ± its standard error over images; L_S, VQ-VAE's code length under a "
-        "uniform prior, and the ELBO under the prior of the training images' codes, stand beside it.",
+        "uniform prior, and the ELBO with normalization and prior fitted to the training images, stand beside it.",
         f"## The paper's numbers\n\n{PAPERS}",
     ]
     if kinds["full"]:
@@ -193,7 +193,7 @@ def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str
         "distortion": f"{judged['distortion']:.3f}",
         "L_S": _number(judged.get("bound"), ".3f"),
         "bits/dim, uniform prior": _number(uniform, ".3f"),
-        "bits/dim, fitted": _number(judged.get("bits_per_dim_fitted"), ".3f"),
+        "bits/dim, fitted": _number(judged.get("fitted_bits_per_dim"), ".3f"),
         "perplexity": _number(judged.get("perplexity"), ".1f"),
         "dead": _number(judged.get("dead_codes"), "d"),
         "minutes": f"{result['training']['seconds'] / 60:.1f}",

@@ -216,8 +216,9 @@ class Nearest(Codebooks):
     def follow(self, v: Tensor, codes: Tensor) -> None:
         """One step of the k-means rule: N ← γN + (1−γ)n, S ← γS + (1−γ)Σv, M = S/N.
 
-        N is smoothed (Laplace) where it divides, not where it is kept. Codebooks that learn by gradient
-        have only their counts kept.
+        N is smoothed (Laplace) where it divides, not where it is kept, so that a code that is no longer used
+        shrinks to the origin once its N is below ε, a thousand steps later. Codebooks that learn by gradient have
+        only their counts kept.
         """
         n = torch.zeros_like(self.counts).scatter_add_(1, codes, torch.ones_like(codes, dtype=v.dtype))
         self.counts.lerp_(n, 1 - self.decay)

@@ -36,8 +36,8 @@ FIGURES = {
         "Figure 1(b): how many dimensions the codes use",
         "Cumulative fraction of a codebook's variance in its first principal components: the mean over the "
         "codebooks, and their range. Left, every code counts the same; right, each is weighted by how often "
-        "it was used, so that dead codes, which stay where they were, do not count. Curves that coincide are drawn "
-        "ever thinner, one on the other.",
+        "it was used, so that dead codes do not count: they stay where they were, or with moving averages shrink to "
+        "the origin. Curves that coincide are drawn ever thinner, one on the other.",
     ),
     "figure_1c": (
         "Figure 1(c): rate and distortion along training",

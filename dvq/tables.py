@@ -22,7 +22,7 @@ COLUMNS = {
     "num_latents": ("K", "d"),
     "seed": ("seed", "d"),
     "bits_per_dim": ("bits/dim", ".3f"),
-    "bits_per_dim_fitted": ("fitted", ".3f"),
+    "fitted_bits_per_dim": ("fitted", ".3f"),
     "bound": ("L_S", ".3f"),
     "rate": ("rate", ".3f"),
     "distortion": ("distortion", ".3f"),
@@ -36,7 +36,7 @@ COLUMNS = {
 SETTINGS = {
     "name": ("setting", ""),
     "seeds": ("seeds", "d"),
-    **{key: COLUMNS[key] for key in ("bits_per_dim", "bits_per_dim_fitted", "rate", "distortion")},
+    **{key: COLUMNS[key] for key in ("bits_per_dim", "fitted_bits_per_dim", "rate", "distortion")},
 }
 
 
@@ -54,7 +54,7 @@ def _row(result: Result) -> Row:
     row = {
         **{key: trial.get(key) for key in ("estimator", "num_codes", "num_latents", "seed", "steps")},
         **{key: evaluation.get(key) for key in ("bits_per_dim", "bits_per_dim_se", "rate", "distortion")},
-        **{key: evaluation.get(key) for key in ("bits_per_dim_fitted", "bound", "perplexity", "dead_codes")},
+        **{key: evaluation.get(key) for key in ("fitted_bits_per_dim", "bound", "perplexity", "dead_codes")},
         "name": result["name"],
         "components_95": analysis.get("components_95_mean"),
         "components_95_weighted": analysis.get("components_95_weighted_mean"),
@@ -74,10 +74,9 @@ def _bits(row: Row) -> float:
 
 
 def certificate(results: Sequence[Result]) -> str:
-    """16 hexadecimal digits of the SHA-256 over the trials' names and exact bits_per_dim, rate and
-    distortion, whatever their order: two reports with the same one hold the same numbers, bit for bit."""
-    numbers = ("bits_per_dim", "rate", "distortion")
-    exact = {result["name"]: [result["evaluation"][number] for number in numbers] for result in results}
+    """16 hexadecimal digits of the SHA-256 over the trials' names and all that their evaluations found, whatever
+    their order: two reports with the same one hold the same numbers, bit for bit."""
+    exact = {result["name"]: result["evaluation"] for result in results}
     return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -89,7 +88,7 @@ def best(results: Sequence[Result]) -> Result | None:
 
 def settings(results: Sequence[Result]) -> list[Row]:
     """A row a setting that was trained with several seeds, sorted by bits/dim: ``name``, ``seeds``, the means over
-    seeds of ``bits_per_dim``, ``bits_per_dim_fitted``, ``rate`` and ``distortion``, and with ``_se`` behind the
+    seeds of ``bits_per_dim``, ``fitted_bits_per_dim``, ``rate`` and ``distortion``, and with ``_se`` behind the
     names of the first two the standard errors of these means over trainings. None where a training has no such
     number, or it is not finite."""
     made = []
@@ -102,10 +101,10 @@ def settings(results: Sequence[Result]) -> list[Row]:
             "name": group[0]["name"].replace(f"{size}-s{trial['seed']}", size, 1),
             "seeds": len(group),
         }
-        for key in ("bits_per_dim", "bits_per_dim_fitted", "rate", "distortion"):
+        for key in ("bits_per_dim", "fitted_bits_per_dim", "rate", "distortion"):
             found = np.array([one["evaluation"].get(key, math.nan) for one in group])
             row[key] = float(found.mean())
-            if key.startswith("bits"):
+            if key.endswith("bits_per_dim"):
                 row[f"{key}_se"] = float(found.std(ddof=1)) / math.sqrt(len(found))
         made.append(_finite(row))
     return sorted(made, key=_bits)

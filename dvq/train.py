@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvq import DvqError, checkpoint, fingerprints, goodput
+from dvq import DvqError, checkpoint, goodput
 from dvq import events as diary
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
@@ -128,7 +128,7 @@ class Training:
         return summary
 
     def _checkpoint_due(self) -> bool:
-        last = self.done in (self.trial.steps, 0)
+        last = self.done == self.trial.steps
         old = time.perf_counter() - self.saved_at > self.trial.checkpoint_seconds
         return last or old or self.done % self.trial.checkpoint_every == 0
 
@@ -198,11 +198,7 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
         DvqError: ``data`` are other images than the trial's; the loss is not finite (names step and term); a
             checkpoint is of another configuration or cannot be written.
     """
-    if not data.info["fingerprint"].startswith(fingerprints.of(trial.data)):
-        given = data.info["name"]
-        raise DvqError(
-            f"the trial is of {trial.data}, and these images are {given}; give it 'data': '{given}'"
-        )
+    data.check(trial)
     training = Training(trial, data, Path(folder), device, threads)
     if threading.current_thread() is not threading.main_thread():
         return training.run()  # which no signal reaches
@@ -220,7 +216,7 @@ def _evaluate(
     from dvq.style import reconstructions, save_png
 
     result = evaluate(model, judged)
-    told = ("bits_per_dim", "distortion", "rate", "perplexity", "dead_codes")
+    told = ("bits_per_dim", "distortion", "rate", "perplexity", "dead_codes", "rate_least")
     events.metrics(step, {f"{trial.split}/{name}": result[name] for name in told if name in result})
     shown = torch.from_numpy(np.array(judged[:SHOWN])).to(next(model.parameters()).device)
     model.eval()

@@ -15,8 +15,7 @@ import typer
 from rich.console import Console
 
 from components import datasets
-from components.store import Store
-from dvq import DvqError
+from dvq import DvqError, fingerprints
 from dvq.config import overrides
 from dvq.fingerprints import FINGERPRINTS, label
 from pipeline import conclusion, containers, definition, forecast, image, pods, preflight
@@ -49,10 +48,11 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
             f"the sweep '{job.sweep.name}' is under way: {kubeflow.link(going)}; WAIT=1 follows it, "
             f"make cancel RUN={going} ends it"
         )
-    if fresh:
+    job = bring_data(job)
+    submit = Submitter(job, profile, kubeflow, experiment, console)
+    if fresh:  # now that nothing more can be refused
         remove(job)
-    job, plan = bring_data(job), forecast.plan(job.trials, job.store, profile)
-    began, submit = time.time(), Submitter(job, profile, kubeflow, experiment, console)
+    plan, began = forecast.plan(job.trials, job.store, profile), time.time()
     conclusion.say(console, f"sweep {job.sweep.name}: {len(job.trials)} trials on {label(_data(job))}")
     if sum(plan.states.values()) - plan.states["finished"] > most:
         conclusion.say(
@@ -112,10 +112,13 @@ def check(job: Job) -> Profile:
 def bring_data(job: Job) -> Job:
     """The job, with data of this machine uploaded to the store, where the pods find it."""
     source, name = job.arguments["source"], _data(job)
-    if "://" in source or (not source and name in FINGERPRINTS):  # from where the pods find it
-        return job
+    if source.startswith("s3://") or (name in FINGERPRINTS and (not source or "://" in source)):
+        return job  # the pods find it
     preflight.check_data(name, source, job.store)
-    if not job.store.has_data(name):
+    preflight.check_cache(job.store)
+    if job.store.has_data(name):
+        job.store.publish_data(fingerprints.of(name))  # where this machine's cache alone has it
+    else:
         print(f"uploading {name} from {source} to {job.store.place}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             datasets.prepare(name, source, Path(folder, "data"))
@@ -215,8 +218,7 @@ class Look:
 
 def _progress(job: Job) -> int:
     """Steps that are done and kept, of all trials, and one for each that is finished or failed."""
-    store: Store = job.store
-    done = 0
+    store, done = job.store, 0
     for trial in job.trials.values():
         state = store.state(trial.key()).name
         done += trial.steps + 1 if state == "finished" else store.reached(trial) + (state == "failed")

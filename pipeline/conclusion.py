@@ -13,7 +13,7 @@ from dvq.fingerprints import label
 from dvq.tables import COLUMNS, SETTINGS, best, certificate, rows, settings, shown
 from dvq.trial import Trial
 
-TRIAL = ("name", "bits_per_dim", "bits_per_dim_fitted", "rate", "distortion", "dead_codes")
+TRIAL = ("name", "bits_per_dim", "fitted_bits_per_dim", "rate", "distortion", "dead_codes")
 """of a trial's columns as many as 80 characters hold"""
 
 

@@ -86,15 +86,15 @@ def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
     What tasks share with this machine, the store, MLflow's database, the data's ``source``, has the same path
     inside, and what they write there belongs to the user who launches.
     """
-    environment = {name: value for name, value in os.environ.items() if PASSED.fullmatch(name)}
+    passed = {name: value for name, value in os.environ.items() if PASSED.fullmatch(name)}
     # All of them, over which dvq.device spreads the trials: a count of n is the first n for every container.
     gpus = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if profile.gpu else []
     shared = str(folder / "work/tmp")
-    environment |= {"DVQ_DEVICE": "cuda", "DVQ_LOCKS": shared} if gpus else {}  # and none falls back on a CPU
+    on_gpus = {"DVQ_DEVICE": "cuda", "DVQ_LOCKS": shared} if gpus else {}  # and none falls back on a CPU
     return {
-        "environment": {**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": shared},
-        "mounts": list(_mounts(environment, folder / "work", source)),
-        "network_mode": "host" if _on_loopback(environment.values()) else "bridge",
+        "environment": {**passed, **on_gpus, "PYTHONUNBUFFERED": "1", "TMPDIR": shared},
+        "mounts": list(_mounts(passed, folder / "work", source)),
+        "network_mode": "host" if _on_loopback([source, *passed.values()]) else "bridge",
         "user": f"{os.getuid()}:{os.getgid()}",
         "labels": {LABEL: str(folder)},
         "read_only": True,

@@ -30,13 +30,13 @@ def explain(
         if trial:
             print(ledger(trial, trials, store, sweep))
             return
-    width, todo = max(map(len, trials)), 0
-    for name, one in trials.items():
-        state, trained = store.state(one.key()), store.has(one.key(), "model")
-        reached = store.reached(one)
-        todo += state.name != "finished"
-        print(f"{name:{width}}  {_told(state, trained, reached)}")
-    print(f"{todo} of {len(trials)} trials to compute; the store is {store.place}")
+        width, todo = max(map(len, trials)), 0
+        for name, one in trials.items():
+            state, trained = store.state(one.key()), store.has(one.key(), "model")
+            reached = store.reached(one)
+            todo += state.name != "finished"
+            print(f"{name:{width}}  {_told(state, trained, reached)}")
+        print(f"{todo} of {len(trials)} trials to compute; the store is {store.place}")
 
 
 def _told(state: State, trained: bool, reached: int) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -161,7 +162,10 @@ def check_tracking() -> str:
         )
     if not scheme.startswith("http"):
         return ""
-    request = urllib.request.Request(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1")
+    try:
+        request = urllib.request.Request(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1")
+    except ValueError as error:
+        raise DvqError(f"MLFLOW_TRACKING_URI is no address ({error}); give http://host:port") from None
     user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
     if user:
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
@@ -178,7 +182,7 @@ def check_tracking() -> str:
             not elsewhere and not Path("~/.mlflow/credentials").expanduser().exists()
         ):  # MLflow's other ways to log in
             raise DvqError(tracking.REFUSED.format(uri)) from None
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return f"MLflow at {uri} does not answer"
     return ""
 
@@ -196,7 +200,8 @@ def find_source(source: str, name: str) -> str:
             file=sys.stderr,
         )
         return ""
-    return str(Path(source).absolute()) if source and Path(source).exists() else source
+    path = Path(source).expanduser()
+    return str(path.absolute()) if source and path.exists() else source
 
 
 def check_data(name: str, source: str, store: Store) -> None:
@@ -209,6 +214,11 @@ def check_data(name: str, source: str, store: Store) -> None:
         datasets.check(source)
     else:
         data.check_source(name, source)
+
+
+def check_cache(store: Store) -> None:
+    """DvqError unless the store's folder on this machine can be written."""
+    check_writable(store.root, "set DVQ_STORE, or DVQ_CACHE for a store in S3, to a folder that can")
 
 
 def check_writable(folder: Path, remedy: str) -> None:

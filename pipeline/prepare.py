@@ -22,6 +22,7 @@ def prepare(
     with preflight.one_sentence():
         store = preflight.set_environment()
         name = own.name(source)
+        preflight.check_cache(store)
         with tempfile.TemporaryDirectory() as folder:
             info = datasets.prepare(name, source, Path(folder, "data"))
             arrays = data.load(Path(folder, "data")).arrays

@@ -123,7 +123,7 @@ def find_profile(name: str) -> Profile:
     except OSError as error:
         known = ", ".join(sorted(one.stem for one in PROFILES.glob("*.yaml")))
         raise DvqError(f"PROFILE = '{name}': {error.strerror}; known: {known}; or give a file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DvqError(f"{path} is no YAML: {str(error).splitlines()[0]}") from None
     except ValidationError as error:
         first = error.errors()[0]

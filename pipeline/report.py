@@ -21,14 +21,14 @@ def report(
         found = preflight.find_sweep(sweep)
         store = preflight.set_environment()
         preflight.check_begun(found, store, sweep)
-    console = Console()
-    failures = conclusion.show(found, found.trials(), store, console)
-    try:
-        reports.report(found.model_dump_json())
-    except DvqError:
-        if not failures:  # else it is written, and names them
-            raise
-    conclusion.where(found, store, console)
+        console = Console()
+        failures = conclusion.show(found, found.trials(), store, console)
+        try:
+            reports.report(found.model_dump_json())
+        except DvqError:
+            if not failures:  # else it is written, and names them
+                raise
+        conclusion.where(found, store, console)
     raise SystemExit(1 if failures else 0)
 
 

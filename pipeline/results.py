@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from components import reports
-from dvq import DvqError, kept
+from dvq import DvqError, disk, kept
+from dvq.fingerprints import label
 from pipeline import preflight
 
 ROOT = Path(__file__).parents[1]
@@ -28,9 +29,10 @@ def keep(sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, o
     with preflight.one_sentence():
         found = preflight.find_sweep(sweep)
         store = preflight.set_environment()
-        if any(one.data != "cifar10" for one in found.trials().values()):
+        data = next(iter(found.trials().values())).data
+        if data != "cifar10":
             raise DvqError(
-                f"sweep '{found.name}' is on the bundled sample; only results on all of CIFAR-10 are kept"
+                f"sweep '{found.name}' is on {label(data)}; only results on all of CIFAR-10 are kept"
             )
         results, analyses, missing = reports.gather(found, store)
         if not results:
@@ -49,11 +51,11 @@ def tell(root: Path) -> None:
     folder = root / FOLDER
     results = kept.load(folder)
     kept.draw(folder / "figures", results)
-    (folder / "README.md").write_text(kept.page(results, FOLDER), encoding="utf-8")
+    disk.replace(folder / "README.md", kept.page(results, FOLDER))
     readme = root / "README.md"
     told = kept.section(results, FOLDER)
     text = readme.read_text(encoding="utf-8")
-    readme.write_text(SECTION.sub(lambda found: f"{found[1]}\n{told}\n{found[2]}", text), encoding="utf-8")
+    disk.replace(readme, SECTION.sub(lambda found: f"{found[1]}\n{told}\n{found[2]}", text))
 
 
 if __name__ == "__main__":

@@ -67,8 +67,10 @@ class Stack:
         if not self.pids:
             return {}
         store = {"DVQ_STORE": STORE, "AWS_ENDPOINT_URL": endpoint(self.ports), **keys(self.secret)}
-        # A store of the user's is left alone, and so is S3 of the user's, which the images may come from.
-        return {"MLFLOW_TRACKING_URI": self.address} | ({} if store.keys() & os.environ.keys() else store)
+        # A store of the user's is left alone, and so is S3 of the user's, which the images may come from; a region
+        # alone is neither.
+        told = (store.keys() - {"AWS_DEFAULT_REGION"}) & os.environ.keys()
+        return {"MLFLOW_TRACKING_URI": self.address} | ({} if told else store)
 
     def whole(self) -> bool:
         """Whether all services run and answer."""

@@ -71,7 +71,7 @@ def submit(
         job = prepare(job, on)
         if fresh:
             remove(job)
-    raise SystemExit(run(job, Console()))
+        raise SystemExit(run(job, Console()))
 
 
 def look_at(name: str, jobs: str, source: str, profile: Profile | None) -> Job:
@@ -117,9 +117,7 @@ def prepare(job: Job, on: str) -> Job:
             f"warning: {fault}; the sweep runs all the same, and make replay sends MLflow the rest",
             file=sys.stderr,
         )
-    preflight.check_writable(
-        job.store.root, "set DVQ_STORE, or DVQ_CACHE for a store in S3, to a folder that can"
-    )
+    preflight.check_cache(job.store)
     preflight.check_writable(job.folder, "run from a folder that can")
     return replace(job, profile=profile)
 

@@ -13,7 +13,7 @@ def evaluate(data: Input[Dataset], model: Input[Model], evaluation: Output[Metri
     Args:
         data: a prepared dataset.
         model: what train made.
-        evaluation: bits_per_dim, rate and distortion [bits/dim] with standard errors, bits_per_dim_fitted (with
+        evaluation: bits_per_dim, rate and distortion [bits/dim] with standard errors, fitted_bits_per_dim (with
             batch normalization and prior fitted to the training images), and the codes' usage.
     """
     from pathlib import Path

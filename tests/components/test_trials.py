@@ -73,6 +73,23 @@ def test_a_trial_becomes_results(store: Store, prepared: Path, tmp_path: Path) -
     assert states == ["training", "evaluating", "analyzing", "finished"]
 
 
+def test_a_trial_is_not_judged_by_other_images(store: Store, prepared: Path, tmp_path: Path) -> None:
+    """Their numbers would stay under its key."""
+    other = tmp_path / "other"
+    data.link(prepared, other)
+    about = json.loads((other / "data.json").read_text())
+    (other / "data.json").unlink()
+    (other / "data.json").write_text(
+        json.dumps(about | {"name": "birds@" + "0" * 16, "fingerprint": "0" * 64})
+    )
+    trials.train("estimator=vq-ema", json.dumps(BASE), prepared, tmp_path / "model", "")
+    trials.evaluate(other, tmp_path / "model", tmp_path / "evaluation")
+    trials.analyze(other, tmp_path / "model", tmp_path / "evaluation", tmp_path / "analysis", "")
+    failed = store.state(trial({**BASE, "estimator": "vq-ema"}).key())
+    assert failed.name == "failed"
+    assert "the trial is of cifar10-sample, and these images are birds@0000000000000000" in failed.reason
+
+
 def test_a_finished_trial_is_not_computed_again(store: Store, prepared: Path, tmp_path: Path) -> None:
     first = run("estimator=vq-ema", prepared, tmp_path / "a")
     folder = store.trial(trial({**BASE, "estimator": "vq-ema"}).key())

@@ -88,6 +88,7 @@ def test_services_on_loopback_are_reached_by_the_hosts_network(
         "SECRET": "stays",
     }.items():
         monkeypatch.setenv(name, value)
+    (tmp_path / "work/tmp").mkdir(parents=True)  # as the launcher makes it: tasks write there
     made = containers.settings(Profile(gpu=2, memory="512Mi"), tmp_path, "")
     assert made["network_mode"] == "host"
     assert made["environment"]["DVQ_STORE"] == "s3://bucket/store"
@@ -101,3 +102,6 @@ def test_services_on_loopback_are_reached_by_the_hosts_network(
     assert made["environment"]["DVQ_DEVICE"] == "cuda"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
     assert containers.settings(Profile(), tmp_path, "")["network_mode"] == "bridge"
+    assert (
+        containers.settings(Profile(), tmp_path, "http://localhost:8000/x.tar.gz")["network_mode"] == "host"
+    )

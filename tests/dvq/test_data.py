@@ -123,6 +123,24 @@ def test_the_repair_of_a_damaged_dataset_ends_with_its_data_json(official, prepa
     assert sorted(replaced) == sorted(path.name for path in prepared.iterdir())
 
 
+def test_other_images_in_the_folder_are_never_taken_for_those_it_had(prepared, monkeypatch):
+    """The new ones are brought one array at a time."""
+    replace, done = Path.replace, []
+
+    def cut(path, to):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(to.name)
+        return replace(path, to)
+
+    monkeypatch.setattr(Path, "replace", cut)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare("cifar10-sample", "", prepared)
+    assert len(done) == 2
+    assert not data.is_prepared("cifar10", prepared)
+    assert not data.is_prepared("cifar10-sample", prepared)
+
+
 def test_other_files_in_the_folder_are_kept(official, folder):
     folder.mkdir(parents=True)
     (folder / "thesis.tex").write_text("years of work")

@@ -140,15 +140,15 @@ def test_the_fitted_prior_is_that_of_the_training_images_codes() -> None:
     before = copy.deepcopy(model.state_dict())
     found = evaluate(model, judged, batch_size=3, training=training)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    assert "bits_per_dim_fitted" not in evaluate(model, judged)
+    assert "fitted_bits_per_dim" not in evaluate(model, judged)
     counts = np.asarray(evaluate(model, training)["usage"]) + 1
     with torch.no_grad():
         model.latents.prior_logits.copy_(torch.from_numpy(counts).double().log())
     right = evaluate(model, judged)["bits_per_dim"]
-    assert found["bits_per_dim_fitted"] == pytest.approx(right, rel=1e-12)
+    assert found["fitted_bits_per_dim"] == pytest.approx(right, rel=1e-12)
     assert abs(found["bits_per_dim"] - right) > 1e-4
-    judged_by_itself = evaluate(model, judged, training=judged)["bits_per_dim_fitted"]
-    assert judged_by_itself != found["bits_per_dim_fitted"]
+    judged_by_itself = evaluate(model, judged, training=judged)["fitted_bits_per_dim"]
+    assert judged_by_itself != found["fitted_bits_per_dim"]
 
 
 @torch.no_grad()
@@ -184,17 +184,36 @@ def test_what_is_told_as_fitted_is_the_fitted_models_elbo(estimator: str) -> Non
     judged, training = images(7), images(19)[7:]
     found = evaluate(model, judged, batch_size=3, training=training, bound_samples=2)
     assert found == evaluate(model, judged, batch_size=3, bound_samples=2) | {
-        "bits_per_dim_fitted": evaluate(fit(model, training, batch_size=3), judged, batch_size=3)[
+        "fitted_bits_per_dim": evaluate(fit(model, training, batch_size=3), judged, batch_size=3)[
             "bits_per_dim"
         ]
     }
-    assert abs(found["bits_per_dim_fitted"] - found["bits_per_dim"]) > 1e-4
+    assert abs(found["fitted_bits_per_dim"] - found["bits_per_dim"]) > 1e-4
+
+
+def test_a_uniform_prior_is_not_fitted() -> None:
+    """It is the trial's, and training does not move it."""
+    model = tiny("vq-ema", codebook_std=1.0, normalization="none", prior="uniform")
+    found = evaluate(model, images(7), training=images(19)[7:])
+    assert found["fitted_bits_per_dim"] == found["bits_per_dim"]
+
+
+def test_the_least_rate_is_that_of_the_codes_own_frequencies() -> None:
+    model = tiny("vq-ema", codebook_std=1.0)
+    found = evaluate(model, images(7))
+    counts = np.asarray(found["usage"])
+    with torch.no_grad():
+        model.latents.prior_logits.copy_(torch.from_numpy(counts).double().clamp(min=1e-300).log())
+    assert found["rate_least"] == pytest.approx(evaluate(model, images(7))["rate"], rel=1e-12)
+    assert found["rate_least"] < found["rate"]
 
 
 @pytest.mark.parametrize("change", [lambda x: x / 255, lambda x: x.transpose(0, 3, 1, 2), lambda x: x[:0]])
 def test_other_images_are_not_evaluated(change: Any) -> None:
     with pytest.raises(DvqError, match="give uint8"):
         evaluate(tiny("gs-soft"), change(images(3)))
+    with pytest.raises(DvqError, match=r"the training images are .*: give uint8"):
+        evaluate(tiny("gs-soft"), images(3), training=change(images(3)))
 
 
 def test_perplexity_and_dead_codes_of_counts() -> None:

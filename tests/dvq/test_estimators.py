@@ -410,7 +410,8 @@ def test_kmeans_finds_clusters_and_the_codebooks_begin_there() -> None:
         key=lambda c: torch.cdist(points, c).amin(-1).sum().item(),
     )
     assert torch.cdist(centers, found).amin(-1).max() < 0.01
-    few = kmeans(points[:, :2], 5, torch.Generator())  # of the copies, all but one have no encodings
+    copies = points[:, :2].repeat(1, 3, 1)  # of the centers that are the same, all but one have no encodings
+    few = kmeans(copies, 5, torch.Generator())
     assert few.shape == (2, 5, 2)
     assert torch.cdist(few, points[:, :2]).amin(-1).max() < 0.05
 

@@ -54,6 +54,14 @@ def legend(figure):
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
+def test_the_certificate_is_of_all_that_evaluations_found():
+    results = sweep()
+    whole = tables.certificate(results)
+    assert tables.certificate(results[::-1]) == whole
+    results[1]["evaluation"]["fitted_bits_per_dim"] = 1.0
+    assert tables.certificate(results) != whole
+
+
 def test_the_papers_numbers_stand_beside_no_other_images():
     results = [one | {"data": {"name": "birds@0123456789abcdef"}} for one in sweep()]
     drawn = figures.figure_1a(results)

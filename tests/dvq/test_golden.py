@@ -22,15 +22,15 @@ STEPS = 5
 
 
 def curve(estimator: str) -> list[list[float]]:
-    """Surrogate, distortion and rate of each step, then the evaluation's rate and distortion."""
+    """Surrogate, distortion and rate of each step, then the evaluation's rate, distortion and fitted bits/dim."""
     options: dict[str, Any] = {"num_latents": 2, "code_dim": 3, "features": 4, "residual_blocks": 1}
     options |= {"num_codes": 5} if "num_codes" in estimators()[estimator].model_fields else {}
     images = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
     tiny = trial({"estimator": estimator, "data": "cifar10-sample", "batch_size": 4, **options})
     trainer = Trainer(tiny, images, torch.device("cpu"), torch.float64)
     points = [trainer.step(step).tolist() for step in range(STEPS)]
-    result = evaluate(trainer.model, images)
-    return [*points, [result["rate"], result["distortion"]]]
+    result = evaluate(trainer.model, images, training=images)
+    return [*points, [result["rate"], result["distortion"], result["fitted_bits_per_dim"]]]
 
 
 @pytest.mark.parametrize("estimator", sorted(estimators()))

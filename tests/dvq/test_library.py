@@ -17,7 +17,7 @@ def test_the_readmes_cell_runs_and_runs_again(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     first: dict[str, Any] = {}
     exec(cell, first)
-    assert 7 < first["found"]["bits_per_dim_fitted"] < 9
+    assert 7 < first["found"]["fitted_bits_per_dim"] < 9
     again: dict[str, Any] = {}
     exec(cell, again)
     assert again["found"] == first["found"]

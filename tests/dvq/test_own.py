@@ -1,5 +1,7 @@
 """Images of one's own: checked, named by their content, prepared like CIFAR-10."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -107,7 +109,10 @@ def test_a_sweep_with_another_name_says_how_to_get_one(wrong):
             {"train_images": images(20), "test_images": images(2), "train_labels": np.full(20, 256)},
             "give 20 integers from 0 to 255, or no labels",
         ),
-        ({"train_images": np.array([images(1), None], object)}, "this is no file that numpy.savez writes"),
+        (
+            {"train_images": np.array([images(1), None], object)},
+            "this is no whole file that numpy.savez writes",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_sentence(arrays, sentence, tmp_path):
@@ -121,14 +126,41 @@ def test_no_file_of_images_is_one_sentence(birds, tmp_path):
     np.save(tmp_path / "plain.npy", images(2))
     (tmp_path / "half.npz").write_bytes(birds.read_bytes()[:9000])
     for name in ("text.npz", "plain.npy", "half.npz"):
-        with pytest.raises(DvqError, match=r"this is no file that numpy.savez writes; give one with"):
+        with pytest.raises(DvqError, match=r"this is no whole file that numpy.savez writes; give one with"):
             own.name(str(tmp_path / name))
     with pytest.raises(DvqError, match=r"nowhere.npz: cannot be read \(No such file or directory\)"):
         own.name(str(tmp_path / "nowhere.npz"))
+    with pytest.raises(DvqError, match="images of your own come from a file; fetch it"):
+        own.name("s3://bucket/birds.npz")
     with pytest.raises(DvqError, match=r"name the file of your images, DATA=file.npz"):
         own.name("")
     with pytest.raises(DvqError, match=r"call it my-birds.npz"):
         own.name(str(birds.rename(tmp_path / "My birds.npz")))
+
+
+def test_a_damaged_file_is_one_sentence(birds, tmp_path):
+    """Wherever the damage is: zip, zlib and numpy each say it in another way, if at all."""
+    with np.load(birds) as file:
+        np.savez_compressed(tmp_path / "packed.npz", **file)
+    for path in (birds, tmp_path / "packed.npz"):
+        whole, where = bytearray(path.read_bytes()), np.random.default_rng(0)
+        name = own.name(str(path))
+        for place in [5, 31, 60, 90, 120, *where.integers(0, len(whole), 15)]:
+            whole[place] ^= 255
+            path.write_bytes(whole)
+            with contextlib.suppress(DvqError):
+                assert own.name(str(path)) == name  # a field that nobody reads, as the time of writing
+            whole[place] ^= 255
+
+
+@pytest.mark.parametrize("wrong", ["cifar-10", "birds", "birds@../../x", "birds@0123456789abcdeF"])
+def test_images_that_nothing_is_called_are_refused(wrong, birds, tmp_path):
+    data.prepare("cifar10-sample", "", tmp_path / "sample")
+    with pytest.raises(DvqError, match=f"images '{wrong}': known are cifar10, cifar10-sample"):
+        data.prepare(wrong, str(birds), tmp_path / "sample")
+    with pytest.raises(DvqError, match="known are cifar10"):
+        data.prepare(wrong, str(birds), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_other_images_than_those_named_are_refused(birds, tmp_path):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from components import IMAGE
 from components.store import Store
-from dvq import DvqError
+from dvq import DvqError, data, fingerprints
 from dvq.config import Sweep
 from dvq.events import Events
 from pipeline import cluster, containers, image
@@ -166,8 +166,32 @@ def test_data_of_this_machine_goes_to_the_store(
     assert list((tmp_path / "store/data").glob("*/data.json"))
     with pytest.raises(DvqError, match="cifar-10"):
         cluster.bring_data(make(source=str(tmp_path), data_name="cifar10"))
-    with pytest.raises(DvqError, match="the store has no images birds@0123456789abcdef"):
-        cluster.bring_data(make(data_name="birds@0123456789abcdef"))  # there is no address of them to ask
+    for source in ("", "https://mirror.example.org/birds.npz"):  # there is no address of them to ask
+        with pytest.raises(DvqError, match=r"the store has no images birds@|come from a file"):
+            cluster.bring_data(make(source=source, data_name="birds@0123456789abcdef"))
+
+
+def test_data_that_this_machines_cache_alone_has_goes_to_the_store(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload that was cut off is made up for."""
+    published: list[str] = []
+    monkeypatch.setattr(Store, "publish_data", lambda _, fingerprint: published.append(fingerprint))
+    job = make(source=str(tmp_path))
+    data.prepare("cifar10-sample", "", job.store.data(fingerprints.of("cifar10-sample")))
+    cluster.bring_data(job)
+    assert published == [fingerprints.of("cifar10-sample")]
+
+
+def test_what_is_refused_removes_nothing(make: Make, server: KubeflowServer) -> None:
+    job = make(source="/no/birds.npz", data_name="birds@0123456789abcdef")
+    checkpoint(job, 20)
+    finish(job, 0)
+    before = sorted(job.store.root.rglob("*"))
+    with pytest.raises(DvqError, match=r"birds.npz: cannot be read"):
+        run(job, fresh=True)
+    assert sorted(job.store.root.rglob("*")) == before
+    assert not server.runs
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def finish(store: Store, trials: dict[str, Trial]) -> None:
     for name, one in trials.items():
         bits = 7.0 + one.seed / 10
         evaluation = {"split": "test", "bits_per_dim": bits, "bits_per_dim_se": 0.01, "rate": 0.5}
-        evaluation["bits_per_dim_fitted"] = bits - 0.2
+        evaluation["fitted_bits_per_dim"] = bits - 0.2
         found = {"name": name, "key": one.key(), "trial": values(one), "data": {"name": one.data}}
         found["evaluation"] = {**evaluation, "distortion": bits - 0.5}
         found["training"] = {"goodput": {"steps_lost": 0, "seconds_lost": 0, "attempts": 1}}

@@ -56,7 +56,7 @@ def result(name: str, trial: Trial, world: dict[str, float]) -> dict[str, Any]:
         "data": {"name": "cifar10-sample"},
         "evaluation": {
             "bits_per_dim": 99.0,  # its prior lags behind, and nothing is told by it
-            "bits_per_dim_fitted": bits,
+            "fitted_bits_per_dim": bits,
             "rate": 0.5,
             "distortion": 6.5 + off,
             "perplexity": 2.0,
@@ -67,8 +67,8 @@ def result(name: str, trial: Trial, world: dict[str, float]) -> dict[str, Any]:
             "components_95_weighted_mean": world["components weighted"] + off,
         },
         "curves": [
-            {"step": 100, "rate": 0.4, "distortion": 7.0},
-            {"step": fields["steps"], "rate": 0.4 + gain[0], "distortion": 7.0 + gain[1]},
+            {"step": 100, "rate": 99.0, "rate_least": 0.4, "distortion": 7.0},
+            {"step": fields["steps"], "rate": 9.0, "rate_least": 0.4 + gain[0], "distortion": 7.0 + gain[1]},
         ],
     }
     if fields.get("probe_draws"):
@@ -231,14 +231,19 @@ def test_an_unfinished_sweep_is_one_sentence(
     assert not (tmp_path / "store/reports").exists()
 
 
-@pytest.mark.parametrize("lacking", ["probe", "evaluation"])
+@pytest.mark.parametrize("lacking", ["probe", "evaluation", "curves"])
 def test_a_trial_without_what_the_findings_need_is_one_sentence(
     lacking: str, stored: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = next(name for name, trial in SWEEP.trials().items() if getattr(trial, "probe_draws", 0))
+    name = "gs-soft-c64-k4-s0"
     whole = json.loads(stored[name].read_text())
-    evaluation = {key: x for key, x in whole["evaluation"].items() if key != "bits_per_dim_fitted"}
-    stored[name].write_text(json.dumps({**whole, lacking: evaluation if lacking == "evaluation" else []}))
+    if lacking == "probe":
+        whole["probe"] = []
+    elif lacking == "evaluation":
+        del whole["evaluation"]["fitted_bits_per_dim"]
+    else:
+        del whole["curves"][0]["rate_least"]
+    stored[name].write_text(json.dumps(whole))
     code, out, error = run(capsys)
     assert (code, out) == (2, "")
     assert name in error

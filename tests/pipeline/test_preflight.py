@@ -1,5 +1,6 @@
 """Each wrong input is one sentence on standard error and exit status 2, and nothing is begun."""
 
+import datetime
 import json
 import socket
 import subprocess
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 
 from components.store import Store
+from dvq import DvqError
 from dvq.config import load_sweep
-from pipeline import explain, local, preflight, replay, report, submit, ui
+from pipeline import conclusion, explain, local, preflight, replay, report, submit, ui
 
 GRID = {"estimator": ["gs-soft"]}
 Refusal = Callable[..., str]
@@ -55,6 +57,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
             "differ in 'data' (cifar10, cifar10-sample)",
         ),
         ({"grid": {**GRID, "split": ["tune", "test"]}}, "differ in 'split' (test, tune)"),
+        ({"include": [{"estimator": "gs-soft", "temperature": datetime.date(2026, 1, 1)}]}, "temperature"),
     ],
 )
 @pytest.mark.parametrize("command", [submit, explain, report])
@@ -123,6 +126,48 @@ def test_a_password_in_an_address(
     said = refusal("tiny.yaml")
     assert "MLFLOW_TRACKING_PASSWORD" in said
     assert "secret" not in said
+
+
+def test_an_address_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:50a0")
+    assert "does not answer" in preflight.check_tracking()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://[::1")
+    with pytest.raises(DvqError, match="MLFLOW_TRACKING_URI is no address"):
+        preflight.check_tracking()
+
+
+def test_a_home_is_found_where_the_shell_did_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "birds.npz").touch()
+    assert preflight.find_source("~/birds.npz", "cifar10") == str(tmp_path / "birds.npz")
+
+
+@pytest.mark.parametrize("command", [submit, report, explain])
+def test_results_that_are_cut_off_are_one_sentence(
+    command: Any,
+    write_sweep: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    (trial,) = load_sweep(write_sweep(grid=GRID)).trials().items()
+    folder = Store(tmp_path / "store").trial(trial[1].key())
+    folder.mkdir(parents=True)
+    (folder / "trial.json").write_text("{}")
+    (folder / "results.json").write_text('{"evaluation": {"bits')
+
+    def show(job: Any, console: Any) -> None:
+        conclusion.show(job.sweep, job.trials, job.store, console)
+
+    monkeypatch.setattr(submit, "prepare", lambda job, _: job)
+    monkeypatch.setattr(submit, "run", show)
+    with pytest.raises(SystemExit) as stopped:
+        command.app(["tiny.yaml", *(["--trial", trial[0]] if command is explain else [])])
+    assert stopped.value.code == 2
+    assert "results.json" in capsys.readouterr().err
 
 
 def test_data_for_a_sweep_of_the_sample_is_said_not_to_be_used(

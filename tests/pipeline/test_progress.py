@@ -98,6 +98,22 @@ def test_what_happened_before_this_launch_is_not_shown(tmp_path: Path) -> None:
     assert one.state == "waiting"
 
 
+def test_a_trial_that_was_under_way_before_anybody_looked_is_training(tmp_path: Path) -> None:
+    events, shown = Events(tmp_path), row(tmp_path)
+    events.state("training")
+    events.metrics(20, {})
+    since = time.time()
+    time.sleep(0.01)
+    for step in (40, 60):
+        events.metrics(step, {"images_per_second": 10.0})
+        shown.update(since)
+        time.sleep(0.01)
+    assert (shown.state, shown.step, shown.base) == ("training", 60, 40)
+    left = shown.seconds_left()
+    assert left is not None
+    assert 0 < left < 10
+
+
 def test_time_left_follows_the_steps(tmp_path: Path) -> None:
     one, other = row(tmp_path), row(tmp_path)
     one.state, one.began, one.at, one.step = "training", 100.0, 110.0, 20  # half a second a step
