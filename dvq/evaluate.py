@@ -102,10 +102,8 @@ def evaluate(
     result = _summary(gathered, bound_samples)
     if gathered.usage is not None:
         usage = gathered.usage.double()
-        surprise = -torch.xlogy(
-            usage, usage / usage.sum(1, keepdim=True)
-        ).sum()  # of the codes, by their frequencies
-        gain = -(usage * model.latents.log_prior().double()).sum() - surprise
+        frequencies = usage / usage.sum(1, keepdim=True)
+        gain = torch.xlogy(usage, frequencies).sum() - (usage * model.latents.log_prior().double()).sum()
         result["rate_least"] = result["rate"] - gain.item() / len(images) * BITS_PER_DIM
     if training is not None:
         fitted = fit(copy.deepcopy(model), training, batch_size, seed)
