@@ -85,7 +85,10 @@ def test_a_measurement_of_every_variant() -> None:
     assert [name for _, name in times] == ["plain", "library", "dvq"]
     assert all(len(spent) == 2 and min(spent) > 0 for spent in times.values())
     assert training.flops(size, "vq-ema", 1) / max(map(min, times.values())) < ceiling
-    assert sys.platform != "linux" or training.peak(size, "vq-ema", "dvq", cpu) > 10
+    found = training.peaks(
+        size, ["vq-ema"], cpu
+    )  # in processes of their own: this one keeps memory of earlier tests
+    assert sys.platform != "linux" or min(found.values()) > 10
 
 
 @pytest.mark.usefixtures("plain")
