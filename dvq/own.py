@@ -24,8 +24,8 @@ def read(source: str) -> dict[str, Images]:
     out the last tenth, which in a sorted file would be of one kind.
 
     Args:
-        source: the file; in it ``train_images`` and ``test_images``, uint8 (N, 32, 32, 3), and, where there
-            are any, ``train_labels`` and ``test_labels`` (N,), 0 to 255.
+        source: the file; in it ``train_images`` and ``test_images``, uint8 (N, 32, 32, 3), at least
+            ``LEAST`` of each, and, where there are any, ``train_labels`` and ``test_labels`` (N,), 0 to 255.
 
     Raises:
         DvqError: there is no such file, or it holds something else.
