@@ -136,8 +136,8 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int = 100, seed: 
     """
     training = _checked(training, "the training images")
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    _fit_normalization(model, training, generator)
     model.eval()
+    _fit_normalization(model, training, generator)
     if getattr(model.trial, "prior", "") == "trained":
         _fit_prior(model, training, batch_size, generator)
     return model
@@ -160,13 +160,14 @@ def _fit_normalization(model: Model, training: NDArray[np.uint8], generator: tor
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all minibatches
-    model.train()
+        layer.train()  # it alone: the rest stays as in evaluation, in float32
     size = min(model.trial.batch_size, len(training))
     whole = training[: min(len(training) // size, STATISTICS) * size]
     for batch in batches(whole, size, generator.device):
         model.decoder.hidden(model.latents.sample(model.encoder(batch), generator).vectors)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
+        layer.eval()
 
 
 def _fit_prior(

@@ -191,6 +191,15 @@ def test_what_is_told_as_fitted_is_the_fitted_models_elbo(estimator: str) -> Non
     assert abs(found["fitted_bits_per_dim"] - found["bits_per_dim"]) > 1e-4
 
 
+def test_a_model_that_trains_in_bfloat16_is_fitted_in_float32() -> None:
+    found = []
+    for mixed in (False, True):
+        model = tiny("vq-ema", codebook_std=1.0).float()
+        model.mix(mixed)
+        found.append(evaluate(model, images(7), training=images(19)[7:])["fitted_bits_per_dim"])
+    assert found[0] == found[1]
+
+
 def test_a_uniform_prior_is_not_fitted() -> None:
     """It is the trial's, and training does not move it."""
     model = tiny("vq-ema", codebook_std=1.0, normalization="none", prior="uniform")
