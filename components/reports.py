@@ -84,7 +84,7 @@ def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
             with store.working(key) as work:
                 if anew:
                     tracking.forget(work.folder, sweep.name)
-                sent[name] = TrialRun(work.folder, sweep.name).sync()
+                sent[name] = TrialRun(work.folder, sweep.name, name).sync()
         if not (sent[name] or anew):  # the report does not wait for each in turn
             break
     return sent

@@ -139,8 +139,9 @@ def _place(experiment: str) -> str:
 class TrialRun:
     """A trial's run in a sweep's experiment; nothing of it is ever raised into the trial."""
 
-    def __init__(self, folder: Path, experiment: str) -> None:
-        self.folder, self.experiment = folder, experiment
+    def __init__(self, folder: Path, experiment: str, name: str = "") -> None:
+        """``name`` is what the sweep calls the trial; another that computed it may have called it otherwise."""
+        self.folder, self.experiment, self.name = folder, experiment, name
         self.enabled = bool(experiment and os.environ.get("MLFLOW_TRACKING_URI"))
         self._thread = threading.Thread()
         self._not_before = 0.0
@@ -176,6 +177,7 @@ class TrialRun:
                 server = client()
                 from components.runs import Run
 
+                document["name"] = self.name or document["name"]
                 self._run = self._run or Run(server, self.folder, self.experiment, document)
                 if self._run.sync():
                     remember(self.folder, self.experiment)

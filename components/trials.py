@@ -73,12 +73,15 @@ def train(overrides: str, base: str, data: Path, model: Path, experiment: str) -
     at = point(overrides)
     trial = make_trial({**json.loads(base), **at}, where=f"trial '{overrides}'")
     with _working(trial) as work:
-        folder = work.folder
-        if not (folder / "model").exists():
+        folder, name = work.folder, short_name(trial, at)
+        run = TrialRun(folder, experiment, name)
+        if (folder / "model").exists():
+            run.sync()  # by this sweep's name, which the steps behind do not know
+        else:
             try:
                 shorter = None if (folder / "trial.json").exists() else _shorter(trial)
-                begin(folder, trial, short_name(trial, at), shorter)
-                _train_in_child(work, data, TrialRun(folder, experiment))
+                begin(folder, trial, name, shorter)
+                _train_in_child(work, data, run)
             except DvqError as error:
                 work.check()
                 Events(folder).failure(str(error))

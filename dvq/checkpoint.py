@@ -99,7 +99,7 @@ def latest(folder: Path, family: str, say: Callable[[str], None]) -> Checkpoint 
         if about["family"] != family:
             raise DvqError(
                 f"checkpoint {path} is of another configuration ({about['family']}, not {family}); "
-                "compute anew (FRESH=1)"
+                "compute anew (FRESH=1), or give the trial a folder of its own"
             )
         return Checkpoint(step, load(content), about)
     return None

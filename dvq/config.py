@@ -7,6 +7,7 @@ import difflib
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -44,6 +45,7 @@ def estimators() -> dict[str, type[Trial]]:
     classes: Sequence[type[Trial]] = get_args(union) or (union,)
     found: dict[str, type[Trial]] = {}
     for cls in classes:
+        _check(cls)
         name = next(iter(get_args(cls.model_fields["estimator"].annotation)), None)
         if name is None or name in found:
             taken = f", and '{name}' is {found[name].__name__}'s" if name else ""
@@ -53,6 +55,17 @@ def estimators() -> dict[str, type[Trial]]:
             )
         found[name] = cls
     return found
+
+
+def _check(cls: type[Trial]) -> None:
+    """DvqError for a class in the union that is no estimator yet."""
+    if not (isinstance(cls, type) and issubclass(cls, Trial)):
+        raise DvqError(f"{cls.__module__}: {cls.__name__} is no Trial; derive it from a class of dvq.trial")
+    if cls.__abstractmethods__:
+        lacking = " and ".join(sorted(cls.__abstractmethods__))
+        raise DvqError(
+            f"{cls.__module__}: {cls.__name__} has no {lacking}; the methods' docstrings are in dvq.trial"
+        )
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
@@ -70,10 +83,22 @@ def _elsewhere(key: str, cls: type[Trial]) -> str:
 
 def _sentence(error: ValidationError, where: str) -> DvqError:
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"]) or "value"
+    field = ".".join(str(part) for part in first["loc"])
     told = first["msg"].removeprefix("Value error, ")
     message = told[0].lower() + told[1:]
+    if not field:  # of several fields together, which the message names
+        return DvqError(f"{where}: {message}")
     return DvqError(f"{where}: {field} = {first['input']!r}: {message}")
+
+
+def _not_in_the_union(name: str) -> str:
+    """What to do where the estimator's file is written and not named yet; empty where there is none."""
+    file = Path(__file__).parent / "estimators" / f"{name.replace('-', '_')}.py"
+    return (
+        f"; {file.name} is there: name its class in the union in dvq/estimators/__init__.py"
+        if file.exists()
+        else ""
+    )
 
 
 def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
@@ -83,15 +108,15 @@ def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
     if name is None:
         raise DvqError(f"{where}: no estimator is named; known: {', '.join(sorted(known))}")
     if not isinstance(name, str) or name not in known:
-        raise DvqError(f"{where}: unknown estimator '{name}'{_nearest(str(name), list(known))}")
+        hint = _not_in_the_union(str(name)) or _nearest(str(name), list(known))
+        raise DvqError(f"{where}: unknown estimator '{name}'{hint}")
     cls = known[name]
     for key, value in values.items():
         if key not in cls.model_fields:
             raise DvqError(f"{where}: {name} has no '{key}'{_elsewhere(str(key), cls)}")
-        if (
-            isinstance(value, bool) and cls.model_fields[key].annotation is not bool
-        ):  # pydantic takes it for 0 or 1
-            raise DvqError(f"{where}: {key} = {value}: it is not a yes or no")
+        kind = cls.model_fields[key].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):  # pydantic takes it for 0 or 1
+            raise DvqError(f"{where}: {key} = {value}: it takes a number or a word, not yes or no")
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
@@ -99,16 +124,30 @@ def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
 
 
 def overrides(point: Mapping[str, Any]) -> str:
-    """A point as it travels: ``estimator=gs-soft num_codes=512 seed=0``."""
-    return " ".join(
-        f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
-        for key, value in point.items()
-    )
+    """A point as it travels: ``estimator=gs-soft num_codes=512 seed=0``, values as JSON, words without its quotes,
+    and what a shell would take apart in quotes of a shell's."""
+    return shlex.join(f"{key}={_word(value)}" for key, value in point.items())
+
+
+def _word(value: Any) -> str:
+    bare = isinstance(value, str) and _value(value) == value
+    return value if bare else json.dumps(value, default=str)
+
+
+def _value(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
 
 
 def point(text: str) -> Point:
-    """The inverse of :func:`overrides`."""
-    return {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in text.split())}
+    """The inverse of :func:`overrides`; DvqError where the quotes are not closed."""
+    try:
+        items = shlex.split(text)
+    except ValueError as error:
+        raise DvqError(f"trial '{text}': {error}") from None
+    return {key: _value(word) for key, _, word in (item.partition("=") for item in items)}
 
 
 class Sweep(BaseModel):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ class Data:
 
     def training(self, split: Split) -> tuple[Images, Images]:
         """The images (N, 32, 32, 3) and labels (N,) to train on; for ``tune`` without those held out."""
+        _check_split(split)
         end = self.info["train"] - (self.info["tune"] if split == "tune" else 0)
         return self.arrays["train_images"][:end], self.arrays["train_labels"][:end]
 
@@ -56,10 +57,16 @@ class Data:
 
     def evaluation(self, split: Split) -> tuple[Images, Images]:
         """The images and labels to evaluate on: the test set, or for ``tune`` those held out of training."""
+        _check_split(split)
         if split == "test":
             return self.arrays["test_images"], self.arrays["test_labels"]
         start = self.info["train"] - self.info["tune"]
         return self.arrays["train_images"][start:], self.arrays["train_labels"][start:]
+
+
+def _check_split(split: str) -> None:
+    if split not in get_args(Split):
+        raise DvqError(f"there is no split '{split}'; known: {', '.join(get_args(Split))}")
 
 
 def load(folder: Path) -> Data:
@@ -111,6 +118,8 @@ def prepare(name: str, source: str, folder: Path, progress: Progress | None = No
     Raises:
         DvqError: the source is missing, damaged, unreachable or holds other images, or ``folder`` is not writable.
     """
+    fingerprints.of(name)  # DvqError unless images are called so
+    folder = Path(folder)
     if is_prepared(name, folder):
         return
     with _writing(folder), _alone(folder) as work:

@@ -39,7 +39,9 @@ class _Pass:
         images = len(distortion)
         self.distortions.append(distortion)
         self.rates.append(sample.rate.unflatten(1, (images, -1)).sum(2).T)
-        if self.usage is not None and sample.codes is not None:
+        if sample.codes is not None:
+            if self.usage is None:
+                raise DvqError("latent variables that have codes are of a class of dvq.latents.Codebooks")
             self.usage.scatter_add_(1, sample.codes, torch.ones_like(sample.codes))
 
 
@@ -138,7 +140,7 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int = 100, seed: 
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     model.eval()
     _fit_normalization(model, training, generator)
-    if getattr(model.trial, "prior", "") == "trained":
+    if isinstance(getattr(model.latents, "prior_logits", None), nn.Parameter):
         _fit_prior(model, training, batch_size, generator)
     return model
 

@@ -49,11 +49,9 @@ class Events:
 
 
 def read(folder: Path) -> Iterator[dict[str, Any]]:
-    """The events of the trial in ``folder``, oldest first; a line that is still being written is left out."""
-    for path in sorted((folder / "events").glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """The events of the trial in ``folder``, oldest first; a line that is still being written, or damaged, is left
+    out."""
+    return Tail(folder).fresh()
 
 
 class Tail:
@@ -69,7 +67,7 @@ class Tail:
             self._read[path] = read.get(path, 0)
             for line in _lines(path, self._read[path]):
                 self._read[path] += len(line)
-                with contextlib.suppress(ValueError):  # the end of a line, if the file was replaced meanwhile
+                with contextlib.suppress(ValueError):  # damaged, or the file was replaced meanwhile
                     yield json.loads(line)
 
 

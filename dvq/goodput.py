@@ -22,11 +22,15 @@ def read(folder: Path) -> dict[str, Any]:
 def begin(folder: Path, step: int) -> None:
     """Note an attempt that goes on from ``step``; what the events tell of later steps was computed in vain."""
     found = read(folder)
-    points = [event for event in events.read(folder) if event["kind"] == "metrics"]
+    told = list(events.read(folder))
+    points = [event for event in told if event["kind"] == "metrics"]
     lost = [event for event in points if event["step"] > step]
     if lost:
         kept = [event["time"] for event in points if event["step"] <= step]
+        began = [
+            event["time"] for event in told if event.get("state") == "training"
+        ]  # not while it lay still
         found["steps_lost"] += lost[-1]["step"] - step
-        found["seconds_lost"] += lost[-1]["time"] - (kept[-1] if kept else lost[0]["time"])
+        found["seconds_lost"] += max(0.0, lost[-1]["time"] - max([*kept, *began], default=lost[0]["time"]))
     found["attempts"] += 1
     disk.replace(folder / "goodput.json", json.dumps(found))

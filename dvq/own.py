@@ -99,8 +99,8 @@ def _half(half: str, found: dict[str, npt.NDArray[Any]], source: str) -> dict[st
         raise DvqError(f"DATA={source}: there is no {half}_images in it; give {WANTED}")
     if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) < LEAST[half]:
         raise DvqError(
-            f"DATA={source}: {half}_images is {images.dtype} {images.shape}; give at least {LEAST[half]}, "
-            "as uint8 (N, 32, 32, 3), values from 0 to 255"
+            f"DATA={source}: {half}_images is {images.dtype} {images.shape}; give uint8 (N, 32, 32, 3), images of "
+            f"32×32 in colour, values from 0 to 255, at least {LEAST[half]} of them"
         )
     labels = found.get(f"{half}_labels", np.zeros(len(images), np.uint8))
     fits = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"

@@ -34,6 +34,9 @@ def probe(model: "Model", images: Tensor, draws: int, generator: Generator, step
     under the noise, about √(variance / draws). NVIL's g is the ELBO's by 1 / max(1, σ), so that its bias tends to 1
     where σ, the deviation of its signal, is large; its direction has none.
 
+    Batch normalization is as in evaluation here, so that images do not depend on each other: of the bias that it
+    gives score functions in training nothing is seen.
+
     Args:
         model: one with a categorical posterior.
         images: (B, 32, 32, 3) uint8.

@@ -32,6 +32,7 @@ ESTIMATORS = {
     "gaussian": ("Gaussian VAE", "#000000", "X"),
 }
 OTHERS = ("#999933", "#332288", "#aa4499", "#661100")
+MARKERS = ("*", "<", ">", "h")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 MOST_GROUPS = len(DASHES)
@@ -57,8 +58,8 @@ look = rc_context(
 
 def style(estimator: str) -> tuple[str, str, str]:
     """(label, colour, marker) of an estimator, the same in every figure."""
-    other = OTHERS[zlib.crc32(estimator.encode()) % len(OTHERS)]
-    return ESTIMATORS.get(estimator, (estimator, other, "o"))
+    at, colour = divmod(zlib.crc32(estimator.encode()) % (len(OTHERS) * len(MARKERS)), len(OTHERS))
+    return ESTIMATORS.get(estimator, (estimator, OTHERS[colour], MARKERS[at]))
 
 
 def partial(trial: Mapping[str, Any]) -> bool:

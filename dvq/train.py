@@ -30,7 +30,7 @@ from dvq.model import BITS_PER_DIM, Model
 from dvq.probe import probe
 from dvq.provenance import provenance
 from dvq.saved import save
-from dvq.trainer import Trainer, noise
+from dvq.trainer import Trainer, noise_seed
 from dvq.trial import Trial
 
 SHOWN = 16  # images in a picture of reconstructions
@@ -232,7 +232,7 @@ def _probe(trainer: Trainer, events: Events, step: int) -> None:
     """Bias and variance of the gradient on the minibatch of ``step``, where the trial asks for it."""
     draws = getattr(trainer.trial, "probe_draws", 0)
     if draws:
-        generator = noise(trainer.trial.seed + 1, step, trainer.device)
+        generator = torch.Generator(trainer.device).manual_seed(noise_seed(trainer.trial.seed, step, 1))
         events.metrics(step + 1, probe(trainer.model, trainer.minibatch(step), draws, generator, step))
 
 
@@ -260,7 +260,9 @@ def failure_reason(error: Exception) -> str:
         return f"out of memory: {told}; use a smaller batch_size, num_codes or features, or a larger machine"
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)]
-    place = f" ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
+    estimators = [frame for frame in ours if Path(frame.filename).parent.name == "estimators"]
+    at = (estimators or ours)[-1:]  # of an estimator its own line, though what fell over it lies deeper
+    place = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in at)
     return f"{type(error).__name__}: {first}{place}"
 
 

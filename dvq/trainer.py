@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dvq import DvqError
 from dvq.codes import kmeans
 from dvq.model import POSITIONS, Model
 from dvq.recorded import Recorded
-from dvq.trial import Discrete, Trial
+from dvq.trial import Discrete, Loss, Trial
 
 
 @functools.lru_cache(maxsize=2)
@@ -35,14 +36,35 @@ def minibatch(step: int, batch_size: int, images: int, seed: int) -> NDArray[np.
     return np.concatenate(parts)
 
 
-def noise_seed(seed: int, step: int) -> int:
-    """Likewise the seed of a step's random numbers: a function of the step alone."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+def noise_seed(seed: int, step: int, *stream: int) -> int:
+    """Likewise the seed of a step's random numbers, or of another ``stream`` of them: a function of these alone."""
+    return int(np.random.SeedSequence([seed, step, *stream]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def noise(seed: int, step: int, device: torch.device) -> torch.Generator:
     """The random numbers of a step."""
     return torch.Generator(device).manual_seed(noise_seed(seed, step))
+
+
+def checked(loss: object, estimator: str) -> Loss:
+    """What an estimator's ``loss`` returned; DvqError unless it is three scalars, the first to be differentiated."""
+    if not isinstance(loss, Loss):
+        raise DvqError(
+            f"{estimator}: its loss returned a {type(loss).__name__}; return Loss(surrogate, distortion, rate), "
+            "of dvq.trial"
+        )
+    for name, term in zip(Loss._fields, loss, strict=True):
+        if not isinstance(term, Tensor) or term.ndim:
+            found = f"{tuple(term.shape)} tensor" if isinstance(term, Tensor) else type(term).__name__
+            raise DvqError(
+                f"{estimator}: its loss returned a {found} as the {name}; return a tensor without dimensions "
+                "[nats an image]"
+            )
+    if not loss.surrogate.requires_grad:
+        raise DvqError(
+            f"{estimator}: its loss returned a surrogate that hangs on no parameter; do not detach it"
+        )
+    return loss
 
 
 class Trainer:
@@ -83,7 +105,7 @@ class Trainer:
 
     def advance(self, images: Tensor, generator: torch.Generator, step: int | Tensor) -> Tensor:
         """Train on ``images``."""
-        loss = self.trial.loss(self.model, images, generator, step)
+        loss = checked(self.trial.loss(self.model, images, generator, step), self.trial.estimator)
         loss.surrogate.backward()
         rate = self.trial.learning_rate_at(step)
         if isinstance(rate, Tensor) and rate.is_cuda:
@@ -91,7 +113,7 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return torch.stack([loss.surrogate.detach(), loss.distortion, loss.rate])
+        return torch.stack(loss).detach()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that the next steps depend on, by name."""

@@ -26,8 +26,9 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
         say(console, f"\n{sweep.name} on {data}")
         say(
             console,
-            f"split {split}; bits/dim = distortion + rate, ± the standard error over images; fitted: with batch\n"
-            "normalization and prior fitted to the training images, which training follows late",
+            f"split {split}; bits/dim = distortion + rate, ± the standard error over images;\n"
+            "fitted: with batch normalization and prior fitted to the training images,\n"
+            "which training follows late",
         )
         if not console.is_terminal:  # in a file no name is broken
             console.width = max(map(len, trials)) + 80

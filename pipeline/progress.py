@@ -23,8 +23,8 @@ LOOK = 0.5
 """Seconds between two looks at the events."""
 MARGIN = 3
 """Columns that the live table leaves free: the terminal's own ^C there would break a line and spoil the drawing."""
-NUMBERS = 58
-"""Columns of the live table beside the names, where a trial has 100,000 steps."""
+NUMBERS = 45
+"""Columns of the live table beside the names and the steps."""
 
 
 @dataclass
@@ -151,9 +151,10 @@ def table(rows: list[Row], note: str, jobs: int, elapsed: float, height: int, wi
     for title in ("step", "images/s", "bits/dim", "time left"):
         made.add_column(title, justify="right", no_wrap=True)
     shown = rows if len(rows) <= height else sorted(rows, key=_urgency)[: height - 1]
-    now = time.time()
+    now, longest = time.time(), max((len(f"{row.trial.steps}/{row.trial.steps}") for row in rows), default=0)
     for row in shown:
-        cells = (Text(cell, no_wrap=True, overflow="ellipsis") for cell in _cells(row, now, width - NUMBERS))
+        told = _cells(row, now, width - NUMBERS - longest)
+        cells = (Text(cell, no_wrap=True, overflow="ellipsis") for cell in told)
         made.add_row(*cells, style=STYLES.get(row.state, ""))
     if len(shown) < len(rows):
         made.add_row(f"… {len(rows) - len(shown)} more", style="dim")

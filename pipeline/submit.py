@@ -29,6 +29,7 @@ from pipeline.watch import Job, remove, rows, watch
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ERROR = re.compile(r"[\w.]*(Error|Exception): ")
+SUMMARY = re.compile(r"\d+ of \d+ trials failed: ")  # the report's own end: it repeats the reasons
 DOWNLOAD = re.compile(r"downloading: .*")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -189,6 +190,8 @@ def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
     if DID_NOT_START in failures.values():
         errors = [line for line in lines if ERROR.match(line)]
         sentences = [line.partition(": ")[2] for line in errors if line.startswith("dvq.DvqError: ")]
+        sentences = [line for line in sentences if not SUMMARY.match(line)]
+        errors = [line for line in errors if not SUMMARY.match(line.partition(": ")[2])]
         return [*sentences, *errors, f"the pipeline ended with exit status {code}"][:1]
     if code != 0 and not failures:
         return ["the pipeline failed after the trials; the end of its log:", *lines[-15:]]

@@ -41,11 +41,11 @@ class VQEMA(Discrete):
 
         return Nearest(self, self.ema_decay, trained=False)
 
-    def codebook_loss(self, v: "Tensor", latents: "Nearest", codes: "Tensor") -> "Tensor | float":  # noqa: ARG002
+    def codebook_loss(self, v: "Tensor", latents: "Nearest", codes: "Tensor") -> "Tensor | float":
         """A term of the surrogate that trains the codebooks; here an average trains them."""
         return 0.0
 
-    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:  # noqa: ARG002
+    def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:
         latents: Nearest = model.latents
         v = model.encoder(images)  # (K, N, D)
         codes = latents.codes(v.detach())

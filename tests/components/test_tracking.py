@@ -129,6 +129,13 @@ def test_a_finished_trials_numbers_are_on_its_run_and_its_model(
     assert f'dvq.load("models:/{output.model_id}")' in said
 
 
+def test_a_trial_that_another_sweep_computed_has_this_sweeps_name(tmp_path: Path) -> None:
+    folder, diary = folder_with(tmp_path, 1)
+    finish(folder, diary)
+    tracking.TrialRun(folder, "sweep", "its-name-here").sync()
+    assert [run.info.run_name for run in runs()] == ["its-name-here"]
+
+
 def test_a_model_has_its_trials_name_as_far_as_mlflow_allows(tmp_path: Path) -> None:
     folder, diary = folder_with(tmp_path, 1)
     name = "gs-soft-c4-k8-s0-temperature-0.1"

@@ -264,3 +264,11 @@ def test_a_line_that_is_still_being_written_is_no_event(tmp_path: Path) -> None:
     assert [event["kind"] for event in events.read(tmp_path)] == ["state"]
     assert events.read(tmp_path).__next__()["pid"] == os.getpid()
     assert state(tmp_path).name == "interrupted"
+
+
+def test_a_damaged_line_costs_its_event_alone(tmp_path: Path) -> None:
+    """What a power cut leaves: without this neither could the trial be told of, nor would it go on."""
+    events.Events(tmp_path).state("training")
+    (tmp_path / "events" / "000001.jsonl").write_bytes(b"\0" * 20 + b"\n")
+    events.Events(tmp_path).failure("for a reason")
+    assert state(tmp_path).reason == "for a reason"

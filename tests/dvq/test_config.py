@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import BaseModel, Field, model_validator
 
 import dvq
 from dvq import DvqError, config
 from dvq.config import Sweep, load_sweep, overrides, point, trial
 from dvq.estimators.gs_soft import GSSoft
 from dvq.fingerprints import FINGERPRINTS
+from dvq.trial import Discrete
 
 GS = {"estimator": "gs-soft"}
 
@@ -29,7 +30,7 @@ GS = {"estimator": "gs-soft"}
             {"estimator": "gaussian", "num_codes": 8},
             "gaussian has no 'num_codes', which is a field of gs-soft",
         ),
-        ({**GS, "steps": True}, "steps = True: it is not a yes or no"),
+        ({**GS, "steps": True}, "steps = True: it takes a number or a word, not yes or no"),
         ({**GS, "num_codes": 1}, "num_codes = 1: input should be greater than or equal to 2"),
         ({**GS, "steps": -5}, "steps = -5"),
         ({**GS, "probe_draws": 1}, "probe_draws = 1: one draw has no variance"),
@@ -117,11 +118,23 @@ def test_a_sweep_is_its_grid_and_what_it_includes_for_every_seed() -> None:
     [
         {"estimator": "gs-soft", "num_codes": 512},
         {"temperature": 1e-05, "final_temperature": None, "learning_rate": 0.5},
+        {"levels": [8, 6, 5], "words": ["a b", "it's"], "named": {"x": "y z"}, "on": True},
+        {"a": "8", "b": "yes", "c": "null", "d": "", "e": "NaN", "f": "8, 6, 5", "g": 'a "b" c=d'},
     ],
 )
 def test_a_point_travels_as_text(at: dict[str, Any]) -> None:
-    arrived = point(overrides(at))
-    assert trial({**GS, **arrived}) == trial({**GS, **at})
+    assert point(overrides(at)) == at
+
+
+def test_a_point_as_people_write_it() -> None:
+    assert overrides({"estimator": "gs-soft", "seed": 0}) == "estimator=gs-soft seed=0"
+    assert point("estimator=gs-soft temperature=.5 seed=0") == {
+        "estimator": "gs-soft",
+        "temperature": ".5",
+        "seed": 0,
+    }
+    with pytest.raises(DvqError, match="No closing quotation"):
+        point("estimator='gs-soft seed=0")
 
 
 def test_the_key_hangs_on_what_decides_the_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +175,13 @@ class Nameless(GSSoft):
 class Yes(GSSoft):
     estimator: Literal["yes"] = "yes"  # type: ignore[assignment]
     halve: bool = False
+    twice: bool | None = None
+
+    @model_validator(mode="after")
+    def _not_both(self) -> "Yes":
+        if self.halve and self.twice:
+            raise ValueError("halve and twice are both set; set one")
+        return self
 
 
 def test_an_estimator_without_a_name_of_its_own_takes_no_others_place(
@@ -177,3 +197,39 @@ def test_an_estimator_without_a_name_of_its_own_takes_no_others_place(
 def test_a_field_of_an_estimator_can_be_a_yes_or_no(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "Estimator", Annotated[GSSoft | Yes, Field(discriminator="estimator")])
     assert trial({"estimator": "yes", "halve": True}).changed() == {"halve": True}
+    assert trial({"estimator": "yes", "twice": True}).changed() == {"twice": True}
+
+
+def test_what_fields_are_not_together_is_told_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "Estimator", Annotated[GSSoft | Yes, Field(discriminator="estimator")])
+    with pytest.raises(DvqError, match=r"^here: halve and twice are both set; set one$"):
+        trial({"estimator": "yes", "halve": True, "twice": True}, where="here")
+
+
+class Lossless(Discrete):
+    estimator: Literal["lossless"] = "lossless"
+
+
+@pytest.mark.parametrize(
+    ("cls", "says"),
+    [
+        (Lossless, "Lossless has no latents and loss; the methods' docstrings are in dvq.trial"),
+        (BaseModel, "BaseModel is no Trial; derive it from a class of dvq.trial"),
+    ],
+)
+def test_what_is_no_estimator_yet_is_one_sentence(
+    cls: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "Estimator", Annotated[GSSoft | cls, Field()])
+    with pytest.raises(DvqError, match=says):
+        trial(GS)
+
+
+def test_an_estimator_that_is_written_and_not_named_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "estimators").mkdir()
+    (tmp_path / "estimators" / "my_own.py").touch()
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "config.py"))
+    with pytest.raises(DvqError, match=r"unknown estimator 'my-own'; my_own.py is there: name its class in"):
+        trial({"estimator": "my-own"})

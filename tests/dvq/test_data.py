@@ -257,3 +257,16 @@ def test_a_killed_process_leaves_nothing_half_written(server, official, folder):
 def test_importing_the_module_brings_no_torch():
     code = "import sys, dvq.data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_split_that_is_none_is_one_sentence(prepared):
+    for images in (data.load(prepared).training, data.load(prepared).evaluation):
+        with pytest.raises(DvqError, match="there is no split 'train'; known: test, tune"):
+            images("train")
+
+
+def test_names_that_are_none_and_folders_as_text(tmp_path):
+    with pytest.raises(DvqError, match="images 'cifar100': known are cifar10, cifar10-sample; for images of"):
+        data.prepare("cifar100", "", tmp_path)
+    data.prepare("cifar10-sample", "", str(tmp_path / "images"))
+    assert data.is_prepared("cifar10-sample", tmp_path / "images")

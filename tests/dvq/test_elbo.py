@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,22 @@ def test_a_model_that_trains_in_bfloat16_is_fitted_in_float32() -> None:
         model.mix(mixed)
         found.append(evaluate(model, images(7), training=images(19)[7:])["fitted_bits_per_dim"])
     assert found[0] == found[1]
+
+
+def test_a_trained_prior_is_fitted_whatever_chose_it() -> None:
+    """An estimator of one's own need have no field for it."""
+    model = tiny("vq-ema", codebook_std=1.0, normalization="none")
+    before = evaluate(model, images(7), training=images(19)[7:])["fitted_bits_per_dim"]
+    model.trial = SimpleNamespace(batch_size=4)  # type: ignore[assignment]
+    assert evaluate(model, images(7), training=images(19)[7:])["fitted_bits_per_dim"] == before
+
+
+def test_latents_with_codes_and_no_codebooks_are_refused() -> None:
+    model, codebooks = tiny("vq-ema", codebook_std=1.0), tiny("vq-ema", codebook_std=1.0).latents
+    model.latents = torch.nn.Module()
+    model.latents.sample = codebooks.sample  # type: ignore[assignment]
+    with pytest.raises(DvqError, match="latent variables that have codes are of a class of dvq"):
+        evaluate(model, images(2))
 
 
 def test_a_uniform_prior_is_not_fitted() -> None:

@@ -95,8 +95,8 @@ def test_a_sweep_with_another_name_says_how_to_get_one(wrong):
             {"train_images": images(20) / 255, "test_images": images(2)},
             r"train_images is float64 \(20, 32, 32, 3\)",
         ),
-        ({"train_images": images(19), "test_images": images(2)}, "give at least 20"),
-        ({"train_images": images(20), "test_images": images(1)}, "give at least 2, as uint8"),
+        ({"train_images": images(19), "test_images": images(2)}, "at least 20 of them"),
+        ({"train_images": images(20), "test_images": images(1)}, "at least 2 of them"),
         (
             {"train_images": images(20), "test_images": images(2)[:, :28]},
             r"test_images is uint8 \(2, 28, 32, 3\)",

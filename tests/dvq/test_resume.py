@@ -245,6 +245,21 @@ def test_lost_work_is_counted(tmp_path: Path, prepared: Path) -> None:
     assert found["seconds_lost"] > 0
 
 
+def test_time_between_attempts_is_not_lost_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(events.time, "time", lambda: clock[0])
+    first = events.Events(tmp_path)
+    first.state("training")
+    first.metrics(10, {"train/rate": 1.0})
+    clock[0] = 30_000.0  # hours later it goes on, and is killed at step 14
+    second = events.Events(tmp_path)
+    second.state("training")
+    clock[0] = 30_030.0
+    second.metrics(14, {"train/rate": 1.0})
+    goodput.begin(tmp_path, 10)
+    assert goodput.read(tmp_path) == {"attempts": 1, "steps_lost": 4, "seconds_lost": 30.0}
+
+
 def test_events_that_a_power_cut_took_are_not_made_up(tmp_path: Path) -> None:
     """Nothing can bring them back; what is appended later must be read all the same."""
     diary = events.Events(tmp_path)

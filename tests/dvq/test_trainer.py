@@ -1,15 +1,18 @@
 """A step of training: which images it sees, in which noise, and that it leaves nothing behind."""
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dvq import DvqError
 from dvq.config import trial
 from dvq.estimators.gs_soft import GSSoft
 from dvq.train import failure_reason
-from dvq.trainer import Trainer, minibatch, noise_seed
+from dvq.trainer import Trainer, checked, minibatch, noise_seed
+from dvq.trial import Loss
 
 IMAGES = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
 
@@ -59,6 +62,39 @@ def test_the_learning_rate_falls_by_half_every_half_life_and_is_the_optimizers()
         trainer.step(8)
         moved.append(trainer.model.encoder.body[0].weight.detach() - before)
     torch.testing.assert_close(moved[0], 4 * moved[1])
+
+
+SCALAR = torch.zeros((), requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (
+            (SCALAR, SCALAR, SCALAR),
+            "mine: its loss returned a tuple; return Loss",
+        ),
+        (None, "mine: its loss returned a NoneType; return Loss"),
+        (Loss(SCALAR, 0.5, SCALAR), "mine: its loss returned a float as the distortion; return a tensor"),  # type: ignore[arg-type]
+        (Loss(SCALAR, SCALAR, torch.zeros(3, 1)), r"mine: its loss returned a \(3, 1\) tensor as the rate"),
+        (Loss(SCALAR.detach(), SCALAR, SCALAR), "mine: its loss returned a surrogate that hangs on no"),
+    ],
+)
+def test_a_loss_that_is_none_is_one_sentence(found: Any, says: str) -> None:
+    with pytest.raises(DvqError, match=says):
+        checked(found, "mine")
+
+
+def test_what_an_estimator_gave_to_the_model_is_told_with_the_estimators_line() -> None:
+    """Though what fell over it lies deeper."""
+    one = trial(
+        {"estimator": "vq-ema", "data": "cifar10-sample", "num_latents": 2, "code_dim": 3, "features": 4}
+    )
+    trainer = Trainer(one, IMAGES, torch.device("cpu"), torch.float32)
+    trainer.model.latents.codes = lambda v: v  # type: ignore[method-assign,assignment]
+    with pytest.raises(RuntimeError) as caught:
+        trainer.step(0)
+    assert re.search(r"\(vq_ema.py, line \d+\)$", failure_reason(caught.value))
 
 
 def test_what_an_estimator_got_wrong_is_told_with_its_line() -> None:

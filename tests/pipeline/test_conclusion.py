@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 
 from components import tracking
-from components.store import Store, begin
+from components.store import DID_NOT_START, Store, begin
 from dvq import checkpoint, events
 from dvq.config import Sweep
 from dvq.trial import Trial, values
 from pipeline import conclusion
-from pipeline.submit import conclude
+from pipeline.submit import _because, conclude
 from pipeline.watch import Job, remove
 
 SWEEP = Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft", "vq-ema", "vimco"]})
@@ -112,3 +112,12 @@ def test_fresh_trials_go_on_from_no_shorter_ones(tmp_path: Path, capsys: pytest.
     assert store.reached(trials[name]) == 0
     assert store.shorter(trials[name])  # which is left, and left alone
     assert store.has(trials[name].key(), "trial.json")
+
+
+def test_why_nothing_started_is_not_the_reports_repetition(tmp_path: Path) -> None:
+    log = tmp_path / "kfp.log"
+    log.write_text(
+        "yaml.parser.ParserError: expected ',' or ']'\n"
+        "dvq.DvqError: 1 of 2 trials failed: a: it did not start\n"
+    )
+    assert _because(1, {"a": DID_NOT_START}, log) == ["yaml.parser.ParserError: expected ',' or ']'"]
