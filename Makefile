@@ -48,7 +48,7 @@ replay: $(READY) ## bring MLflow up to date with a sweep, from the store
 stack-up: $(SERVICES) ## MLflow's server, PostgreSQL and S3 as services of this machine, which sweeps then use
 	@$(PYTHON) -m pipeline.stack up
 
-stack-down: $(READY) ## end them; what they keep stays
+stack-down: $(SERVICES) ## end them; what they keep stays
 	@$(PYTHON) -m pipeline.stack down
 
 ui: $(READY) ## MLflow's pages on the sweeps: their address, served at PORT=5000 unless a server tracks them
@@ -86,7 +86,8 @@ release-components: $(READY) ## record what the components take and give, at a r
 	@$(PYTHON) -m pipeline.compile --release
 
 findings: $(READY) ## the paper's findings in miniature: 36 small trials with seeds and error bars
-	@$(PYTHON) -m pipeline.submit findings --jobs "$(JOBS)" && $(PYTHON) -m pipeline.findings
+	@$(PYTHON) -m pipeline.submit findings --jobs "$(JOBS)" $(if $(filter-out 0,$(FRESH)),--fresh) && \
+	  $(PYTHON) -m pipeline.findings
 
 bench: $(SERVICES) ## speed against plain versions: training (ARGS="--full", or "--device cuda"), S3, tracking, the image
 	@$(PYTHON) tests/bench/training.py $(ARGS)

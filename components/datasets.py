@@ -35,8 +35,10 @@ def _make(name: str, source: str, folder: Path) -> None:
     with locked(lock, lambda: None):  # one process fetches it, and the others wait
         if not data.is_prepared(name, folder):
             bucket.download(key, archive, size, etag=etag, progress=progress)
-            data.prepare(name, str(archive), folder)
-            archive.unlink()
+            try:
+                data.prepare(name, str(archive), folder)
+            finally:
+                archive.unlink()
 
 
 def check(source: str) -> None:

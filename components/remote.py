@@ -57,7 +57,8 @@ class RemoteStore(Store):
         asked = set(keys)
         families = {key.rpartition("-")[0] for key in asked}
         wanted = [key for key in self._listed if key.rpartition("-")[0] in families]
-        self._manifests = dict(zip(wanted, self.bucket.each(self._manifest, wanted), strict=True))
+        kept = {key: one for key, one in self._manifests.items() if key in self._listed}  # of earlier looks
+        self._manifests = kept | dict(zip(wanted, self.bucket.each(self._manifest, wanted), strict=True))
         if names:
             having = [key for key in sorted(asked) if any(self.has(key, name) for name in names)]
             self.bucket.each(lambda key: self._bring(key, names.__contains__), having)

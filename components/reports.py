@@ -55,7 +55,7 @@ def gather(sweep: Sweep, store: Store) -> "tuple[list[dict[str, Any]], dict[str,
     analyses = {
         name: Analysis.load(store.trial(key) / "analysis.npz")
         for name, key in keys.items()
-        if store.has(key, "analysis.npz")
+        if (store.trial(key) / "analysis.npz").exists()
     }
     return results, analyses, failures
 
@@ -67,8 +67,8 @@ def _pictures(results: list[dict[str, Any]], store: Store) -> "dict[str, Picture
 
     keys = {group.results[0]["name"]: group.results[0]["key"] for group in shown(results)}
     store.look(keys.values(), "pictures.npz")
-    having = {name: key for name, key in keys.items() if store.has(key, "pictures.npz")}
-    return {name: Pictures.load(store.trial(key) / "pictures.npz") for name, key in having.items()}
+    paths = {name: store.trial(key) / "pictures.npz" for name, key in keys.items()}
+    return {name: Pictures.load(path) for name, path in paths.items() if path.exists()}
 
 
 def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:

@@ -100,7 +100,7 @@ class Store:
             raise DvqError(f"trial {key} is being computed by another process; stop that first")
 
         with locked(self._lock(key), refuse):
-            shutil.rmtree(self.trial(key), ignore_errors=True)
+            _clear(self.trial(key))
 
     def _lock(self, key: str) -> Path:
         return self.root / "trials" / f".{key}.lock"
@@ -221,7 +221,7 @@ def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) ->
                 "compute anew (FRESH=1), or use the version that wrote it"
             )
         return
-    shutil.rmtree(folder, ignore_errors=True)
+    _clear(folder)
     folder.mkdir(parents=True)
     if shorter:
         _copy(shorter, folder)
@@ -245,10 +245,26 @@ def _copy(shorter: Path, folder: Path) -> None:
         if (shorter / part).exists():
             try:
                 shutil.copytree(shorter / part, folder / part, ignore=shutil.ignore_patterns(".partial-*"))
-            except shutil.Error:
-                raise DvqError(
-                    f"{shorter} changed while it was copied, for it is in training; the same command tries again"
-                ) from None
+            except shutil.Error as error:
+                raise DvqError(_because(shorter, [str(why) for *_, why in error.args[0]])) from None
+
+
+def _because(shorter: Path, reasons: list[str]) -> str:
+    """Why a shorter trial's files could not be copied."""
+    others = [why for why in reasons if "No such file" not in why]
+    if others:
+        return f"{shorter} cannot be copied, to go on from it ({others[0]})"
+    return f"{shorter} changed while it was copied, for it is in training; the same command tries again"
+
+
+def _clear(folder: Path) -> None:
+    """Remove a trial's folder, if it is there."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise DvqError(f"{error.filename or folder} cannot be removed ({error.strerror})") from None
 
 
 def _forget_end(folder: Path) -> None:

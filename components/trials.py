@@ -179,14 +179,17 @@ def evaluate(data: Path, model: Path, evaluation: Path) -> dict[str, Any]:
             from dvq import device
             from dvq import load as load_model
             from dvq.evaluate import evaluate as judge
+            from dvq.provenance import provenance
 
             device.keep_memory()
             with _step(work.folder, "evaluating"):
-                prepared, judged = load(data), load_model(model).to(device.pick())
+                place = device.pick()
+                prepared, judged = load(data), load_model(model).to(place)
                 prepared.check(trial)
                 images, seen = prepared.evaluation(trial.split)[0], prepared.training(trial.split)[0]
                 found = judge(judged, images, bound_samples=trial.bound_samples, training=seen)
-                result = {"split": trial.split, **found}
+                made_by = provenance(str(place))  # it may be another than trained it
+                result = {"split": trial.split, **found, "provenance": made_by}
                 write_json(work.folder / "evaluation.json", result)
     evaluation.parent.mkdir(parents=True, exist_ok=True)
     write_json(evaluation, result or {})

@@ -9,7 +9,7 @@ from typing import IO
 
 import torch
 
-from dvq import DvqError
+from dvq import DvqError, disk
 
 _held: list[IO[str]] = []
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # in malloc.h
@@ -35,17 +35,16 @@ def pick() -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32 proper
-    # not TMPDIR, which each launch has of its own, nor a container's own /tmp: those name a folder that they share
-    device = torch.device("cuda", take(count, Path(os.environ.get("DVQ_LOCKS", "/tmp"))))
+    device = torch.device("cuda", take(count, disk.locks()))
     torch.cuda.set_device(device)
     return device
 
 
 def take(count: int, folder: Path) -> int:
-    """One of ``count`` GPUs, by the locks in ``folder``: the first that the fewest hold."""
+    """Lock one of ``count`` GPUs, by files in ``folder``: the first of those that the fewest processes hold."""
     for share in itertools.count():
         for gpu in range(count):
-            file = (folder / f"dvq-{os.getuid()}-gpu{gpu}-{share}.lock").open("w")
+            file = (folder / f"gpu{gpu}-{share}.lock").open("w")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

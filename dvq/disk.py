@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from dvq import DvqError
+
 
 def sync(path: Path) -> None:
     """Wait until the file or folder is on the disk."""
@@ -19,3 +21,13 @@ def replace(path: Path, text: str) -> None:
     partial.write_text(text, encoding="utf-8")
     sync(partial)
     partial.replace(path)
+
+
+def locks() -> Path:
+    """The folder of this user's locks on GPUs, one for all launches on a machine: not TMPDIR, which each has of its
+    own, nor a container's /tmp. ``DVQ_LOCKS`` names another."""
+    folder = Path(os.environ.get("DVQ_LOCKS") or f"/tmp/dvq-{os.getuid()}")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():  # /tmp is everybody's
+        raise DvqError(f"{folder} is another user's; name a folder for the locks on GPUs with DVQ_LOCKS")
+    return folder

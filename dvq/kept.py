@@ -19,6 +19,8 @@ Result = dict[str, Any]
 CODEBOOKS = ("explained", "explained_weighted", "projections", "norms")
 DRAWN = {"num_codes": 64, "num_latents": 16}
 """the trials whose codebooks are kept too: those of Figures 1(b) and 2"""
+LONGEST = 200
+"""characters of a name; a file's name may have 255"""
 TAKEN = ("estimator", "num_codes", "num_latents", "data", "split", "steps")
 """fields that stand elsewhere in a row"""
 
@@ -51,7 +53,8 @@ def write(result: Mapping[str, Any], analysis: Analysis | None, sweep: str, fold
 def name(one: Trial, *but: str) -> str:
     """``gs-soft-c512-k16-s0`` and what differs from the defaults, of what decides numbers, ``but`` some fields."""
     changed = {field: value for field, value in one.changed().items() if field not in ("data", *but)}
-    return short_name(one, changed).replace(".", "-")
+    told = short_name(one, changed).replace(".", "-")
+    return told if len(told) <= LONGEST else f"{told[:LONGEST]}-{one.family()}"
 
 
 def _rounded(numbers: Any) -> Any:
@@ -199,6 +202,7 @@ def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str
         "minutes": f"{result['training']['seconds'] / 60:.1f}",
         "device": provenance["device"],
         "code": provenance["commit"],
+        "evaluated by": judged.get("provenance", {}).get("commit", "not recorded"),
         "file": f"[json]({place}{result['name']}.json)",
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def provenance(device: str, threads: int) -> dict[str, Any]:
+def provenance(device: str) -> dict[str, Any]:
     """What decides the numbers beside the configuration: code, library, kernels, machine."""
     import torch
 
@@ -21,14 +21,21 @@ def provenance(device: str, threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": f"{device} ({name})",
-        "threads": threads,
+        "threads": torch.get_num_threads(),
     }
 
 
 def commit() -> str:
-    """The code's version, as git describes it; "unknown" where there is no git or no repository."""
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The code's version, as git describes it; "unknown" where there is no git, or no repository of this code."""
+    ours = (
+        "ls-files",
+        "--error-unmatch",
+        Path(__file__).name,
+    )  # an environment may lie in another repository
     try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        for ask in (ours, ("describe", "--always", "--dirty", "--abbrev=12")):
+            command = ["git", "-C", str(Path(__file__).parent), *ask]
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return told

@@ -69,7 +69,7 @@ class Training:
         keep_memory()
         self.trial, self.folder = trial, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.provenance = provenance(device, threads)  # when training ends, git may be at another version
+        self.provenance = provenance(device)  # when training ends, git may be at another version
         found = checkpoint.latest(folder, trial.family(), lambda told: print(told, flush=True))
         goodput.begin(folder, found.step if found else 0)
         diary.truncate(folder, found.about["events"] if found else {})
@@ -84,6 +84,7 @@ class Training:
         if found:
             self._go_on(found)
         self.events_before = diary.sizes(folder)
+        self.saved = self.done if found else None
         self.saved_at = self.since = time.perf_counter()
 
     def _go_on(self, found: checkpoint.Checkpoint) -> None:
@@ -133,6 +134,8 @@ class Training:
         return last or old or self.done % self.trial.checkpoint_every == 0
 
     def _checkpoint(self) -> None:
+        if self.saved == self.done:  # stopped right after one was due
+            return
         tensors = self.trainer.state()
         if self.terms:
             tensors["terms"] = torch.stack(self.terms).cpu()
@@ -146,6 +149,7 @@ class Training:
         }
         self.events.sync()  # the checkpoint counts on them
         checkpoint.write(self.folder, self.done, tensors, about)
+        self.saved = self.done
         self.saved_at = self.since = time.perf_counter()
 
     def _clock(self) -> None:

@@ -41,7 +41,7 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
         if lost:
             say(console, lost)
     if sweep.champion and os.environ.get("MLFLOW_TRACKING_URI") and (first := best(finished)):
-        say(console, f"champion: models:/{sweep.champion}@champion is {first['name']}")
+        say(console, f"best, for models:/{sweep.champion}@champion: {first['name']}")
     if failures:
         came = "are not computed" if set(failures.values()) == {DID_NOT_START} else "failed"
         say(

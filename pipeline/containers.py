@@ -21,7 +21,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 from docker.types import DeviceRequest, Mount
 
-from dvq import DvqError
+from dvq import DvqError, disk
 from pipeline.profile import Profile, size
 
 LABEL = "dvq.launch"
@@ -89,11 +89,11 @@ def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
     passed = {name: value for name, value in os.environ.items() if PASSED.fullmatch(name)}
     # All of them, over which dvq.device spreads the trials: a count of n is the first n for every container.
     gpus = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if profile.gpu else []
-    shared = str(folder / "work/tmp")
-    on_gpus = {"DVQ_DEVICE": "cuda", "DVQ_LOCKS": shared} if gpus else {}  # and none falls back on a CPU
+    locks = disk.locks() if gpus else None
+    on_gpus = {"DVQ_DEVICE": "cuda", "DVQ_LOCKS": str(locks)} if locks else {}  # and none falls back on a CPU
     return {
-        "environment": {**passed, **on_gpus, "PYTHONUNBUFFERED": "1", "TMPDIR": shared},
-        "mounts": list(_mounts(passed, folder / "work", source)),
+        "environment": {**passed, **on_gpus, "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder / "work/tmp")},
+        "mounts": list(_mounts(passed, {folder / "work", *([locks] if locks else [])}, source)),
         "network_mode": "host" if _on_loopback([source, *passed.values()]) else "bridge",
         "user": f"{os.getuid()}:{os.getgid()}",
         "labels": {LABEL: str(folder)},
@@ -113,8 +113,7 @@ def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
     }
 
 
-def _mounts(environment: Mapping[str, str], work: Path, source: str) -> Iterator[Mount]:
-    written = {work}
+def _mounts(environment: Mapping[str, str], written: set[Path], source: str) -> Iterator[Mount]:
     store, tracking = environment.get("DVQ_STORE", ""), environment.get("MLFLOW_TRACKING_URI", "")
     if store:
         written.add(Path(environment["DVQ_CACHE"] if "://" in store else store))

@@ -44,7 +44,7 @@ def _told(state: State, trained: bool, reached: int) -> str:
         return "interrupted after its training: it is only evaluated and analysed"
     start = f"goes on from step {reached}" if reached else "starts from the beginning"
     new = (
-        f"it {start} of a shorter trial"
+        f"it {start} of a trial of another length"
         if reached
         else "the store has none of this configuration, data and numerics"
     )

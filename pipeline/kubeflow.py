@@ -23,6 +23,8 @@ from pipeline.profile import Cluster
 
 TIMEOUT = (5, 60)
 """Seconds to connect, and for an answer."""
+ATTEMPTS = 3
+"""How often something is looked for that was made, or that another made at the same time."""
 GOING = ("PENDING", "RUNNING", "PAUSED", "CANCELING")
 SUCCEEDED = "SUCCEEDED"
 REMEDIES = {
@@ -77,9 +79,13 @@ class Kubeflow:
             raise DvqError(
                 "ON=kfp: no Kubeflow Pipelines is named; set KFP_HOST=https://… or cluster.host in the profile"
             )
-        if urlsplit(self.host).scheme not in ("http", "https") or not urlsplit(self.host).hostname:
+        try:
+            parts = urlsplit(self.host)
+        except ValueError:  # of brackets that are not closed
+            parts = urlsplit("")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise DvqError(f"KFP_HOST = '{self.host}': give an address, https://host/path")
-        if urlsplit(self.host).password:
+        if parts.password:
             raise DvqError(
                 "KFP_HOST has a password in it, which logs would show; use KFP_TOKEN or KFP_COOKIE"
             )
@@ -169,17 +175,24 @@ class Kubeflow:
         """The ids of the pipeline ``name`` and of its version whose text this is; what is not there is uploaded."""
         version = f"{__version__}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         pipeline = self._pipeline(name)
-        while (found := self._version(pipeline, version)) is None:
+        for _ in range(ATTEMPTS):
+            if found := self._version(pipeline, version):
+                return pipeline, found
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, f"{name}.yaml")
                 path.write_text(text, encoding="utf-8")
                 upload = self._uploads.upload_pipeline_version
                 self._unless_there(upload, str(path), name=version, display_name=version, pipelineid=pipeline)
-        return pipeline, found
+        raise self._hidden(f"the version {version} of the pipeline '{name}'")
+
+    def _hidden(self, what: str) -> DvqError:
+        return DvqError(
+            f"{self} took {what} and does not show it: may you list what is in namespace '{self.namespace}'?"
+        )
 
     def _pipeline(self, name: str) -> str:
         """The pipeline's id; it is made if it is not there."""
-        while True:
+        for _ in range(ATTEMPTS):
             try:
                 found = self._ask(self._pipelines.pipeline_service_get_pipeline_by_name, name, namespace=None)
                 return str(found.pipeline_id)
@@ -188,6 +201,7 @@ class Kubeflow:
                     raise self._refused(error) from None
             made = api.V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace or None)
             self._unless_there(self._pipelines.pipeline_service_create_pipeline, made)
+        raise self._hidden(f"the pipeline '{name}'")
 
     def _unless_there(self, ask: Callable[..., Any], *arguments: Any, **named: Any) -> None:
         """Create something that another may create at the same time."""
@@ -216,13 +230,14 @@ class Kubeflow:
 
     def experiment(self, name: str) -> str:
         """The experiment's id; it is made if it is not there."""
-        while True:
+        for _ in range(ATTEMPTS):
             ask = self._experiments.experiment_service_list_experiments
             for one in self._all(ask, "experiments", filter=_named(name), namespace=None):
                 if one.display_name == name:
                     return str(one.experiment_id)
             made = api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
             self._unless_there(self._experiments.experiment_service_create_experiment, made)
+        raise self._hidden(f"the experiment '{name}'")
 
     def start(
         self, name: str, experiment: str, version: tuple[str, str], arguments: dict[str, Any], account: str

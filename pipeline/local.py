@@ -69,7 +69,10 @@ def running(
     """
     work = folder / "work"
     temporary = work / "tmp"
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except FileExistsError:
+        raise DvqError(f"{folder} is another launch's, of the same second; type it again") from None
     environment = {
         **os.environ,
         **ONE_THREAD,

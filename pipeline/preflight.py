@@ -24,7 +24,7 @@ SWEEPS = Path(__file__).parent / "sweeps"
 PROFILE = {"docker": "docker", "kfp": "nvidia"}
 """The profile of each place that has one, unless another is named."""
 
-TRACKERS = ("", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks")
+TRACKERS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 """What an address of MLflow may begin with."""
 
 
@@ -154,11 +154,11 @@ def check_tracking() -> str:
             "MLFLOW_TRACKING_URI has a password in it, which logs would show; a server's goes into "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's to an MLflow server"
         )
-    scheme = uri.partition(":/")[0] if ":/" in uri else ""
+    scheme = uri.partition(":")[0]
     if scheme.partition("+")[0] not in TRACKERS:
         raise DvqError(
-            f"MLFLOW_TRACKING_URI = '{uri}': MLflow knows no '{scheme}:'; give a server's address, http://host:port, "
-            "or a database's, sqlite:///path"
+            f"MLFLOW_TRACKING_URI = '{uri}': MLflow takes none such, nor a folder any more; give a server's address, "
+            "http://host:port, or a database's, sqlite:///path"
         )
     if not scheme.startswith("http"):
         return ""

@@ -1,6 +1,5 @@
 """Bring MLflow up to date with a sweep, whatever it had or lost: ``python -m pipeline.replay SWEEP``."""
 
-import contextlib
 import os
 from typing import Annotated
 
@@ -27,9 +26,12 @@ def replay(
             raise DvqError(f"{fault}; start it and replay again")
         tracking.ensure()
         sent = reports.track(found, store, anew=True)
-    tracking.forget(store.report(found.name), found.name)
-    with contextlib.suppress(DvqError):  # the report is written, and names the trials that failed
-        reports.report(found.model_dump_json())
+        tracking.forget(store.report(found.name), found.name)
+        try:
+            reports.report(found.model_dump_json())
+        except DvqError:
+            if not store.outcomes(found.trials())[1]:  # else it is written, and names the trials that failed
+                raise
     uri = tracking.redacted(os.environ["MLFLOW_TRACKING_URI"])
     unfinished = len(found.trials()) - len(sent)
     rest = f"; {unfinished} unfinished, which are sent when they go on" if unfinished else ""

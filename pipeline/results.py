@@ -6,8 +6,9 @@ figures there, and the README's, are made from these files alone. Each file is a
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,11 +40,26 @@ def keep(sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, o
             raise DvqError(
                 f"the store {store.place} has none of sweep '{found.name}' finished; there is nothing to keep"
             )
+        missing |= {result["name"]: reason for result in results if (reason := uncommitted(result))}
         for result in results:
+            if result["name"] in missing:
+                continue
             print(f"kept {kept.write(result, analyses.get(result['name']), found.name, ROOT / FOLDER).name}")
         for name, reason in missing.items():
             print(f"not kept: {name}: {reason}")
         tell(ROOT)
+
+
+def uncommitted(result: Mapping[str, Any]) -> str:
+    """Why nobody could compute a result again, if its code is in no commit."""
+    for what, made_by in (
+        ("trained", result["provenance"]),
+        ("evaluated", result["evaluation"].get("provenance", {})),
+    ):
+        commit = str(made_by.get("commit", ""))
+        if commit.endswith("-dirty"):
+            return f"it was {what} by uncommitted code, {commit}; commit that, and compute it anew, FRESH=1"
+    return ""
 
 
 def tell(root: Path) -> None:

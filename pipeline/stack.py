@@ -146,7 +146,12 @@ class Stack:
         Those outlive a killed parent by what they are at, and let no other start till then: they are known by the
         folder that they work in.
         """
-        import psutil
+        try:
+            import psutil
+        except ImportError:  # make clean, and the folder is left
+            raise DvqError(
+                f"{self.folder} is a stack's, and what it needs is not installed: make stack-up"
+            ) from None
 
         data = self.folder.resolve() / name
         found = []

@@ -1,14 +1,18 @@
 """A folder store among several processes."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from components.store import Store, read_json, write_json
+from components.store import Store, begin, read_json, write_json
 from dvq import DvqError
+from dvq.config import trial
 
 HOLD = """
 import subprocess, sys
@@ -72,3 +76,37 @@ def test_until_new_json_is_on_the_disk_whole_the_old_one_is_read(
     write_json(path, {"number": 2})
     assert synced == [(path.stat().st_ino, path.stat().st_size, {"number": 1})]
     assert read_json(path) == {"number": 2}
+
+
+def test_what_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else FRESH=1 would say that it was, and compute nothing."""
+    store = Store(tmp_path)
+    (store.trial("a-1") / "events").mkdir(parents=True)
+    refused = PermissionError(errno.EACCES, "Permission denied", str(store.trial("a-1") / "events"))
+
+    def rmtree(*_: Any) -> None:
+        raise refused
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(DvqError, match=r"a-1/events cannot be removed \(Permission denied\)"):
+            store.remove("a-1")
+    store.remove("a-1")
+    store.remove("a-1")
+    assert not store.trial("a-1").exists()
+
+
+def test_why_a_shorter_trial_cannot_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = trial({"estimator": "gs-soft", "data": "cifar10-sample", "steps": 9})
+    (tmp_path / "shorter" / "events").mkdir(parents=True)
+    for why, says in (
+        ("[Errno 28] No space left on device", r"cannot be copied, to go on from it \(\[Errno 28\] No space"),
+        ("[Errno 2] No such file or directory: 'x'", "changed while it was copied, for it is in training"),
+    ):
+
+        def copytree(*_: Any, why: str = why, **__: Any) -> None:
+            raise shutil.Error([("from", "to", why)])
+
+        monkeypatch.setattr(shutil, "copytree", copytree)
+        with pytest.raises(DvqError, match=says):
+            begin(tmp_path / "longer", one, "name", tmp_path / "shorter")

@@ -66,6 +66,7 @@ def test_a_trial_becomes_results(store: Store, prepared: Path, tmp_path: Path) -
     assert [point["step"] for point in results["curves"]] == [2, 4]
     assert results["curves"][-1]["bits_per_dim"] == pytest.approx(numbers["bits_per_dim"], rel=1e-6)
     assert results["provenance"]["threads"] == 1
+    assert results["evaluation"]["provenance"]["commit"] == results["provenance"]["commit"]
     drawn = {f"figures/{name}.png" for name in ("explained_variance", "codebooks", "pictures")}
     for made in {"results.json", "analysis.npz", "pictures.npz"} | drawn:
         assert (tmp_path / "analysis" / made).stat().st_size > 0

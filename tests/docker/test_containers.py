@@ -86,6 +86,7 @@ def test_services_on_loopback_are_reached_by_the_hosts_network(
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
         "AWS_CA_BUNDLE": str(certificate),
         "SECRET": "stays",
+        "DVQ_LOCKS": str(tmp_path / "locks"),
     }.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "work/tmp").mkdir(parents=True)  # as the launcher makes it: tasks write there
@@ -94,11 +95,11 @@ def test_services_on_loopback_are_reached_by_the_hosts_network(
     assert made["environment"]["DVQ_STORE"] == "s3://bucket/store"
     assert "SECRET" not in made["environment"]
     written = {one["Target"] for one in made["mounts"] if not one["ReadOnly"]}
-    assert written == {str(tmp_path / "work"), str(tmp_path / "cache")}
+    assert written == {str(tmp_path / name) for name in ("work", "cache", "locks")}
     assert {one["Target"] for one in made["mounts"] if one["ReadOnly"]} == {str(certificate)}
     assert made["mem_limit"] == 2**29
     assert made["device_requests"][0]["Count"] == -1
-    assert made["environment"]["DVQ_LOCKS"] == str(tmp_path / "work/tmp")  # which all of them share
+    assert made["environment"]["DVQ_LOCKS"] == str(tmp_path / "locks")  # which all launches share
     assert made["environment"]["DVQ_DEVICE"] == "cuda"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
     assert containers.settings(Profile(), tmp_path, "")["network_mode"] == "bridge"

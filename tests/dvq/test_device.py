@@ -1,5 +1,6 @@
 """What a GPU would run, as far as a CPU can tell: the recorded step, its precision, who gets which device."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dvq import DvqError, device
+from dvq import DvqError, device, disk
 from dvq.codes import code_sums, ordered_code_sums
 from dvq.config import estimators, trial
 from dvq.device import pick, take
@@ -139,8 +140,10 @@ def test_trials_spread_over_the_gpus_and_a_dead_one_gives_its_place_back(tmp_pat
         process.wait()
 
 
-@pytest.mark.parametrize("named", ["", "/a/folder"])
-def test_the_places_are_in_one_folder_for_all_launches(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_the_places_are_in_one_folder_for_all_launches(
+    named: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """TMPDIR is each launch's own."""
     asked: list[Path] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -152,9 +155,18 @@ def test_the_places_are_in_one_folder_for_all_launches(named: str, monkeypatch: 
     monkeypatch.setenv("TMPDIR", "/elsewhere")
     monkeypatch.delenv("DVQ_LOCKS", raising=False)
     if named:
-        monkeypatch.setenv("DVQ_LOCKS", named)
+        monkeypatch.setenv("DVQ_LOCKS", str(tmp_path / "locks"))
     assert pick() == torch.device("cuda", 1)
-    assert asked == [Path(named or "/tmp")]
+    assert asked == [tmp_path / "locks" if named else Path(f"/tmp/dvq-{os.getuid()}")]
+    assert asked[0].stat().st_uid == os.getuid()
+
+
+def test_another_users_folder_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/tmp is everybody's: another could have laid links there to files of this user's."""
+    monkeypatch.setenv("DVQ_LOCKS", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(DvqError, match="is another user's; name a folder for the locks on GPUs"):
+        disk.locks()
 
 
 def test_a_gpu_that_is_wanted_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,7 @@ def test_the_certificate_holds_names_and_exact_numbers_only(sweep):
         ("evaluation", "distortion", 6.0, False),
         ("training", "seconds", 1.0, True),
         ("provenance", "commit", "other", True),
+        ("evaluation", "provenance", {"commit": "other"}, True),
     ):
         changed = copy.deepcopy(results)
         changed[0][where][key] = value

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 
 import dvq
-from dvq import DvqError
+from dvq import DvqError, provenance
 from dvq.config import trial
 from dvq.model import Model
 from dvq.provenance import commit
@@ -158,3 +159,19 @@ def test_a_trials_folder_is_told_from_its_model(folder) -> None:
 def test_without_git_the_version_of_the_code_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert commit() == "unknown"
+
+
+def test_another_repository_around_the_code_is_not_its_version(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An environment that dvq is installed in often lies in a repository of its user's."""
+    code = tmp_path / "environment" / "provenance.py"
+    code.parent.mkdir()
+    code.touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "mine"], check=True)
+    monkeypatch.setattr(provenance, "__file__", str(code))
+    assert commit() == "unknown"
+    subprocess.run([*git, "add", "."], check=True)
+    assert commit().endswith("-dirty")

@@ -96,7 +96,7 @@ def test_the_champion_is_named_where_there_is_a_registry(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         out = io.StringIO()
         conclusion.show(sweep, sweep.trials(), Store(tmp_path), Console(file=out, width=80))
-        assert ("champion: models:/mine@champion is gs-soft-c512-k8-s0" in out.getvalue()) == bool(uri)
+        assert ("best, for models:/mine@champion: gs-soft-c512-k8-s0" in out.getvalue()) == bool(uri)
 
 
 def test_fresh_trials_go_on_from_no_shorter_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

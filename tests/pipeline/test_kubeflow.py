@@ -82,6 +82,17 @@ def test_an_experiment_is_found_again_among_others(kubeflow: Kubeflow) -> None:
     assert [kubeflow.experiment(f"sweep-{number}") for number in range(5)] == made
 
 
+def test_what_is_made_and_not_shown_ends_in_a_sentence(kubeflow: Kubeflow, server: KubeflowServer) -> None:
+    """Of what another may have made at the same time it is looked for again, but not for ever."""
+    server.blind = True
+    with pytest.raises(DvqError, match="took the experiment 'sweep' and does not show it"):
+        kubeflow.experiment("sweep")
+    with pytest.raises(
+        DvqError, match=r"took the version .* of the pipeline 'dvq-sweep' and does not show it"
+    ):
+        kubeflow.upload("text", "dvq-sweep")
+
+
 def test_a_run_from_its_start_to_its_end(kubeflow: Kubeflow, server: KubeflowServer) -> None:
     version, experiment = kubeflow.upload("text", "dvq-sweep"), kubeflow.experiment("sweep")
     assert kubeflow.going(experiment) is None
@@ -193,6 +204,7 @@ def test_who_asks(address: str, server: KubeflowServer, monkeypatch: pytest.Monk
 def test_addresses_that_lead_nowhere(address: str) -> None:
     assert "no Kubeflow Pipelines is named; set KFP_HOST" in refused("")
     assert "give an address" in refused("kubeflow.example.org")
+    assert "give an address" in refused("http://[::1")
     assert "secret" not in refused("https://me:secret@kubeflow.example.org")
     assert "is KFP_HOST right" in refused("http://127.0.0.1:1")
     assert "there is no KFP API 2 there" in refused(address.removesuffix("/pipeline") + "/elsewhere")

@@ -20,10 +20,12 @@ DVQ_IN_PIPELINE = {
     "dvq",
     "dvq.config",
     "dvq.data",
+    "dvq.disk",
     "dvq.events",
     "dvq.findings",
     "dvq.fingerprints",
     "dvq.kept",
+    "dvq.own",
     "dvq.provenance",
     "dvq.tables",
     "dvq.trial",
@@ -52,7 +54,9 @@ def imports(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             assert node.module
-            yield node.module
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            parts = [name for name in names if (ROOT / f"{name.replace('.', '/')}.py").exists()]
+            yield from parts or [node.module]  # from dvq import train is dvq.train
 
 
 @pytest.mark.parametrize("layer", ANYWHERE)

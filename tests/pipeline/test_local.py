@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dvq import DvqError
 from pipeline import local
 
 
@@ -21,3 +22,12 @@ def test_a_task_gets_sigterm_and_if_it_stays_sigkill(
     local.end(kfp)
     assert (tmp_path / "told").exists() is told
     wait(lambda: not local._signal_group(kfp.pid, 0), 10)
+
+
+def test_two_launches_of_one_second_are_told(tmp_path: Path) -> None:
+    (tmp_path / "work/tmp").mkdir(parents=True)
+    with (
+        pytest.raises(DvqError, match="is another launch's, of the same second"),
+        local.running({}, 1, tmp_path),
+    ):
+        pass

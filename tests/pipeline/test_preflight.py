@@ -226,8 +226,8 @@ def test_a_tracker_of_no_known_kind(
 ) -> None:
     write_sweep(grid=GRID)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "foo://bar")
-    assert "MLflow knows no 'foo:'" in refusal("tiny.yaml")
-    assert "MLflow knows no 'foo:'" in refusal(command=ui)
+    assert "MLflow takes none such, nor a folder" in refusal("tiny.yaml")
+    assert "MLflow takes none such, nor a folder" in refusal(command=ui)
 
 
 def test_pages_that_cannot_be_served(
@@ -298,9 +298,30 @@ def test_explain_tells_every_state(
         "interrupted before: it starts from the beginning",
         "only evaluated",
         "interrupted before: it goes on from step 3",
-        "new: it goes on from step 2 of a shorter trial",
+        "new: it goes on from step 2 of a trial of another length",
         "new: the store has none",
         "6 of 7",
     ]
     for line, said in zip(lines, told, strict=True):
         assert said in line
+
+
+def test_what_replay_met_is_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Failed trials are in the report; that the store has no room is nowhere else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'x.db'}")
+
+    def full(_: str) -> None:
+        raise DvqError("no room in the store")
+
+    monkeypatch.setattr(preflight, "check_begun", lambda *_: None)
+    monkeypatch.setattr(replay.tracking, "ensure", lambda: None)
+    monkeypatch.setattr(replay.reports, "report", full)
+    monkeypatch.setattr(Store, "outcomes", lambda *_: ([], {}))
+    with pytest.raises(SystemExit) as ended:
+        replay.app(["smoke"])
+    assert ended.value.code == 2
+    assert "no room in the store" in capsys.readouterr().err

@@ -108,6 +108,17 @@ def test_each_trial_is_a_file_that_is_also_its_sweep(root: Path, capsys: pytest.
         assert (made["sweep"], made["numerics"]) == ("sweep", NUMERICS)
 
 
+def test_what_uncommitted_code_computed_is_not_kept(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = next(iter(load_sweep(root / "sweep.yaml").trials().values()))
+    path = Store(root / "store").trial(one.key()) / "results.json"
+    found = json.loads(path.read_text())
+    found["evaluation"]["provenance"] = {"commit": "c0ffee-dirty"}
+    path.write_text(json.dumps(found))
+    _, out, _ = run("sweep.yaml", capsys)
+    assert "not kept: gs-soft-c64-k16-s0: it was evaluated by uncommitted code, c0ffee-dirty; commit" in out
+    assert not (root / "pipeline/results" / f"{FULL[0]}.json").exists()
+
+
 def test_full_partial_and_tuning_never_share_a_table(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("sweep.yaml", capsys)
     text = (root / results.FOLDER / "README.md").read_text()
@@ -281,3 +292,23 @@ def test_the_sweeps_for_gpus_share_their_trials() -> None:
     )
     assert second <= first
     assert len(paper - first) == 2  # ReinMax and the Gaussian VAE
+
+
+def test_a_name_is_never_longer_than_a_files() -> None:
+    fields = {
+        "learning_rate": 0.00123,
+        "decay_after": 12345,
+        "decay_half_life": 1234,
+        "cpu_precision": "bfloat16",
+    }
+    fields |= {"bound_samples": 1, "codebook_init": "kmeans", "codebook_std": 1.25, "distance_scale": 0.75}
+    fields |= {
+        "temperature": 0.25,
+        "final_temperature": 0.125,
+        "annealing_steps": 1000,
+        "output_head": "transposed",
+    }
+    names = {kept.name(trial({"estimator": "gs-soft", "seed": seed, **fields})) for seed in (0, 1)}
+    names |= {kept.name(trial({"estimator": "gs-soft", **fields, "annealing_steps": 2000}))}
+    assert len(names) == 3
+    assert all(200 < len(name) < 240 for name in names)

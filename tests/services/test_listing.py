@@ -111,3 +111,16 @@ def test_a_reader_is_never_too_slow_for_a_trial_that_goes_on(
         proxy.at("GET .*/results.json", calling(push))
     there.look([key], "results.json")
     assert there.results(key) == {"number": 3}
+
+
+@pytest.mark.usefixtures("proxy")
+def test_a_look_at_others_forgets_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forecast looks at trials that are like those of the sweep, and then the sweep's are asked for."""
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path))
+    store = RemoteStore(f"s3://dvq/{tmp_path.name}")
+    first, second = (trial({"estimator": "gs-soft", "seed": seed}).key() for seed in (1, 2))
+    for key in (first, second):
+        store.bucket.put(f"trials/{key}.json", Manifest("o", 1, state=asdict(State("interrupted"))).content())
+    store.look([first])
+    store.follow([second])
+    assert [store.state(key).name for key in (first, second)] == ["interrupted", "interrupted"]
