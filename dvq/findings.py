@@ -229,7 +229,9 @@ def draw(mini: Miniature, path: Path) -> None:
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(list(bits), labels=map(str, bits))
         points = zip(*(result["curves"] for result in mini.central(name)), strict=True)
-        _curve(along, {at[0]["step"]: Estimate.over([one["rate"] for one in at]) for at in points}, **drawn)
+        _curve(
+            along, {at[0]["step"]: Estimate.over([one["rate_least"] for one in at]) for at in points}, **drawn
+        )
         if name != "vq-ema":
             found = {POSITIONS * at: some for at, some in mini.along(name, "num_latents").items()}
             variances.plot(list(found), [1 / over(some, signal).mean for some in found.values()], **drawn)
@@ -242,7 +244,7 @@ def draw(mini: Miniature, path: Path) -> None:
     variances.set(xlabel="L, latent variables", ylabel="variance / ‖mean gradient‖²")
     sizes.set(xlabel="C, codes in a codebook", ylabel="bits/dim, fitted")
     latents.set(xlabel="K, latent variables a position", ylabel="bits/dim, fitted")
-    along.set(xlabel="step", ylabel="rate [bits/dim]")
+    along.set(xlabel="step", ylabel="rate under the best prior [bits/dim]")
     sizes.legend()
     save_png(figure, path)
 

@@ -29,7 +29,8 @@ class VQEMA(Discrete):
 
     estimator: Literal["vq-ema"] = "vq-ema"
     commitment: NonNegative = 0.25
-    """β; van den Oord et al. found 0.1 to 2 alike"""
+    """β; van den Oord et al. found 0.1 to 2 alike. The mean is over latent variables and dimensions too, so that the
+    fewer there are of them, the more tightly each is held"""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
     """γ; also of the usage counts that revival looks at"""
     revive_below: NonNegative = 0.0
