@@ -32,8 +32,6 @@ QUIET = 600.0
 PARAMETER = 64 << 10
 """Bytes of a parameter, at most: KFP and Kubernetes refuse some of over 128 KiB, far from where they come from."""
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
 
 def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
     """Submit the sweep, or find it under way; with ``wait`` follow it, and submit it again while it gets on. The
@@ -185,7 +183,7 @@ class Look:
         self._job, self._kubeflow = job, kubeflow
         self.found = Run(run_id, "PENDING")
         self._next = 0.0
-        self._reached = self._answered = self._moved = time.monotonic()
+        self._answered = self._moved = time.monotonic()
         self._progress = -1
 
     def __call__(self) -> tuple[bool, str]:
@@ -246,22 +244,22 @@ def conclude(
     return 0 if ended.state == SUCCEEDED and not failures else 1
 
 
-@app.command()
 def cancel(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="the run's id, or the link to it")],
     profile: Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")] = "",
 ) -> None:
     """End a run on the cluster; what its trials have done is kept."""
-    with preflight.one_sentence():
-        found = run_id.rstrip("/").rpartition("/")[2].partition("?")[0]
-        if not found:
-            raise DvqError("name the run: make cancel RUN=its id, which stands last in its link")
-        limits = find_profile(profile or preflight.PROFILE["kfp"])
-        if limits.cluster is None:
-            raise DvqError(f"the profile '{profile}' has no 'cluster'")
-        Kubeflow(limits.cluster).cancel(found)
-        print(f"cancelled {found}; the same submit-sweep goes on with what its trials have done")
+    found = run_id.rstrip("/").rpartition("/")[2].partition("?")[0]
+    if not found:
+        raise DvqError("name the run: make cancel RUN=its id, which stands last in its link")
+    limits = find_profile(profile or preflight.PROFILE["kfp"])
+    if limits.cluster is None:
+        raise DvqError(f"the profile '{profile}' has no 'cluster'")
+    Kubeflow(limits.cluster).cancel(found)
+    print(f"cancelled {found}; the same submit-sweep goes on with what its trials have done")
 
+
+app = preflight.application(cancel)
 
 if __name__ == "__main__":
     app()

@@ -13,30 +13,26 @@ from dvq import DvqError
 from dvq.trial import Trial
 from pipeline import preflight
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-
-@app.command()
 def explain(
     sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
     trial: Annotated[str, typer.Option(help="a trial of the sweep, for its ledger")] = "",
 ) -> None:
     """For each trial: finished, or computed and why; for one trial, where its bits go."""
-    with preflight.one_sentence():
-        found = preflight.find_sweep(sweep)
-        store = preflight.set_environment()
-        trials = found.trials()
-        store.look([one.key() for one in trials.values()], *(["results.json"] if trial else []))
-        if trial:
-            print(ledger(trial, trials, store, sweep))
-            return
-        width, todo = max(map(len, trials)), 0
-        for name, one in trials.items():
-            state, trained = store.state(one.key()), store.has(one.key(), "model")
-            reached = store.reached(one)
-            todo += state.name != "finished"
-            print(f"{name:{width}}  {_told(state, trained, reached)}")
-        print(f"{todo} of {len(trials)} trials to compute; the store is {store.place}")
+    found = preflight.find_sweep(sweep)
+    store = preflight.set_environment()
+    trials = found.trials()
+    store.look([one.key() for one in trials.values()], *(["results.json"] if trial else []))
+    if trial:
+        print(ledger(trial, trials, store, sweep))
+        return
+    width, todo = max(map(len, trials)), 0
+    for name, one in trials.items():
+        state, trained = store.state(one.key()), store.has(one.key(), "model")
+        reached = store.reached(one)
+        todo += state.name != "finished"
+        print(f"{name:{width}}  {_told(state, trained, reached)}")
+    print(f"{todo} of {len(trials)} trials to compute; the store is {store.place}")
 
 
 def _told(state: State, trained: bool, reached: int) -> str:
@@ -81,6 +77,8 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> 
         lines.append(f'its model: dvq.load("{model}")')
     return "\n".join(lines)
 
+
+app = preflight.application(explain)
 
 if __name__ == "__main__":
     app()

@@ -4,25 +4,19 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-import typer
-
 from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep
 from dvq.findings import OPEN, Claim, Miniature, bits_per_dim, claims, draw, label, over
 from pipeline import preflight
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-
-@app.command()
 def findings() -> None:
     """Say what the finished sweep shows of the paper's findings, as Markdown, and draw it."""
-    with preflight.one_sentence():
-        found = preflight.find_sweep("findings")
-        store = preflight.set_environment()
-        mini = Miniature(found.base, finished(found, store))
-        told = claims(mini)
+    found = preflight.find_sweep("findings")
+    store = preflight.set_environment()
+    mini = Miniature(found.base, finished(found, store))
+    told = claims(mini)
     print(markdown(mini, told))
     path = store.report(found.name) / "findings.png"
     draw(mini, path)
@@ -62,6 +56,8 @@ def markdown(mini: Miniature, told: Sequence[Claim]) -> str:
         lines.append(f"| {label(name)} | {' | '.join(map(str, size))} | {numbers} |")
     return "\n".join(lines)
 
+
+app = preflight.application(findings)
 
 if __name__ == "__main__":
     app()

@@ -40,8 +40,6 @@ REMEDIES = {
     "registry-1.docker.io": "where no registry is reached, make base makes the base image",
 }
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
 
 @dataclass(frozen=True)
 class Content:
@@ -53,10 +51,10 @@ class Content:
     """build arguments that decide the content, as opposed to where it is fetched from"""
 
     def tag(self) -> str:
-        """``dvq:0.1.0-`` and a hash of the content; a wheel counts by its name."""
+        """``dvq:0.1.0-`` and a hash of the content."""
         found = hashlib.sha256(repr(sorted(self.arguments.items())).encode())
         for name, path in sorted(self.files.items()):
-            content = b"" if path.suffix == ".whl" else path.read_bytes()
+            content = path.read_bytes()
             found.update(f"{name} {os.access(path, os.X_OK)} {len(content)}\n".encode() + content)
         return f"{IMAGE}-{found.hexdigest()[:12]}"
 
@@ -192,7 +190,6 @@ def push(client: docker.DockerClient, tag: str, place: str) -> str:
     return name
 
 
-@app.command()
 def image(
     torch: Annotated[
         str, typer.Option(help="torch's build, 2.13.0+cpu; the profile's or environment's")
@@ -206,23 +203,24 @@ def image(
     ] = False,
 ) -> None:
     """Build the image, unless it is there; push it if that is asked."""
-    with preflight.one_sentence():
-        named = profile or (preflight.PROFILE["kfp"] if pushed else "")  # as submit-sweep ON=kfp looks for it
-        limits = find_profile(named) if named else Profile(cluster=Cluster())
-        place = registry(limits)
-        if pushed and not place:
-            raise DvqError("PUSH=1: name a registry, REGISTRY=host/path, or cluster.registry in the profile")
-        client = connect()
-        made_of = content(torch or (limits.cluster or Cluster()).torch, base)
-        tag = made_of.tag()
-        try:
-            if not has(client, tag):
-                build(client, made_of)
-            client.images.get(tag).tag(IMAGE)  # what the compiled components name
-            print(push(client, tag, place) if pushed else tag)
-        except DockerException as error:
-            raise DvqError(f"the image {tag}: {reason(error)}") from None
+    named = profile or (preflight.PROFILE["kfp"] if pushed else "")  # as submit-sweep ON=kfp looks for it
+    limits = find_profile(named) if named else Profile(cluster=Cluster())
+    place = registry(limits)
+    if pushed and not place:
+        raise DvqError("PUSH=1: name a registry, REGISTRY=host/path, or cluster.registry in the profile")
+    client = connect()
+    made_of = content(torch or (limits.cluster or Cluster()).torch, base)
+    tag = made_of.tag()
+    try:
+        if not has(client, tag):
+            build(client, made_of)
+        client.images.get(tag).tag(IMAGE)  # what the compiled components name
+        print(push(client, tag, place) if pushed else tag)
+    except DockerException as error:
+        raise DvqError(f"the image {tag}: {reason(error)}") from None
 
+
+app = preflight.application(image)
 
 if __name__ == "__main__":
     app()

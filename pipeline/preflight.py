@@ -10,8 +10,10 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import typer
 
 from components import datasets, tracking
 from components.store import Store
@@ -36,6 +38,13 @@ def one_sentence() -> Iterator[None]:
     except DvqError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def application(command: Callable[..., None]) -> typer.Typer:
+    """The program of one command, of which every DvqError is its sentence."""
+    made = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    made.command()(one_sentence()(command))
+    return made
 
 
 def outputs() -> Path:
@@ -149,6 +158,8 @@ def check_tracking() -> str:
         DvqError: it refuses the name and password, or a password stands in its address.
     """
     uri = os.environ["MLFLOW_TRACKING_URI"]
+    if not uri:  # nothing is tracked
+        return ""
     if tracking.redacted(uri) != uri:
         raise DvqError(
             "MLFLOW_TRACKING_URI has a password in it, which logs would show; a server's goes into "

@@ -11,22 +11,18 @@ from components import datasets
 from dvq import data, own
 from pipeline import preflight
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-
-@app.command()
 def prepare(
     source: Annotated[str, typer.Argument(help="a file of numpy.savez with train_images and test_images")],
 ) -> None:
     """Bring images to the store and print their name."""
-    with preflight.one_sentence():
-        store = preflight.set_environment()
-        name = own.name(source)
-        preflight.check_cache(store)
-        with tempfile.TemporaryDirectory() as folder:
-            info = datasets.prepare(name, source, Path(folder, "data"))
-            arrays = data.load(Path(folder, "data")).arrays
-            both = own.shared(arrays["train_images"], arrays["test_images"])
+    store = preflight.set_environment()
+    name = own.name(source)
+    preflight.check_cache(store)
+    with tempfile.TemporaryDirectory() as folder:
+        info = datasets.prepare(name, source, Path(folder, "data"))
+        arrays = data.load(Path(folder, "data")).arrays
+        both = own.shared(arrays["train_images"], arrays["test_images"])
     if both:
         print(
             f"warning: {both} of the {info['test']} test images are training images too, pixel for pixel; results on "
@@ -38,6 +34,8 @@ def prepare(
         f"images are in the store {store.place}; in a sweep's base:\n\n  data: {name}"
     )
 
+
+app = preflight.application(prepare)
 
 if __name__ == "__main__":
     app()

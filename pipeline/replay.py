@@ -9,35 +9,33 @@ from components import reports, tracking
 from dvq import DvqError
 from pipeline import preflight
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-
-@app.command()
 def replay(
     sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
 ) -> None:
     """Send MLflow all that it lacks of a sweep; exit status 1 if it could not take it."""
-    with preflight.one_sentence():
-        found = preflight.find_sweep(sweep)
-        store = preflight.set_environment()
-        preflight.check_begun(found, store, sweep)
-        fault = preflight.check_tracking()
-        if fault:
-            raise DvqError(f"{fault}; start it and replay again")
-        tracking.ensure()
-        sent = reports.track(found, store, anew=True)
-        tracking.forget(store.report(found.name), found.name)
-        try:
-            reports.report(found.model_dump_json())
-        except DvqError:
-            if not store.outcomes(found.trials())[1]:  # else it is written, and names the trials that failed
-                raise
+    found = preflight.find_sweep(sweep)
+    store = preflight.set_environment()
+    preflight.check_begun(found, store, sweep)
+    fault = preflight.check_tracking()
+    if fault:
+        raise DvqError(f"{fault}; start it and replay again")
+    tracking.ensure()
+    sent = reports.track(found, store, anew=True)
+    tracking.forget(store.report(found.name), found.name)
+    try:
+        reports.report(found.model_dump_json())
+    except DvqError:
+        if not store.outcomes(found.trials())[1]:  # else it is written, and names the trials that failed
+            raise
     uri = tracking.redacted(os.environ["MLFLOW_TRACKING_URI"])
     unfinished = len(found.trials()) - len(sent)
     rest = f"; {unfinished} unfinished, which are sent when they go on" if unfinished else ""
     print(f"{sum(sent.values())} of {len(sent)} trials are up to date in MLflow at {uri}{rest}")
     raise SystemExit(0 if all(sent.values()) else 1)
 
+
+app = preflight.application(replay)
 
 if __name__ == "__main__":
     app()

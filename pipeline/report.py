@@ -9,28 +9,26 @@ from components import reports
 from dvq import DvqError
 from pipeline import conclusion, preflight
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-
-@app.command()
 def report(
     sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
 ) -> None:
     """Write a sweep's report again; exit status 1 if a trial of it is not finished."""
-    with preflight.one_sentence():
-        found = preflight.find_sweep(sweep)
-        store = preflight.set_environment()
-        preflight.check_begun(found, store, sweep)
-        console = Console()
-        failures = conclusion.show(found, found.trials(), store, console)
-        try:
-            reports.report(found.model_dump_json())
-        except DvqError:
-            if not failures:  # else it is written, and names them
-                raise
-        conclusion.where(found, store, console)
+    found = preflight.find_sweep(sweep)
+    store = preflight.set_environment()
+    preflight.check_begun(found, store, sweep)
+    console = Console()
+    failures = conclusion.show(found, found.trials(), store, console)
+    try:
+        reports.report(found.model_dump_json())
+    except DvqError:
+        if not failures:  # else it is written, and names them
+            raise
+    conclusion.where(found, store, console)
     raise SystemExit(1 if failures else 0)
 
+
+app = preflight.application(report)
 
 if __name__ == "__main__":
     app()

@@ -21,33 +21,25 @@ ROOT = Path(__file__).parents[1]
 FOLDER = Path("pipeline/results")
 SECTION = re.compile(r"(<!-- results.*?-->)\n.*?(<!-- end of results -->)", re.DOTALL)
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-
-@app.command()
 def keep(sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")]) -> None:
     """Keep the sweep's finished trials, and make tables and figures anew from all that are kept."""
-    with preflight.one_sentence():
-        found = preflight.find_sweep(sweep)
-        store = preflight.set_environment()
-        data = next(iter(found.trials().values())).data
-        if data != "cifar10":
-            raise DvqError(
-                f"sweep '{found.name}' is on {label(data)}; only results on all of CIFAR-10 are kept"
-            )
-        results, analyses, missing = reports.gather(found, store)
-        if not results:
-            raise DvqError(
-                f"the store {store.place} has none of sweep '{found.name}' finished; there is nothing to keep"
-            )
-        missing |= {result["name"]: reason for result in results if (reason := uncommitted(result))}
-        for result in results:
-            if result["name"] in missing:
-                continue
-            print(f"kept {kept.write(result, analyses.get(result['name']), found.name, ROOT / FOLDER).name}")
-        for name, reason in missing.items():
-            print(f"not kept: {name}: {reason}")
-        tell(ROOT)
+    found = preflight.find_sweep(sweep)
+    store = preflight.set_environment()
+    data = next(iter(found.trials().values())).data
+    if data != "cifar10":
+        raise DvqError(f"sweep '{found.name}' is on {label(data)}; only results on all of CIFAR-10 are kept")
+    results, analyses, missing = reports.gather(found, store)
+    if not results:
+        raise DvqError(
+            f"the store {store.place} has none of sweep '{found.name}' finished; there is nothing to keep"
+        )
+    missing |= {result["name"]: reason for result in results if (reason := uncommitted(result))}
+    for result in (one for one in results if one["name"] not in missing):
+        print(f"kept {kept.write(result, analyses.get(result['name']), found.name, ROOT / FOLDER).name}")
+    for name, reason in missing.items():
+        print(f"not kept: {name}: {reason}")
+    tell(ROOT)
 
 
 def uncommitted(result: Mapping[str, Any]) -> str:
@@ -73,6 +65,8 @@ def tell(root: Path) -> None:
     text = readme.read_text(encoding="utf-8")
     disk.replace(readme, SECTION.sub(lambda found: f"{found[1]}\n{told}\n{found[2]}", text))
 
+
+app = preflight.application(keep)
 
 if __name__ == "__main__":
     app()

@@ -32,10 +32,7 @@ ERROR = re.compile(r"[\w.]*(Error|Exception): ")
 SUMMARY = re.compile(r"\d+ of \d+ trials failed: ")  # the report's own end: it repeats the reasons
 DOWNLOAD = re.compile(r"downloading: .*")
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-
-@app.command()
 def submit(
     sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
     on: Annotated[str, typer.Option(help="where it runs: local, docker or kfp")] = "local",
@@ -51,28 +48,27 @@ def submit(
     dry_run: Annotated[bool, typer.Option(help="print what would run, and start nothing")] = False,
 ) -> None:
     """Run a sweep; what the store has is not computed again."""
-    with preflight.one_sentence():
-        preflight.check_place(on)
-        if on == "local" and profile:
-            raise DvqError(
-                f"PROFILE = '{profile}': this machine's own processes have none; give ON=docker or ON=kfp"
-            )
-        limits = None if on == "local" else find_profile(profile or preflight.PROFILE[on])
-        job = look_at(sweep, jobs, data, limits)
-        cap = preflight.hours(budget) or (limits.budget if limits else None)
-        if dry_run:
-            return _print_plan(job, cap, on, fresh)
-        if cap:
-            place = limits or Profile()
-            forecast.check(forecast.plan(job.trials, job.store, place, fresh), cap, place)
-        if on == "kfp":
-            from pipeline import cluster
+    preflight.check_place(on)
+    if on == "local" and profile:
+        raise DvqError(
+            f"PROFILE = '{profile}': this machine's own processes have none; give ON=docker or ON=kfp"
+        )
+    limits = None if on == "local" else find_profile(profile or preflight.PROFILE[on])
+    job = look_at(sweep, jobs, data, limits)
+    cap = preflight.hours(budget) or (limits.budget if limits else None)
+    if dry_run:
+        return _print_plan(job, cap, on, fresh)
+    if cap:
+        place = limits or Profile()
+        forecast.check(forecast.plan(job.trials, job.store, place, fresh), cap, place)
+    if on == "kfp":
+        from pipeline import cluster
 
-            raise SystemExit(cluster.run(job, Console(), wait, fresh))
-        job = prepare(job, on)
-        if fresh:
-            remove(job)
-        raise SystemExit(run(job, Console()))
+        raise SystemExit(cluster.run(job, Console(), wait, fresh))
+    job = prepare(job, on)
+    if fresh:
+        remove(job)
+    raise SystemExit(run(job, Console()))
 
 
 def look_at(name: str, jobs: str, source: str, profile: Profile | None) -> Job:
@@ -197,6 +193,8 @@ def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
         return ["the pipeline failed after the trials; the end of its log:", *lines[-15:]]
     return []
 
+
+app = preflight.application(submit)
 
 if __name__ == "__main__":
     app()

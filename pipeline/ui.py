@@ -23,28 +23,24 @@ QUIET = {
     "PYTHONWARNINGS": "ignore",
 }
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-
-@app.command()
 def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> None:
     """Print where MLflow's pages are; serve them if no server does."""
-    with preflight.one_sentence():
-        home = preflight.outputs()
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            os.environ.update(Stack(home / "stack").environment())
-        uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
-        fault = preflight.check_tracking()
-        if fault:
-            raise DvqError(fault)
-        if uri.startswith("http"):
-            print(f"{uri.rstrip('/')}/{START}")
-            return
-        if uri.startswith(FILE) and not Path(uri.removeprefix(FILE)).exists():
-            raise DvqError(
-                f"there is no {uri.removeprefix(FILE)}, for no sweep was tracked in it yet: make submit-sweep"
-            )
-        _check_port(port)
+    home = preflight.outputs()
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ.update(Stack(home / "stack").environment())
+    uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
+    fault = preflight.check_tracking()
+    if fault:
+        raise DvqError(fault)
+    if uri.startswith("http"):
+        print(f"{uri.rstrip('/')}/{START}")
+        return
+    if uri.startswith(FILE) and not Path(uri.removeprefix(FILE)).exists():
+        raise DvqError(
+            f"there is no {uri.removeprefix(FILE)}, for no sweep was tracked in it yet: make submit-sweep"
+        )
+    _check_port(port)
     print(f"MLflow on {uri.removeprefix(FILE)}; Ctrl-C ends it\nhttp://{HOST}:{port}/{START}", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     command += ["--host", HOST, "--port", port, "--workers", "1", "--uvicorn-opts", "--log-level warning"]
@@ -61,6 +57,8 @@ def _check_port(port: str) -> None:
         )
         raise DvqError(f"PORT = '{port}' cannot be listened on ({reason}): name another") from None
 
+
+app = preflight.application(ui)
 
 if __name__ == "__main__":
     app()

@@ -367,10 +367,10 @@ def test_silence_says_where_to_look(make: Make, monkeypatch: pytest.MonkeyPatch)
 
 def test_cancel_wants_a_run(capsys: pytest.CaptureFixture[str], server: KubeflowServer) -> None:
     with pytest.raises(SystemExit) as caught:
-        cluster.cancel("", "kind")
+        cluster.app(["", "--profile", "kind"])
     assert caught.value.code == 2
     assert "name the run: make cancel RUN=" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cluster.cancel("http://h/#/runs/details/abc", "kind")
+        cluster.app(["http://h/#/runs/details/abc", "--profile", "kind"])
     assert "has no run 'abc'" in capsys.readouterr().err
     assert server.asked[-1].endswith("/runs/abc:terminate")
