@@ -28,10 +28,10 @@ submit-sweep: $(READY) $(if $(filter docker,$(ON)),$(if $(filter-out 0,$(DRY_RUN
 	  $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
 
 data: $(READY) ## bring images of your own to the store, DATA=file.npz, and say what a sweep calls them
-	@$(PYTHON) -m pipeline.prepare "$(DATA)"
+	@$(PYTHON) -m pipeline.data "$(DATA)"
 
 cancel: $(READY) ## end a run on kfp: RUN=its id or link
-	@$(PYTHON) -m pipeline.cluster "$(RUN)" --profile "$(PROFILE)"
+	@$(PYTHON) -m pipeline.cancel "$(RUN)" --profile "$(PROFILE)"
 
 explain: $(READY) ## what a sweep would compute, and why; TRIAL=name: where that trial's bits go
 	@$(PYTHON) -m pipeline.explain "$(SWEEP)" --trial "$(TRIAL)"

@@ -1,7 +1,4 @@
-"""The sweep on a cluster: compiled, uploaded, started, and followed to its end if that is asked.
-
-python -m pipeline.cluster RUN   ends a run
-"""
+"""The sweep on a cluster: compiled, uploaded, started, and followed to its end if that is asked."""
 
 import json
 import os
@@ -9,9 +6,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 
 from components import datasets
@@ -19,8 +14,9 @@ from dvq import DvqError, fingerprints
 from dvq.config import overrides
 from dvq.fingerprints import FINGERPRINTS, label
 from pipeline import conclusion, containers, definition, forecast, image, pods, preflight
-from pipeline.kubeflow import SUCCEEDED, Kubeflow, Run, UnreachableError
-from pipeline.profile import Profile, find_profile
+from pipeline.connection import UnreachableError
+from pipeline.kubeflow import SUCCEEDED, Kubeflow, Run
+from pipeline.profile import Profile
 from pipeline.watch import Job, remove, rows, watch
 
 LOOK = 10.0
@@ -242,24 +238,3 @@ def conclude(
     report = f"{job.store.place}/reports/{job.sweep.name}/report.html"
     conclusion.say(console, f"\nrun {ended.state.lower()}; report: {report}")
     return 0 if ended.state == SUCCEEDED and not failures else 1
-
-
-def cancel(
-    run_id: Annotated[str, typer.Argument(metavar="RUN", help="the run's id, or the link to it")],
-    profile: Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")] = "",
-) -> None:
-    """End a run on the cluster; what its trials have done is kept."""
-    found = run_id.rstrip("/").rpartition("/")[2].partition("?")[0]
-    if not found:
-        raise DvqError("name the run: make cancel RUN=its id, which stands last in its link")
-    limits = find_profile(profile or preflight.PROFILE["kfp"])
-    if limits.cluster is None:
-        raise DvqError(f"the profile '{profile}' has no 'cluster'")
-    Kubeflow(limits.cluster).cancel(found)
-    print(f"cancelled {found}; the same submit-sweep goes on with what its trials have done")
-
-
-app = preflight.application(cancel)
-
-if __name__ == "__main__":
-    app()

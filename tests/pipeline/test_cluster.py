@@ -14,8 +14,9 @@ from components.store import Store
 from dvq import DvqError, data, fingerprints
 from dvq.config import Sweep
 from dvq.events import Events
-from pipeline import cluster, containers, image
-from pipeline.kubeflow import Run, UnreachableError
+from pipeline import cancel, cluster, containers, image
+from pipeline.connection import UnreachableError
+from pipeline.kubeflow import Run
 from pipeline.preflight import PROFILE
 from pipeline.profile import Cluster, Profile, find_profile
 from pipeline.watch import Job
@@ -367,10 +368,10 @@ def test_silence_says_where_to_look(make: Make, monkeypatch: pytest.MonkeyPatch)
 
 def test_cancel_wants_a_run(capsys: pytest.CaptureFixture[str], server: KubeflowServer) -> None:
     with pytest.raises(SystemExit) as caught:
-        cluster.app(["", "--profile", "kind"])
+        cancel.app(["", "--profile", "kind"])
     assert caught.value.code == 2
     assert "name the run: make cancel RUN=" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cluster.app(["http://h/#/runs/details/abc", "--profile", "kind"])
+        cancel.app(["http://h/#/runs/details/abc", "--profile", "kind"])
     assert "has no run 'abc'" in capsys.readouterr().err
     assert server.asked[-1].endswith("/runs/abc:terminate")

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from dvq import DvqError
-from pipeline.kubeflow import Kubeflow, UnreachableError
+from pipeline.connection import UnreachableError
+from pipeline.kubeflow import Kubeflow
 from pipeline.profile import Cluster
 from tests.kubeflow_server import KubeflowServer
 

@@ -40,7 +40,8 @@ ADAPTERS = {
     "components/tracking.py": {"mlflow"},
     "components/pyfunc.py": {"mlflow", "torch"},
     "pipeline/compile.py": {"docstring_parser"},
-    "pipeline/kubeflow.py": {"kfp_server_api", "urllib3"},
+    "pipeline/connection.py": {"kfp_server_api", "urllib3"},
+    "pipeline/kubeflow.py": {"kfp_server_api"},
     "pipeline/stack.py": {"psutil"},
 }
 """what one module may import besides"""

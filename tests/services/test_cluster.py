@@ -139,7 +139,7 @@ def test_it_is_left_going_refused_twice_and_cancelled(launch: Launch) -> None:
     command = [
         sys.executable,
         "-m",
-        "pipeline.cluster",
+        "pipeline.cancel",
         f"http://x/#/runs/details/{run}",
         "--profile",
         "here.yaml",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import prepare
+from pipeline import data
 
 
 def draw(path: Path, train: int = 40, test: int = 6) -> None:
@@ -18,7 +18,7 @@ def draw(path: Path, train: int = 40, test: int = 6) -> None:
 def prepared(source: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
     """What is said, and the warnings."""
     with pytest.raises(SystemExit) as stopped:
-        prepare.app([source])
+        data.app([source])
     assert stopped.value.code == 0
     out, error = capsys.readouterr()
     return out, error
@@ -63,6 +63,6 @@ def test_test_images_among_the_training_images_are_a_warning(
 
 def test_no_images_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        prepare.app([str(tmp_path / "birds.npz")])
+        data.app([str(tmp_path / "birds.npz")])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("error: DATA=")

@@ -1,4 +1,4 @@
-"""Prepare images of one's own, and say what a sweep calls them: ``python -m pipeline.prepare FILE``."""
+"""Prepare images of one's own, and say what a sweep calls them: ``python -m pipeline.data FILE``."""
 
 import sys
 import tempfile
@@ -12,7 +12,7 @@ from dvq import data, own
 from pipeline import preflight
 
 
-def prepare(
+def bring(
     source: Annotated[str, typer.Argument(help="a file of numpy.savez with train_images and test_images")],
 ) -> None:
     """Bring images to the store and print their name."""
@@ -35,7 +35,7 @@ def prepare(
     )
 
 
-app = preflight.application(prepare)
+app = preflight.application(bring)
 
 if __name__ == "__main__":
     app()

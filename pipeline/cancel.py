@@ -1,0 +1,31 @@
+"""End a run on a cluster: ``python -m pipeline.cancel RUN``."""
+
+from typing import Annotated
+
+import typer
+
+from dvq import DvqError
+from pipeline import preflight
+from pipeline.kubeflow import Kubeflow
+from pipeline.profile import find_profile
+
+
+def cancel(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="the run's id, or the link to it")],
+    profile: Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")] = "",
+) -> None:
+    """End a run on the cluster; what its trials have done is kept."""
+    found = run_id.rstrip("/").rpartition("/")[2].partition("?")[0]
+    if not found:
+        raise DvqError("name the run: make cancel RUN=its id, which stands last in its link")
+    limits = find_profile(profile or preflight.PROFILE["kfp"])
+    if limits.cluster is None:
+        raise DvqError(f"the profile '{profile}' has no 'cluster'")
+    Kubeflow(limits.cluster).cancel(found)
+    print(f"cancelled {found}; the same submit-sweep goes on with what its trials have done")
+
+
+app = preflight.application(cancel)
+
+if __name__ == "__main__":
+    app()

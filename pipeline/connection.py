@@ -1,0 +1,165 @@
+"""A connection to Kubeflow Pipelines: where it is, who asks, and errors of one sentence.
+
+``KFP_HOST``, ``KFP_NAMESPACE``, ``KFP_CA`` and, never in a file of this project, ``KFP_TOKEN`` or ``KFP_COOKIE`` say
+where it is and who asks; all but the last two can stand in the profile.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import kfp_server_api as api
+from urllib3.exceptions import HTTPError
+
+from dvq import DvqError
+from pipeline.profile import Cluster
+
+TIMEOUT = (5, 60)
+"""Seconds to connect, and for an answer."""
+REMEDIES = {
+    "exceeded quota|RESOURCE_EXHAUSTED": "ask for more quota, or lower JOBS or what the profile asks for",
+    "ImagePullBackOff|ErrImagePull|InvalidImageName": "make image PUSH=1, and pull_secrets in the profile",
+    r"(secret|configmap) \"?[\w.-]+\"? not found": "kubectl apply -k k8s/runs in the runs' namespace",
+    "OOMKilled": "raise memory in the profile",
+    "PodSecurity": "see k8s/README.md for the level that the runs' namespace needs",
+}
+"""What to do about what a run's pods met."""
+
+
+class UnreachableError(DvqError):
+    """KFP does not answer; it may later."""
+
+
+class Connection:
+    """To the Kubeflow Pipelines of a profile; DvqError unless it answers and lets us in."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        told = os.environ.get
+        self.host = (told("KFP_HOST") or told("KF_PIPELINES_ENDPOINT") or cluster.host).rstrip("/")
+        self.namespace = told("KFP_NAMESPACE") or cluster.namespace
+        self._token, self._cookie = told("KFP_TOKEN", "").strip(), told("KFP_COOKIE", "").strip()
+        configuration = self._configuration(told("KFP_CA") or cluster.ca)
+        self._client = api.ApiClient(configuration, cookie=self._cookie or None)
+        self._check()
+
+    def _configuration(self, ca: str) -> Any:
+        if not self.host:
+            raise DvqError(
+                "ON=kfp: no Kubeflow Pipelines is named; set KFP_HOST=https://… or cluster.host in the profile"
+            )
+        try:
+            parts = urlsplit(self.host)
+        except ValueError:  # of brackets that are not closed
+            parts = urlsplit("")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise DvqError(f"KFP_HOST = '{self.host}': give an address, https://host/path")
+        if parts.password:
+            raise DvqError(
+                "KFP_HOST has a password in it, which logs would show; use KFP_TOKEN or KFP_COOKIE"
+            )
+        made = api.Configuration(host=self.host)
+        made.retries = 2
+        if ca:
+            if not Path(ca).is_file():
+                raise DvqError(f"KFP_CA = '{ca}': there is no such file of certificates")
+            made.ssl_ca_cert = ca
+        if self._token:
+            made.api_key["authorization"], made.api_key_prefix["authorization"] = self._token, "Bearer"
+        return made
+
+    def _check(self) -> None:
+        ask = api.HealthzServiceApi(self._client).healthz_service_get_healthz_with_http_info
+        try:
+            health, _, headers = self._ask(ask)
+        except api.ApiException as error:
+            if error.status != 404:
+                raise self._refused(error) from None
+            raise DvqError(
+                f"{self}: there is no KFP API 2 there; KFP_HOST is the address before /apis"
+            ) from None
+        if "json" not in headers.get("Content-Type", ""):
+            raise DvqError(
+                f"{self} answers with a page to log in: set KFP_TOKEN, or KFP_COOKIE to its session's"
+            )
+        if health.multi_user and not self.namespace:
+            raise DvqError(f"{self} has a namespace for each user; name yours: KFP_NAMESPACE")
+        if not health.multi_user and self.namespace:
+            raise DvqError(
+                f"{self} is a plain installation, which has no namespaces for users: unset KFP_NAMESPACE "
+                f"('{self.namespace}')"
+            )
+
+    def __str__(self) -> str:
+        return f"Kubeflow Pipelines at {self.host}"
+
+    def _ask(self, ask: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """The answer; ApiException if it is an error."""
+        if self.namespace and "namespace" in named and named["namespace"] is None:
+            named["namespace"] = self.namespace
+        given = {name: value for name, value in named.items() if value is not None}
+        try:
+            return ask(*arguments, _request_timeout=TIMEOUT, **given)
+        except api.ApiException as error:
+            if error.status:
+                raise
+            raise self._unreachable(error.reason or "") from None
+        except HTTPError as error:
+            raise self._unreachable(str(error)) from None
+
+    def _get(self, ask: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """The answer; DvqError if it is an error."""
+        try:
+            return self._ask(ask, *arguments, **named)
+        except api.ApiException as error:
+            raise self._refused(error) from None
+
+    def _unreachable(self, told: str) -> DvqError:
+        if "CERTIFICATE_VERIFY_FAILED" in told:
+            return DvqError(
+                f"{self}: its certificate is of no authority known here; name a file: KFP_CA=ca.pem"
+            )
+        if "too many redirects" in told:
+            return DvqError(f"{self} sends us on to log in: set KFP_TOKEN, or KFP_COOKIE to its session's")
+        return UnreachableError(f"{self} does not answer; is KFP_HOST right, and the port-forward or VPN up?")
+
+    def _refused(self, error: Any) -> DvqError:
+        reason = _message(error)
+        if error.status == 401 or (error.status == 403 and not self.namespace):
+            what = (
+                "the token" if self._token else "the cookie" if self._cookie else "to answer without a token"
+            )
+            return DvqError(f"{self} refuses {what} ({error.status}): set a valid KFP_TOKEN or KFP_COOKIE")
+        if error.status == 403:
+            return DvqError(
+                f"{self} does not let you work in namespace '{self.namespace}': does it exist, and are you its "
+                "owner or a contributor? (KFP_NAMESPACE)"
+            )
+        told = f"{self} answers with an error ({error.status}: {reason})"
+        if error.status in (502, 503, 504):
+            return UnreachableError(told)
+        return DvqError(f"{told}{remedy(reason)}")
+
+
+def _message(error: Any) -> str:
+    """What an error of the API says."""
+    try:
+        content = json.loads(error.body)
+        said = (content, *(content.get("details") or ()))  # an upload's error has its message itself
+        details = [one.get("error_message") for one in said]
+        return line(next(filter(None, details), "") or content.get("message") or content.get("error") or "")
+    except (TypeError, ValueError, AttributeError):
+        return line(str(error.reason or "no reason"))
+
+
+def line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:300]}…"
+
+
+def remedy(told: str) -> str:
+    found = [remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, told, re.IGNORECASE)]
+    return f"; {found[0]}" if found else ""
