@@ -5,8 +5,8 @@ from typing import Any
 
 from components.bucket import Bucket
 from components.s3 import MissingError
-from components.store import Store, locked
-from dvq import DvqError, data, fingerprints
+from components.store import Store
+from dvq import DvqError, data, disk, fingerprints
 
 
 def prepare(name: str, source: str, path: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def _make(name: str, source: str, folder: Path) -> None:
     size, etag = _found(bucket, key)
     archive = folder.parent / f".{PurePosixPath(key).name}"
     lock = archive.with_name(f"{archive.name}.lock")
-    with locked(lock, lambda: None):  # one process fetches it, and the others wait
+    with disk.locked(lock):  # one process fetches it, and the others wait
         if not data.is_prepared(name, folder):
             bucket.download(key, archive, size, etag=etag, progress=progress)
             try:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from components.store import write_json
+from components.folder import write_json
 from dvq import DvqError
 
 FORMAT = 1

@@ -16,11 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from components.bucket import Bucket
+from components.folder import State, state
 from components.manifest import Manifest, parse, paths
 from components.mirror import Mirror, OvertakenError
 from components.s3 import MissingError
-from components.store import State, Store, Work, locked, state
-from dvq import DvqError, checkpoint, fingerprints
+from components.store import Store, Work
+from dvq import DvqError, checkpoint, disk, fingerprints
 from dvq.trial import Trial
 
 LOOK = 2.0
@@ -96,7 +97,7 @@ class RemoteStore(Store):
         def busy() -> None:
             raise _BusyError
 
-        with suppress(_BusyError), locked(self._lock(key), busy):
+        with suppress(_BusyError), disk.locked(self._lock(key), busy):
             mirror = self._mirror(key)
             mirror.look(self._manifests[key])
             while True:
@@ -150,7 +151,7 @@ class RemoteStore(Store):
 
     def fetch_data(self, fingerprint: str) -> None:
         folder = self.data(fingerprint)
-        with locked(folder.parent / f".{fingerprint}.fetch", lambda: None):
+        with disk.locked(folder.parent / f".{fingerprint}.fetch"):
             mirror = self._dataset(fingerprint)
             if mirror.read().owner:
                 mirror.fetch()

@@ -12,7 +12,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, 
 from mlflow.exceptions import MlflowException
 
 from components import logged
-from components.store import read_json
+from components.folder import read_json
 from components.tracking import experiment_id
 from dvq import fingerprints
 from dvq.events import Tail

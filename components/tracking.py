@@ -13,8 +13,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.store import locked, read_json, write_json
-from dvq import DvqError
+from components.folder import read_json, write_json
+from dvq import DvqError, disk
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -75,7 +75,7 @@ def ensure() -> None:
     database = _database()
     if database is None:
         return
-    with locked(database.with_name(f".{database.name}.lock"), lambda: None):
+    with disk.locked(database.with_name(f".{database.name}.lock")):
         if not database.exists():
             partial = database.with_name(database.name + ".partial")
             partial.unlink(missing_ok=True)

@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.store import FORMAT, Store, Work, begin, read_json, state, write_json
+from components.folder import FORMAT, begin, read_json, state, write_json
+from components.store import Store, Work
 from components.tracking import TrialRun
-from dvq import DvqError, events
+from dvq import DvqError, events, failures
 from dvq.config import Point, Sweep, point, short_name
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
@@ -27,7 +28,6 @@ from dvq.events import Events
 from dvq.trial import Trial, values
 
 SYNC_SECONDS = 5
-CGROUP = Path("/sys/fs/cgroup")
 INTERRUPTED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -123,34 +123,8 @@ def _train_in_child(work: Work, data: Path, run: TrialRun) -> None:
         run.finish()
         sys.exit(INTERRUPTED[-1])
     if code != 0 and state(work.folder).name != "failed":
-        Events(work.folder).failure(death(code))
+        Events(work.folder).failure(failures.death(code))
     run.finish()
-
-
-def death(code: int) -> str:
-    """One sentence for how a process ended that could not say it itself."""
-    if code == -signal.SIGKILL:
-        told = _memory_limit() or "most often the machine or container was out of memory"
-        return f"training was killed by SIGKILL: {told}"
-    if code < 0:
-        return f"training was killed by {signal.Signals(-code).name}"
-    return f"training ended with exit code {code}; its output is in the log"
-
-
-def _memory_limit() -> str:
-    """That this container's memory limit killed a process, if it did: the kernel counts these."""
-    for events_file, limit in (
-        ("memory.events", "memory.max"),
-        ("memory/memory.oom_control", "memory/memory.limit_in_bytes"),
-    ):
-        try:
-            counts = dict(line.split() for line in (CGROUP / events_file).read_text().splitlines())
-            bytes_allowed = (CGROUP / limit).read_text().strip()
-        except (OSError, ValueError):
-            continue
-        if int(counts.get("oom_kill", 0)) and bytes_allowed.isdecimal() and int(bytes_allowed) < 2**60:
-            return f"out of memory, over the container's limit of {int(bytes_allowed) / 2**20:.0f} MiB"
-    return ""
 
 
 @contextmanager

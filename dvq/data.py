@@ -6,7 +6,6 @@ training images' mean and standard deviation per channel, in [0, 1].
 """
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -194,10 +193,8 @@ def _writing(folder: Path) -> Iterator[None]:
 @contextmanager
 def _alone(folder: Path) -> Iterator[Path]:
     """An empty folder beside ``folder`` for one process at a time; its lock's file stays, it is empty."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.parent / f".{folder.name}.partial"
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system gives it back, however this process ends
+    with disk.locked(folder.parent / f".{folder.name}.lock"):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         try:

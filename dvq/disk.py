@@ -1,6 +1,9 @@
-"""Writing so that a reader, or the machine after a power cut, finds a file whole or not at all."""
+"""Files that a reader, or the machine after a power cut, finds whole or not at all; and locks."""
 
+import fcntl
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dvq import DvqError
@@ -21,6 +24,20 @@ def replace(path: Path, text: str) -> None:
     partial.write_text(text, encoding="utf-8")
     sync(partial)
     partial.replace(path)
+
+
+@contextmanager
+def locked(path: Path, busy: Callable[[], None] = lambda: None) -> Iterator[int]:
+    """Hold the lock that is the file ``path``; ``busy`` is called before waiting for one that another process
+    holds. The system gives it back when the last process that has it ends, however it does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
 
 
 def locks() -> Path:

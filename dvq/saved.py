@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,20 @@ def save(model: Model, folder: Path) -> None:
     (folder / "trial.json").write_text(json.dumps(values(model.trial), indent=1) + "\n", encoding="utf-8")
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"sha256": _digest(weights)})
+
+
+def publish(model: Model, summary: dict[str, Any], folder: Path) -> None:
+    """Write model/ under another name and rename it: it is there whole or not at all. One that is there, of fewer
+    steps or the same, gives way."""
+    partial, earlier = folder / "model.partial", folder / "model.earlier"
+    for left in (partial, earlier):
+        shutil.rmtree(left, ignore_errors=True)
+    save(model, partial)
+    (partial / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    if (folder / "model").exists():
+        (folder / "model").rename(earlier)
+    partial.rename(folder / "model")
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def load(path: str | Path) -> Model:

@@ -5,12 +5,10 @@ Run as ``python -m dvq.train FOLDER --data DATA`` it trains the trial that FOLDE
 
 import argparse
 import json
-import shutil
 import signal
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvq import DvqError, checkpoint, goodput
+from dvq import DvqError, checkpoint, failures, goodput
 from dvq import events as diary
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
@@ -29,7 +27,7 @@ from dvq.events import Events
 from dvq.model import BITS_PER_DIM, Model
 from dvq.probe import probe
 from dvq.provenance import provenance
-from dvq.saved import save
+from dvq.saved import publish
 from dvq.trainer import Trainer, noise_seed
 from dvq.trial import Trial
 
@@ -125,7 +123,7 @@ class Training:
             "goodput": goodput.read(self.folder),
             "provenance": self.provenance,
         }
-        _publish(self.trainer.model, summary, self.folder)
+        publish(self.trainer.model, summary, self.folder)
         return summary
 
     def _checkpoint_due(self) -> bool:
@@ -240,36 +238,6 @@ def _probe(trainer: Trainer, events: Events, step: int) -> None:
         events.metrics(step + 1, probe(trainer.model, trainer.minibatch(step), draws, generator, step))
 
 
-def _publish(model: Model, summary: dict[str, Any], folder: Path) -> None:
-    """Write model/ under another name and rename it: it is there whole or not at all. One that is there, of fewer
-    steps or the same, gives way."""
-    partial, earlier = folder / "model.partial", folder / "model.earlier"
-    for left in (partial, earlier):
-        shutil.rmtree(left, ignore_errors=True)
-    save(model, partial)
-    (partial / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    if (folder / "model").exists():
-        (folder / "model").rename(earlier)
-    partial.rename(folder / "model")
-    shutil.rmtree(earlier, ignore_errors=True)
-
-
-def failure_reason(error: Exception) -> str:
-    """One sentence for a trial's record."""
-    first = (str(error).splitlines() or [""])[0]
-    if isinstance(error, DvqError):
-        return first
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in first:
-        told = first.partition("can't allocate memory: ")[2] or first[:160]
-        return f"out of memory: {told}; use a smaller batch_size, num_codes or features, or a larger machine"
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)]
-    estimators = [frame for frame in ours if Path(frame.filename).parent.name == "estimators"]
-    at = (estimators or ours)[-1:]  # of an estimator its own line, though what fell over it lies deeper
-    place = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in at)
-    return f"{type(error).__name__}: {first}{place}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -281,7 +249,7 @@ def main() -> int:
     except Interrupted:
         return 128 + signal.SIGTERM
     except Exception as error:
-        Events(args.folder).failure(failure_reason(error))
+        Events(args.folder).failure(failures.reason(error))
         if not isinstance(error, DvqError):
             raise
         print(f"error: {error}", file=sys.stderr)

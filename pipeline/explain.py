@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from components.store import State, Store
+from components.folder import State
+from components.store import Store
 from dvq import DvqError
 from dvq.trial import Trial
 from pipeline import preflight

@@ -5,7 +5,6 @@ generated passwords and the process ids. However it ended, it starts again with 
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -19,7 +18,7 @@ from typing import Any
 
 import typer
 
-from dvq import DvqError
+from dvq import DvqError, disk
 from pipeline.services import HOST, PORTS, Service, create_database, endpoint, keys, services
 
 START, STOP = 180, 20
@@ -206,9 +205,7 @@ def _here() -> Iterator[Stack]:
     from pipeline.preflight import one_sentence, outputs
 
     folder = outputs() / "stack"
-    folder.mkdir(parents=True, exist_ok=True)
-    with one_sentence(), (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_sentence(), disk.locked(folder / "lock"):
         yield Stack(folder)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from components.store import Store, begin
+from components.folder import begin
+from components.store import Store
 from dvq.config import Sweep
 from dvq.events import Tail
 from dvq.trial import Trial

@@ -18,7 +18,8 @@ import pytest
 
 import dvq
 from components import reports, trials
-from components.store import Store, begin
+from components.folder import begin
+from components.store import Store
 from dvq import checkpoint, data, events
 from dvq.config import Sweep, trial
 from dvq.evaluate import evaluate

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from components.store import Store, begin, read_json, write_json
+from components.folder import begin, read_json, write_json
+from components.store import Store
 from dvq import DvqError
 from dvq.config import trial
 

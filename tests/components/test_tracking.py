@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from components import tracking
-from components.store import begin, read_json, state, write_json
+from components.folder import begin, read_json, state, write_json
 from dvq import events
 from dvq.config import trial
 from dvq.events import Events

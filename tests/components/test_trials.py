@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from components import reports, tracking, trials
-from components.store import State, Store, begin, read_json, state, write_json
-from dvq import data, events, goodput
+from components.folder import State, begin, read_json, state, write_json
+from components.store import Store
+from dvq import data, events, failures, goodput
 from dvq.config import Sweep, trial
 from dvq.fingerprints import FINGERPRINTS
 
@@ -255,7 +256,7 @@ def test_a_failing_evaluation_is_recorded_and_the_analysis_leaves_the_trial_alon
     ("code", "says"), [(-signal.SIGKILL, "SIGKILL"), (-signal.SIGSEGV, "SIGSEGV"), (3, "exit code 3")]
 )
 def test_any_death_has_a_sentence(code: int, says: str) -> None:
-    assert says in trials.death(code)
+    assert says in failures.death(code)
 
 
 def test_a_line_that_is_still_being_written_is_no_event(tmp_path: Path) -> None:

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from dvq import DvqError
+from dvq import DvqError, failures
 from dvq.config import trial
 from dvq.estimators.gs_soft import GSSoft
-from dvq.train import failure_reason
 from dvq.trainer import Trainer, checked, minibatch, noise_seed
 from dvq.trial import Loss
 
@@ -94,7 +93,7 @@ def test_what_an_estimator_gave_to_the_model_is_told_with_the_estimators_line() 
     trainer.model.latents.codes = lambda v: v  # type: ignore[method-assign,assignment]
     with pytest.raises(RuntimeError) as caught:
         trainer.step(0)
-    assert re.search(r"\(vq_ema.py, line \d+\)$", failure_reason(caught.value))
+    assert re.search(r"\(vq_ema.py, line \d+\)$", failures.reason(caught.value))
 
 
 def test_what_an_estimator_got_wrong_is_told_with_its_line() -> None:
@@ -103,4 +102,4 @@ def test_what_an_estimator_got_wrong_is_told_with_its_line() -> None:
 
     with pytest.raises(TypeError) as caught:
         loss(GSSoft(kl_warmup=1))
-    assert re.fullmatch(r"TypeError: .* \(trial.py, line \d+\)", failure_reason(caught.value))
+    assert re.fullmatch(r"TypeError: .* \(trial.py, line \d+\)", failures.reason(caught.value))

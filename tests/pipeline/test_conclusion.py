@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from components import tracking
-from components.store import DID_NOT_START, Store, begin
+from components.folder import begin
+from components.store import DID_NOT_START, Store
 from dvq import checkpoint, events
 from dvq.config import Sweep
 from dvq.trial import Trial, values

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from components.store import begin
+from components.folder import begin
 from components.tracking import TrialRun
 from dvq import DvqError
 from dvq.config import trial

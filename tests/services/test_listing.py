@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from components.folder import State, write_json
 from components.manifest import Manifest, Piece
 from components.remote import RemoteStore
-from components.store import State, write_json
 from dvq.config import trial
 from dvq.events import Events, read
 from tests.services.proxy import Proxy, calling

@@ -15,7 +15,7 @@ import pytest
 from mlflow.entities import LoggedModelStatus
 
 from components import tracking
-from components.store import begin, read_json, state, write_json
+from components.folder import begin, read_json, state, write_json
 from components.tracking import TrialRun
 from dvq import events
 from dvq.config import trial

@@ -18,8 +18,9 @@ import torch
 
 from components import bucket as objects
 from components import mirror, remote, reports, s3, trials
+from components.folder import State
 from components.remote import RemoteStore
-from components.store import State, Store
+from components.store import Store
 from dvq import DvqError, checkpoint
 from dvq.config import Sweep, trial
 from tests.services.conftest import SeaweedFS, wait_for

@@ -1,0 +1,123 @@
+"""A trial's folder: how it begins, how far it is, and its JSON files."""
+
+import json
+import shutil
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvq import DvqError, checkpoint, disk, events
+from dvq.trial import Trial, values
+
+FORMAT = 1
+"""The version of a trial's folder."""
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a trial is: new, interrupted, failed (and the reason), or finished."""
+
+    name: str
+    reason: str = ""
+    step: int = 0
+    """where training would go on, by the trial's checkpoints"""
+
+
+def state(folder: Path) -> State:
+    """The state of the trial in ``folder``, read from what is there."""
+    if (folder / "results.json").exists():
+        return State("finished")
+    step = max(checkpoint.steps(folder), default=0)
+    last = State("interrupted", step=step) if (folder / "checkpoints").exists() else State("new")
+    for event in events.read(folder):
+        if event["kind"] == "failure":
+            last = State("failed", event["reason"], step)
+        elif event["kind"] == "state" or last.name == "new":
+            last = State("interrupted", step=step)
+    return last
+
+
+def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) -> None:
+    """The trial's folder, as it was left, or a new one; that may go on from a ``shorter`` trial's checkpoints.
+
+    Raises:
+        DvqError: the folder was written by a version with another format.
+    """
+    document = read_json(folder / "trial.json")
+    if document is not None:
+        if document["format"] != FORMAT:
+            raise DvqError(
+                f"{folder} has format {document['format']}, and this version reads {FORMAT}; "
+                "compute anew (FRESH=1), or use the version that wrote it"
+            )
+        return
+    clear(folder)
+    folder.mkdir(parents=True)
+    if shorter:
+        _copy(shorter, folder)
+    for step in checkpoint.steps(folder):
+        if step > trial.steps:
+            shutil.rmtree(folder / "checkpoints" / f"{step:09d}")
+    _forget_end(folder)
+    document = {
+        "format": FORMAT,
+        "name": name,
+        "key": trial.key(),
+        "attempt": uuid.uuid4().hex,
+        "trial": values(trial),
+    }
+    write_json(folder / "trial.json", document)
+
+
+def _copy(shorter: Path, folder: Path) -> None:
+    """Copy what training goes on from; what grows, and what a checkpoint counts on, after it."""
+    for part in ("checkpoints", "images", "events"):
+        if (shorter / part).exists():
+            try:
+                shutil.copytree(shorter / part, folder / part, ignore=shutil.ignore_patterns(".partial-*"))
+            except shutil.Error as error:
+                raise DvqError(_because(shorter, [str(why) for *_, why in error.args[0]])) from None
+
+
+def _because(shorter: Path, reasons: list[str]) -> str:
+    """Why a shorter trial's files could not be copied."""
+    others = [why for why in reasons if "No such file" not in why]
+    if others:
+        return f"{shorter} cannot be copied, to go on from it ({others[0]})"
+    return f"{shorter} changed while it was copied, for it is in training; the same command tries again"
+
+
+def clear(folder: Path) -> None:
+    """Remove a trial's folder, if it is there."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise DvqError(f"{error.filename or folder} cannot be removed ({error.strerror})") from None
+
+
+def _forget_end(folder: Path) -> None:
+    """Leave out the events after the last checkpoint: who follows them would see the shorter trial's end."""
+    for step in checkpoint.steps(folder)[-1:]:
+        with suppress(DvqError):  # damaged: training goes on from the one before, and says so
+            about = read_json(folder / "checkpoints" / f"{step:09d}" / "checkpoint.json") or {}
+            events.truncate(folder, about.get("events", {}))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object at ``path``, None if there is no such file; DvqError if it is damaged."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DvqError(f"{path}: damaged ({error}); delete this trial's folder to compute it anew") from None
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write the JSON object at ``path``, whole or not at all."""
+    disk.replace(path, json.dumps(content, indent=1) + "\n")

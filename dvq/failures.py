@@ -1,0 +1,53 @@
+"""How training ends badly, in one sentence each: what its process raised, or how it died."""
+
+import signal
+import traceback
+from pathlib import Path
+
+from dvq import DvqError
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def reason(error: Exception) -> str:
+    """One sentence for a trial's record."""
+    import torch  # which takes seconds
+
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, DvqError):
+        return first
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in first:
+        told = first.partition("can't allocate memory: ")[2] or first[:160]
+        return f"out of memory: {told}; use a smaller batch_size, num_codes or features, or a larger machine"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)]
+    estimators = [frame for frame in ours if Path(frame.filename).parent.name == "estimators"]
+    at = (estimators or ours)[-1:]  # of an estimator its own line, though what fell over it lies deeper
+    place = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in at)
+    return f"{type(error).__name__}: {first}{place}"
+
+
+def death(code: int) -> str:
+    """One sentence for how a process ended that could not say it itself."""
+    if code == -signal.SIGKILL:
+        told = _memory_limit() or "most often the machine or container was out of memory"
+        return f"training was killed by SIGKILL: {told}"
+    if code < 0:
+        return f"training was killed by {signal.Signals(-code).name}"
+    return f"training ended with exit code {code}; its output is in the log"
+
+
+def _memory_limit() -> str:
+    """That this container's memory limit killed a process, if it did: the kernel counts these."""
+    for events_file, limit in (
+        ("memory.events", "memory.max"),
+        ("memory/memory.oom_control", "memory/memory.limit_in_bytes"),
+    ):
+        try:
+            counts = dict(line.split() for line in (CGROUP / events_file).read_text().splitlines())
+            bytes_allowed = (CGROUP / limit).read_text().strip()
+        except (OSError, ValueError):
+            continue
+        if int(counts.get("oom_kill", 0)) and bytes_allowed.isdecimal() and int(bytes_allowed) < 2**60:
+            return f"out of memory, over the container's limit of {int(bytes_allowed) / 2**20:.0f} MiB"
+    return ""
