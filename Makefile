@@ -99,7 +99,7 @@ soak: $(READY) ## training killed 200 times, compared with training that was not
 	@DVQ_KILLS=200 $(PYTHON) -m pytest tests/dvq/test_resume.py -k killed
 
 golden: $(READY) ## write the golden loss curves again: after raising dvq.NUMERICS, or for a new estimator
-	@$(PYTHON) tests/dvq/test_golden.py
+	@$(PYTHON) -m tests.dvq.test_golden
 
 clean: ## remove what make installed and the caches; outputs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -213,8 +213,12 @@ class Sweep(BaseModel):
 def short_name(one: Trial, at: Point) -> str:
     """``gs-soft-c512-k16-s0``, and behind it whatever else of its key this point of the sweep sets."""
     told = {"estimator", "num_codes", "num_latents", "seed", *one.unkeyed()}
-    rest = "".join(f"-{key.replace('_', '-')}-{value}" for key, value in at.items() if key not in told)
+    rest = "".join(f"-{key.replace('_', '-')}-{_plain(x)}" for key, x in at.items() if key not in told)
     return re.sub(r"[^A-Za-z0-9.+-]", "-", one.describe() + rest)
+
+
+def _plain(value: Any) -> str:
+    return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def load_sweep(path: Path) -> Sweep:

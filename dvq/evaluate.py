@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dvq import DvqError
-from dvq.latents import Codebooks, Nearest, Sample, per_image
+from dvq.latents import Codebooks, Deterministic, Sample, per_image
 from dvq.model import BITS_PER_DIM, POSITIONS, SIDE, Model
 
 STATISTICS = 200
@@ -61,7 +61,7 @@ def evaluate(
 
         L_S = log (1/S) Σ_s p(x, z_s) / q(z_s|x),
 
-    one draw at a time, so that memory does not grow with S. VQ-VAE's q is certain: its L_S is its ELBO.
+    one draw at a time, so that memory does not grow with S. VQ-VAE's and FSQ's q is certain: their L_S is their ELBO.
 
     With ``training``, the images that the model was trained on, also the ELBO of the model that :func:`fit` makes
     of it.
@@ -71,7 +71,7 @@ def evaluate(
         (``_se``); ``bound`` (−L_S), and ``draws_se``, the standard deviation of the mean over images between
         repeated draws; ``ledger``: ``latents`` (the rate of each of the K) and ``channels`` (the distortion of
         red, green, blue), which add up to ``bits_per_dim``; with ``training``, ``fitted_bits_per_dim``. For
-        discrete latent variables also ``rate_uniform`` (P·K·log C, the rate under a uniform prior for VQ-VAE),
+        discrete latent variables also ``rate_uniform`` (P·K·log C, VQ-VAE's and FSQ's rate under a uniform prior),
         ``rate_least`` (under the prior of these images' own codes, for which no factorial prior has less: no bound),
         ``usage`` (K lists of C counts over the whole pass), ``perplexity`` (mean over k of exp H(usage_k)) and
         ``dead_codes``.
@@ -87,7 +87,7 @@ def evaluate(
     gathered = _Pass()
     if isinstance(model.latents, Codebooks):
         gathered.usage = torch.zeros(model.latents.codebook.shape[:2], dtype=torch.long, device=device)
-    draws = 1 if isinstance(model.latents, Nearest) else bound_samples
+    draws = 1 if isinstance(model.latents, Deterministic) else bound_samples
     for batch in batches(images, batch_size, device):
         v = model.encoder(batch)
         elbos, weights = [], []

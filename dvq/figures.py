@@ -66,8 +66,16 @@ def figure_1a(results: Sequence[Result]) -> Figure:
     return figure
 
 
+def _curves(results: Sequence[Result]) -> list[list[Result]]:
+    """The results in lists that differ in C and the seed. FSQ's levels make C, so that they are one curve too, unless
+    some of them make the same."""
+    made = {(str(t["levels"]), t["num_codes"]) for t in (one["trial"] for one in results) if "levels" in t}
+    one_each = len({codes for _, codes in made}) == len(made)
+    return alike(results, "seed", "num_codes", *(["levels"] if one_each else []))
+
+
 def _sizes(axes: Axes, results: Sequence[Result]) -> None:
-    curves = alike(results, "seed", "num_codes")
+    curves = _curves(results)
     settings = Counter(curve[0]["trial"]["estimator"] for curve in curves)
     for curve in curves:
         many = settings[curve[0]["trial"]["estimator"]]

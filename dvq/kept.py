@@ -21,6 +21,8 @@ DRAWN = {"num_codes": 64, "num_latents": 16}
 """the trials whose codebooks are kept too: those of Figures 1(b) and 2"""
 LONGEST = 200
 """characters of a name; a file's name may have 255"""
+CERTAIN = ("vq-ema", "vq-loss", "fsq")
+"""the estimators of one certain code, whose rate under a uniform prior is its own"""
 TAKEN = ("estimator", "num_codes", "num_latents", "data", "split", "steps")
 """fields that stand elsewhere in a row"""
 
@@ -184,7 +186,7 @@ def _told(settings: Mapping[str, Any]) -> str:
 def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str]:
     """A trial's cells by their columns."""
     fields, judged, provenance = result["trial"], result["evaluation"], result["provenance"]
-    uniform = judged["distortion"] + judged["rate_uniform"] if fields["estimator"].startswith("vq") else None
+    uniform = judged["distortion"] + judged["rate_uniform"] if fields["estimator"] in CERTAIN else None
     return {
         "estimator": style(fields["estimator"])[0],
         "C": str(fields.get("num_codes", "–")),

@@ -15,7 +15,8 @@ from dvq.posterior import Logits, categorical_kl, logits_of, tiles
 from dvq.relaxation import fast_relax, plain_relax
 
 if TYPE_CHECKING:
-    from dvq.trial import Discrete, Stochastic, Trial
+    from dvq.estimators.fsq import FSQ
+    from dvq.trial import Discrete, LearnedCodes, Stochastic, Trial
 
 
 class Sample(NamedTuple):
@@ -36,6 +37,11 @@ def per_image(terms: Tensor, images: int) -> Tensor:
     return terms.unflatten(-1, (images, -1)).sum((-3, -1))
 
 
+def normal_codes(trial: "LearnedCodes") -> Tensor:
+    """Codebooks (K, C, D) of draws from N(0, σ²)."""
+    return torch.randn(trial.num_latents, trial.num_codes, trial.code_dim) * trial.codebook_sigma()
+
+
 class Codebooks(nn.Module):
     """M (K, C, D), shared over positions, and the factorial prior p(z_k) = Cat(softmax θ[k])."""
 
@@ -44,11 +50,9 @@ class Codebooks(nn.Module):
     codebook: Tensor
     prior_logits: Tensor
 
-    def __init__(self, trial: "Discrete", trained: bool) -> None:
+    def __init__(self, trial: "Discrete", codebook: Tensor, trained: bool) -> None:
         super().__init__()
-        shape = (trial.num_latents, trial.num_codes)
-        codebook = torch.randn(*shape, trial.code_dim) * trial.codebook_sigma()
-        prior = torch.zeros(shape)
+        prior = torch.zeros(trial.num_latents, trial.num_codes)
         if trained:
             self.codebook = nn.Parameter(codebook)
         else:
@@ -85,7 +89,7 @@ class Categorical(Codebooks):
     """The stochastic posterior q(z|x) = Cat(softmax l), l = −s‖v − M[k, c]‖²."""
 
     def __init__(self, trial: "Stochastic") -> None:
-        super().__init__(trial, trained=True)
+        super().__init__(trial, normal_codes(trial), trained=True)
         self.scale = trial.distance_scale
         self.plain = False
         """whether to compute the equations as they stand, where there is a faster form"""
@@ -173,19 +177,33 @@ class Scored(Categorical):
         return signal, (w - self.mean.clone() - baseline).square()
 
 
-class Nearest(Codebooks):
-    """The deterministic posterior of VQ-VAE, z = argmin_c ‖v − M[k, c]‖².
+class Deterministic(Codebooks):
+    """A posterior that puts all its mass on one z, so that KL(q ‖ p) = −log p(z)."""
 
-    q puts all its mass on z, so that KL(q ‖ p) = −log p(z).
-    """
+    def codes(self, v: Tensor) -> Tensor:
+        """z of each encoding: (K, N, D) → (K, N)."""
+        raise NotImplementedError
+
+    def rate(self, codes: Tensor) -> Tensor:
+        """−log p(z) [nats]: (K, N) → (K, N)."""
+        return -self.log_p_each(codes)
+
+    def sample(self, v: Tensor, generator: Generator) -> Sample:  # noqa: ARG002
+        codes = self.codes(v)
+        rate = self.rate(codes)
+        return Sample(self.vectors(codes), rate, rate, codes)
+
+
+class Nearest(Deterministic):
+    """The posterior of VQ-VAE, z = argmin_c ‖v − M[k, c]‖²."""
 
     EPSILON = 1e-5
 
     counts: Tensor
     sums: Tensor
 
-    def __init__(self, trial: "Discrete", decay: float, trained: bool) -> None:
-        super().__init__(trial, trained)
+    def __init__(self, trial: "LearnedCodes", decay: float, trained: bool) -> None:
+        super().__init__(trial, normal_codes(trial), trained)
         self.decay, self.trained = decay, trained
         self.register_buffer("counts", torch.ones(trial.num_latents, trial.num_codes))  # N
         self.register_buffer("sums", self.codebook.detach().clone())  # S
@@ -197,15 +215,6 @@ class Nearest(Codebooks):
         for at in tiles(v, self.codebook.shape[1]):
             codes[at] = largest(logits[at])
         return codes
-
-    def rate(self, codes: Tensor) -> Tensor:
-        """−log p(z) [nats]: (K, N) → (K, N)."""
-        return -self.log_p_each(codes)
-
-    def sample(self, v: Tensor, generator: Generator) -> Sample:  # noqa: ARG002
-        codes = self.codes(v)
-        rate = self.rate(codes)
-        return Sample(self.vectors(codes), rate, rate, codes)
 
     @torch.no_grad()
     def place(self, centers: Tensor) -> None:
@@ -244,6 +253,53 @@ class Nearest(Codebooks):
         self.codebook.data.copy_(moved)  # .data: a backward pass to come needs the codebook's shape alone
         self.counts.masked_fill_(dead, below)
         self.sums.copy_(torch.where(dead.unsqueeze(-1), fresh * below, self.sums))
+
+
+class Rounded(Deterministic):
+    """The posterior of FSQ: each dimension of v is bounded and rounded to one of its L levels.
+
+    b = h·tanh(v + atanh(o/h)) − o with h = (L − 1)(1 + ε)/2 and o = ½ for even L, else 0, rounds to −⌊L/2⌋, …,
+    ⌈L/2⌉ − 1; the decoder sees round(b) / ⌊L/2⌋, in [−1, 1]. The codes count the first dimension's levels
+    fastest, and the codebooks, all the same, list them.
+    """
+
+    EPSILON = 1e-3
+
+    levels: Tensor
+    weights: Tensor
+    width: Tensor
+    offset: Tensor
+
+    def __init__(self, trial: "FSQ") -> None:
+        levels = torch.tensor(trial.levels)  # L, (D,)
+        weights = levels.cumprod(0) // levels
+        digits = torch.arange(trial.num_codes).unsqueeze(-1) // weights % levels  # (C, D)
+        grid = (digits - levels // 2) / (levels // 2)
+        super().__init__(trial, grid.repeat(trial.num_latents, 1, 1), trained=False)
+        width, offset = (levels - 1) * (1 + self.EPSILON) / 2, 0.5 * (levels % 2 == 0)
+        for name, constant in zip(
+            ("levels", "weights", "width", "offset"), (levels, weights, width, offset), strict=True
+        ):
+            self.register_buffer(name, constant, persistent=False)
+
+    def bounded(self, v: Tensor) -> Tensor:
+        """b: (K, N, D) → (K, N, D)."""
+        return self.width * (v + (self.offset / self.width).atanh()).tanh() - self.offset
+
+    def codes(self, v: Tensor) -> Tensor:
+        return self._codes(self.bounded(v))
+
+    def straight_through(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoder sees, with b's gradient for round(b)'s, (K, N, D), and the codes (K, N)."""
+        bounded = self.bounded(v)
+        codes = self._codes(bounded.detach())
+        slope = bounded / (self.levels // 2)
+        return self.vectors(codes) + (slope - slope.detach()), codes
+
+    def _codes(self, bounded: Tensor) -> Tensor:
+        # NaN has a code too, lest the look-up fail before the loss tells that training diverged
+        digits = bounded.round().nan_to_num() + self.levels // 2
+        return (digits.long() * self.weights).sum(-1)
 
 
 class Normal(nn.Module):

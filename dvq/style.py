@@ -29,10 +29,11 @@ ESTIMATORS = {
     "nvil": ("NVIL", "#d55e00", "v"),
     "vq-ema": ("VQ-VAE, EMA", "#009e73", "D"),
     "vq-loss": ("VQ-VAE, loss", "#e69f00", "P"),
+    "fsq": ("FSQ", "#332288", "<"),
     "gaussian": ("Gaussian VAE", "#000000", "X"),
 }
-OTHERS = ("#999933", "#332288", "#aa4499", "#661100")
-MARKERS = ("*", "<", ">", "h")
+OTHERS = ("#999933", "#ddcc77", "#aa4499", "#661100")
+MARKERS = ("*", "8", ">", "h")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 MOST_GROUPS = len(DASHES)

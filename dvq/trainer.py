@@ -13,7 +13,7 @@ from dvq import DvqError
 from dvq.codes import kmeans
 from dvq.model import POSITIONS, Model
 from dvq.recorded import Recorded
-from dvq.trial import Discrete, Loss, Trial
+from dvq.trial import LearnedCodes, Loss, Trial
 
 
 @functools.lru_cache(maxsize=2)
@@ -78,7 +78,7 @@ class Trainer:
         on_gpu = device.type == "cuda"
         self.model = Model(trial).to(device, dtype)
         self.model.mix((trial.precision if on_gpu else trial.cpu_precision) == "bfloat16")
-        if isinstance(trial, Discrete) and trial.codebook_init == "kmeans":
+        if isinstance(trial, LearnedCodes) and trial.codebook_init == "kmeans":
             self._place_codebooks(trial)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=trial.learning_rate, fused=True, capturable=on_gpu
@@ -86,7 +86,7 @@ class Trainer:
         self.recorded = Recorded(self) if on_gpu else None
 
     @torch.no_grad()
-    def _place_codebooks(self, trial: Discrete) -> None:
+    def _place_codebooks(self, trial: LearnedCodes) -> None:
         """Begin with the clusters of the first minibatches' encodings, ten or more for each code."""
         count = math.ceil(10 * trial.num_codes / (trial.batch_size * POSITIONS))
         encodings = torch.cat([self.model.encoder(self.minibatch(step)) for step in range(count)], 1)

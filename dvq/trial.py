@@ -173,10 +173,17 @@ class Warmed(Trial):
 
 
 class Discrete(Trial):
-    """What the estimators of discrete latent variables share: the codebooks and their prior."""
+    """What the estimators of discrete latent variables share: how many codes, and their prior."""
 
     num_codes: Annotated[int, Field(ge=2)] = 512
     """C, categories of each latent variable"""
+    prior: Literal["trained", "uniform"] = "trained"
+    """trained: by maximum likelihood along with the model, and counted in the rate; uniform: 1/C"""
+
+
+class LearnedCodes(Discrete):
+    """What the estimators whose codebooks are learned share: how these begin."""
+
     codebook_std: Positive | None = None
     """σ of the codebooks' normal initialization; None: √(16 / (D·s)), which keeps 2Dσ²s, the spread of the
     posterior's logits, at 32. With a smaller one the posterior is so close to uniform that training takes
@@ -184,8 +191,6 @@ class Discrete(Trial):
     codebook_init: Literal["normal", "kmeans"] = "normal"
     """kmeans: the codebooks begin at the clusters of the first minibatches' encodings, so that no code is dead
     from the start; the encodings' spread then decides that of the logits"""
-    prior: Literal["trained", "uniform"] = "trained"
-    """trained: by maximum likelihood along with the model, and counted in the rate; uniform: 1/C"""
 
     def codebook_sigma(self) -> float:
         """σ of the codebooks' initialization [units of v]."""
@@ -193,7 +198,7 @@ class Discrete(Trial):
         return self.codebook_std or float((16 / (self.code_dim * scale)) ** 0.5)
 
 
-class Stochastic(Warmed, Discrete):
+class Stochastic(Warmed, LearnedCodes):
     """What the estimators of a categorical posterior share."""
 
     distance_scale: Positive = 1.0

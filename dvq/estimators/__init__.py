@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from dvq.estimators.fsq import FSQ
 from dvq.estimators.gaussian import Gaussian
 from dvq.estimators.gs_hard import GSHard
 from dvq.estimators.gs_soft import GSSoft
@@ -18,7 +19,7 @@ from dvq.estimators.vq_ema import VQEMA
 from dvq.estimators.vq_loss import VQLoss
 
 Estimator = Annotated[
-    GSSoft | GSHard | ReinMax | VIMCO | NVIL | VQEMA | VQLoss | Gaussian,
+    GSSoft | GSHard | ReinMax | VIMCO | NVIL | VQEMA | VQLoss | FSQ | Gaussian,
     Field(discriminator="estimator"),
 ]
 """Every estimator, told apart by the field ``estimator``."""

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from dvq.trial import Discrete, Loss, NonNegative
+from dvq.trial import LearnedCodes, Loss, NonNegative
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dvq.trial import Step
 
 
-class VQEMA(Discrete):
+class VQEMA(LearnedCodes):
     """VQ-VAE with codebooks that are exponential moving averages: i = argmin_c ‖v − M[c]‖².
 
     The decoder sees v + stopgrad(M[i] − v). Because the distortion is a sum over 3072 sub-pixels,

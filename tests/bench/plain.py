@@ -40,8 +40,9 @@ class Plain(nn.Module):
             nn.ReLU(), nn.ConvTranspose2d(f, f, 4, 2, 1, bias=False), nn.BatchNorm2d(f),
             nn.ReLU(), nn.Conv2d(f, 768, 1),
         )  # fmt: skip
-        self.book = nn.Parameter(torch.randn(self.k, self.c, self.d), one.estimator != "vq-ema")
+        self.book = nn.Parameter(torch.randn(self.k, self.c, self.d), one.estimator not in ("vq-ema", "fsq"))
         self.prior = nn.Parameter(torch.zeros(self.k, self.c))
+        self.register_buffer("levels", torch.tensor(getattr(one, "levels", ())))
         self.register_buffer("counts", torch.ones(self.k, self.c))
         self.register_buffer("sums", self.book.detach().clone())
         self.baseline = nn.Sequential(nn.Linear(width, 100), nn.Tanh(), nn.Linear(100, 1))
@@ -156,6 +157,15 @@ def nearest(net: Plain, images: Tensor, ema: bool) -> Tensor:
     return net.nll(v + (m - v).detach(), images) + 3072 * terms.mean() - net.log_p(z)
 
 
+def fsq(net: Plain, images: Tensor) -> Tensor:
+    levels = net.levels
+    half, offset = (levels - 1) * 1.001 / 2, torch.where(levels % 2 == 0, 0.5, 0.0)
+    bounded = torch.tanh(net.encode(images) + torch.atanh(offset / half)) * half - offset
+    rounded = bounded + (bounded.round() - bounded).detach()
+    z = ((rounded.detach().round().long() + levels // 2) * (levels.cumprod(0) // levels)).sum(-1)
+    return net.nll(rounded / (levels // 2), images) - net.log_p(z)
+
+
 def gaussian(net: Plain, images: Tensor) -> Tensor:
     mean, rho = net.encode(images).chunk(2, -1)
     kl = 0.5 * (mean.square() + (2 * rho).exp() - 1 - 2 * rho).sum(-1)
@@ -170,6 +180,7 @@ PLAIN: dict[str, Callable[[Plain, Tensor], Tensor]] = {
     "nvil": nvil,
     "vq-ema": partial(nearest, ema=True),
     "vq-loss": partial(nearest, ema=False),
+    "fsq": fsq,
     "gaussian": gaussian,
 }
 

@@ -45,11 +45,14 @@ SIZES |= {
     for size, fields in SIZES.items()
     if fields["features"] == 256
 }
+LEVELS = {128: (8, 4, 4), 512: (8, 8, 8)}  # FSQ's for a size's C
 Step = Callable[[int], object]
 
 
 def case(size: str, estimator: str, batch: int) -> tuple[Trial, np.ndarray]:
-    fields = {name: x for name, x in SIZES[size].items() if (estimator, name) != ("gaussian", "num_codes")}
+    other = {"gaussian": ["num_codes"], "fsq": ["num_codes", "code_dim"]}.get(estimator, [])
+    fields = {name: x for name, x in SIZES[size].items() if name not in other}
+    fields |= {"levels": LEVELS[SIZES[size]["num_codes"]]} if estimator == "fsq" else {}
     one = trial({**fields, "estimator": estimator, "data": "cifar10-sample", "batch_size": batch})
     return one, np.random.default_rng(0).integers(0, 256, (4 * batch, 32, 32, 3), dtype=np.uint8)
 

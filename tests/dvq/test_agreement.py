@@ -11,6 +11,7 @@ from dvq import posterior
 from dvq.config import estimators, trial
 from dvq.likelihood import plain_nll
 from dvq.model import Model
+from tests.sizes import taken
 
 IMAGES = torch.from_numpy(
     np.random.Generator(np.random.PCG64(0)).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
@@ -41,9 +42,8 @@ def test_the_fast_form_agrees_with_the_plain(
     options: dict[str, Any] = {"num_latents": 2, "code_dim": 3, "features": 8, "kl_warmup": 20}
     options |= {"num_codes": 5, "distance_scale": 0.7}
     monkeypatch.setitem(posterior.TILE, "cpu", 5 * 70)  # pieces of a codebook's rows
-    known = estimators()[estimator].model_fields
     torch.manual_seed(0)
-    model = Model(trial({"estimator": estimator, **{k: x for k, x in options.items() if k in known}}))
+    model = Model(trial({"estimator": estimator, **taken(estimator, options)}))
     with torch.no_grad():
         # the images' likelihoods hang on the codes, as a trained decoder's do; where they hardly do, VIMCO's
         # signal is a small difference of numbers near 17,000, of which float32 knows two decimals

@@ -19,6 +19,7 @@ from dvq.evaluate import evaluate
 from dvq.model import BITS_PER_DIM
 from dvq.recorded import Recorded
 from dvq.trainer import Trainer
+from tests.sizes import taken
 
 IMAGES = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
 SCHEDULES = {"kl_warmup": 5, "temperature": 1.0, "final_temperature": 0.2, "annealing_steps": 4}
@@ -33,10 +34,8 @@ WAITS = {
 
 
 def trainer(estimator: str, dtype: torch.dtype = torch.float64, **options: Any) -> Trainer:
-    known = estimators()[estimator].model_fields
     sizes = {"num_latents": 2, "code_dim": 4, "features": 8, "num_codes": 6, "batch_size": 6, **options}
-    fields = {name: value for name, value in sizes.items() if name in known}
-    one = trial({"estimator": estimator, "data": "cifar10-sample", **fields})
+    one = trial({"estimator": estimator, "data": "cifar10-sample", **taken(estimator, sizes)})
     return Trainer(one, IMAGES, torch.device("cpu"), dtype)
 
 
@@ -77,7 +76,7 @@ def test_a_wait_would_be_noticed() -> None:
 
 
 @pytest.mark.parametrize("head", ["1x1", "transposed"])
-@pytest.mark.parametrize("estimator", ["gs-soft", "vimco", "vq-ema", "gaussian"])
+@pytest.mark.parametrize("estimator", ["gs-soft", "vimco", "vq-ema", "fsq", "gaussian"])
 def test_bfloat16_changes_bits_per_dim_by_less_than_0_005(estimator: str, head: str) -> None:
     """After some training in it; evaluation knows nothing of it. The gradients point the same way but for the
     codes that it flips."""

@@ -6,7 +6,6 @@ stores' results of the old code are no longer taken for the new code's, and run 
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ import dvq
 from dvq.config import estimators, trial
 from dvq.evaluate import evaluate
 from dvq.train import Trainer
+from tests.sizes import taken
 
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = 5
@@ -23,10 +23,11 @@ STEPS = 5
 
 def curve(estimator: str) -> list[list[float]]:
     """Surrogate, distortion and rate of each step, then the evaluation's rate, distortion and fitted bits/dim."""
-    options: dict[str, Any] = {"num_latents": 2, "code_dim": 3, "features": 4, "residual_blocks": 1}
-    options |= {"num_codes": 5} if "num_codes" in estimators()[estimator].model_fields else {}
+    sizes = {"num_latents": 2, "num_codes": 5, "code_dim": 3, "features": 4, "residual_blocks": 1}
     images = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
-    tiny = trial({"estimator": estimator, "data": "cifar10-sample", "batch_size": 4, **options})
+    tiny = trial(
+        {"estimator": estimator, "data": "cifar10-sample", "batch_size": 4, **taken(estimator, sizes)}
+    )
     trainer = Trainer(tiny, images, torch.device("cpu"), torch.float64)
     points = [trainer.step(step).tolist() for step in range(STEPS)]
     result = evaluate(trainer.model, images, training=images)

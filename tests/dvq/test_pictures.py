@@ -9,15 +9,15 @@ from dvq.config import trial
 from dvq.model import Model
 from dvq.pictures import Pictures
 from tests.dvq.test_figures import sweep, words
+from tests.sizes import taken
 
 SMALL = {"data": "cifar10-sample", "features": 4, "num_latents": 2}
 
 
-@pytest.mark.parametrize("estimator", ["gs-soft", "vq-ema", "gaussian"])
+@pytest.mark.parametrize("estimator", ["gs-soft", "vq-ema", "fsq", "gaussian"])
 def test_the_pictures_of_a_model_are_what_it_says_itself(estimator, tmp_path):
-    codes = {} if estimator == "gaussian" else {"num_codes": 4}
     torch.manual_seed(0)
-    model = Model(trial({**SMALL, **codes, "estimator": estimator})).eval()
+    model = Model(trial({**taken(estimator, {**SMALL, "num_codes": 4}), "estimator": estimator})).eval()
     images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     pictures.take(model, images).save(tmp_path / "pictures.npz")
     found = Pictures.load(tmp_path / "pictures.npz")

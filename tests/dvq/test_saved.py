@@ -14,6 +14,7 @@ from dvq.config import trial
 from dvq.model import Model
 from dvq.provenance import commit
 from dvq.saved import save
+from tests.sizes import taken
 
 SIZE = {"data": "cifar10-sample", "features": 8, "num_latents": 2, "code_dim": 4}
 IMAGES = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -21,8 +22,9 @@ IMAGES = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torc
 
 def model(estimator="gs-soft", **fields):
     torch.manual_seed(0)
-    size = {} if estimator == "gaussian" else {"num_codes": 5}
-    return Model(trial({"estimator": estimator, **SIZE, **size, **fields})).eval()
+    return Model(
+        trial({"estimator": estimator, **taken(estimator, {**SIZE, "num_codes": 5}), **fields})
+    ).eval()
 
 
 @pytest.fixture
@@ -44,8 +46,9 @@ def test_arrays_and_tensors_give_the_same() -> None:
     assert one.sample(2).shape == (2, 32, 32, 3)
 
 
-def test_many_images_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = model("vq-ema")
+@pytest.mark.parametrize("estimator", ["vq-ema", "fsq"])
+def test_many_images_are_taken_in_pieces(estimator, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = model(estimator)
     whole = (
         one.encode(IMAGES),
         one.decode(one.encode(IMAGES)),

@@ -16,6 +16,7 @@ from dvq.evaluate import evaluate
 from dvq.model import BITS_PER_DIM
 from dvq.trainer import Trainer, noise
 from dvq.trial import Trial, values
+from tests.sizes import taken
 
 IMAGES = data.read_sample()
 SMALL: dict[str, Any] = {
@@ -31,8 +32,7 @@ SCHEDULES = {"kl_warmup": 5, "temperature": 1.0, "final_temperature": 0.2, "anne
 
 
 def make(estimator: str, **options: Any) -> Trial:
-    known = estimators()[estimator].model_fields
-    fields = {name: value for name, value in {**SMALL, **options}.items() if name in known}
+    fields = taken(estimator, {**SMALL, **options})
     return trial({"estimator": estimator, "data": "cifar10-sample", **fields})
 
 
@@ -62,7 +62,10 @@ def test_the_recorded_step_follows_its_schedules(estimator: str, gpu: torch.devi
         torch.testing.assert_close(recorded.step(step), plain.step(step), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"codebook_init": "kmeans", "revive_below": 1.0, "backward": "one"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"codebook_init": "kmeans", "revive_below": 1.0, "backward": "one"}],
+)
 @pytest.mark.parametrize("estimator", sorted(estimators()))
 def test_a_run_repeats_bit_for_bit(estimator: str, options: dict[str, Any], gpu: torch.device) -> None:
     first, second = (trainer(make(estimator, **options), gpu) for _ in range(2))
@@ -74,7 +77,7 @@ def test_a_run_repeats_bit_for_bit(estimator: str, options: dict[str, Any], gpu:
 
 
 @pytest.mark.parametrize("head", ["1x1", "transposed"])
-@pytest.mark.parametrize("estimator", ["gs-soft", "gs-hard", "reinmax", "vimco", "vq-ema", "gaussian"])
+@pytest.mark.parametrize("estimator", ["gs-soft", "gs-hard", "reinmax", "vimco", "vq-ema", "fsq", "gaussian"])
 def test_bfloat16_changes_bits_per_dim_by_less_than_0_005(
     estimator: str, head: str, gpu: torch.device
 ) -> None:
