@@ -1,4 +1,4 @@
-"""What is done code by code: looking codes up, summing what belongs to each, and k-means."""
+"""What is done code by code: looking codes up, summing what belongs to each, the rotation trick, and k-means."""
 
 from typing import Any
 
@@ -43,6 +43,41 @@ class _LookUp(torch.autograd.Function):
 def look_up(table: Tensor, codes: Tensor) -> Tensor:
     """table[k, codes]: (K, C, D), (K, N) → (K, N, D); its gradient is :func:`code_sums`."""
     found: Tensor = _LookUp.apply(table, codes)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(v, codes)
+        return codes.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        v, codes = ctx.saved_tensors
+        least = torch.finfo(v.dtype).tiny
+        v_norm, norm = v.norm(dim=-1, keepdim=True), codes.norm(dim=-1, keepdim=True)
+        e, q = v / v_norm.clamp(min=least), codes / norm.clamp(min=least)
+        r = e + q
+        r = r / r.norm(dim=-1, keepdim=True).clamp(min=least)
+        turned = grad - 2 * _dot(r, grad) * r + 2 * _dot(q, grad) * e  # Rᵀg
+        return torch.where(v_norm > least, norm / v_norm.clamp(min=least) * turned, grad), None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1, keepdim=True)
+
+
+def rotated(v: Tensor, codes: Tensor) -> Tensor:
+    """The codes q, as λRv with constants λ = ‖q‖/‖v‖ and R, the rotation of v to q: both (…, D) → (…, D).
+
+        R = I − 2rrᵀ + 2q̂êᵀ,  ê = v/‖v‖,  q̂ = q/‖q‖,  r = (ê + q̂)/‖ê + q̂‖
+
+    v's gradient is λRᵀ that of what this returns; where v = 0, which has no direction, it is that itself.
+
+    Source: Fifty et al. 2025, "Restructuring Vector Quantization with the Rotation Trick", section 4.2.
+    """
+    found: Tensor = _Rotated.apply(v, codes.detach())  # type: ignore[no-untyped-call]
     return found
 
 

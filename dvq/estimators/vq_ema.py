@@ -24,6 +24,10 @@ class VQEMA(LearnedCodes):
     in nats an image, where −log p(z) trains nothing but the prior, by maximum likelihood. The codebook
     follows N ← γN + (1−γ)n, S ← γS + (1−γ)Σv, M = S/N.
 
+    With ``gradient: rotation`` the decoder sees λRv instead, which is M[i] too: λ = ‖M[i]‖/‖v‖ and R, the rotation of
+    v to M[i], are constants of the gradient (Fifty et al. 2025, "Restructuring Vector Quantization with the Rotation
+    Trick").
+
     Source: van den Oord et al. 2017, "Neural Discrete Representation Learning", eq. 3 and appendix A.1.
     """
 
@@ -36,6 +40,8 @@ class VQEMA(LearnedCodes):
     revive_below: NonNegative = 0.0
     """codes whose moving count of uses a minibatch is under this move to random encodings of the minibatch;
     0: never, as in the papers. Used codes never move."""
+    gradient: Literal["straight-through", "rotation"] = "straight-through"
+    """the decoder's as it is; or turned back from M[i]'s direction to v's, and scaled by ‖M[i]‖/‖v‖"""
 
     def latents(self) -> "Nearest":
         from dvq.latents import Nearest
@@ -47,11 +53,14 @@ class VQEMA(LearnedCodes):
         return 0.0
 
     def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:
+        from dvq.codes import rotated
+
         latents: Nearest = model.latents
         v = model.encoder(images)  # (K, N, D)
         codes = latents.codes(v.detach())
         vectors = latents.vectors(codes).detach()
-        distortion = model.distortion(v + (vectors - v).detach(), images)[0] / len(images)
+        seen = rotated(v, vectors) if self.gradient == "rotation" else v + (vectors - v).detach()
+        distortion = model.distortion(seen, images)[0] / len(images)
         rate = latents.rate(codes).sum() / len(images)
         scale = images[0].numel()  # 3072
         commitment = self.commitment * scale * (v - vectors).square().mean()

@@ -61,7 +61,9 @@ class NoWaits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("estimator", sorted(estimators()))
-@pytest.mark.parametrize("options", [{}, {"revive_below": 1.0, "backward": "one", "temperature": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"revive_below": 1.0, "backward": "one", "temperature": 2.0, "gradient": "rotation"}]
+)
 def test_nothing_in_a_step_waits_for_the_device(estimator: str, options: dict[str, Any]) -> None:
     recorded = Recorded(trainer(estimator, torch.float32, **SCHEDULES | options))
     recorded.step(0)  # the optimizer makes its state

@@ -49,6 +49,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"baseline_decay": 0.5},
     {"commitment": 1.0, "ema_decay": 0.9},
     {"revive_below": 1.0},
+    {"gradient": "rotation"},
     {"levels": (2, 5, 8)},
 ]
 GRID = [

@@ -64,7 +64,7 @@ def test_the_recorded_step_follows_its_schedules(estimator: str, gpu: torch.devi
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"codebook_init": "kmeans", "revive_below": 1.0, "backward": "one"}],
+    [{}, {"codebook_init": "kmeans", "revive_below": 1.0, "backward": "one", "gradient": "rotation"}],
 )
 @pytest.mark.parametrize("estimator", sorted(estimators()))
 def test_a_run_repeats_bit_for_bit(estimator: str, options: dict[str, Any], gpu: torch.device) -> None:
