@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dvq import DvqError
-from dvq.latents import Codebooks, Deterministic, Sample, per_image
+from dvq.latents import Codebooks, Sample, per_image
 from dvq.model import BITS_PER_DIM, POSITIONS, SIDE, Model
+from dvq.quantizers import Deterministic
 
 STATISTICS = 200
 """minibatches whose statistics batch normalization is fitted to, at most"""

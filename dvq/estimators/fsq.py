@@ -10,8 +10,8 @@ from dvq.trial import Count, Discrete, Loss, Unkeyed
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from dvq.latents import Rounded
     from dvq.model import Model
+    from dvq.quantizers import Rounded
     from dvq.trial import Step
 
 Level = Annotated[int, Field(ge=2, le=1000)]  # of more the bound, wider by ε, would round to one too many
@@ -53,7 +53,7 @@ class FSQ(Discrete):
         return self
 
     def latents(self) -> "Rounded":
-        from dvq.latents import Rounded
+        from dvq.quantizers import Rounded
 
         return Rounded(self)
 

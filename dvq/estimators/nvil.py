@@ -9,7 +9,7 @@ from dvq.trial import Loss, Stochastic
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from dvq.latents import Scored
+    from dvq.latents import Baselined
     from dvq.model import Model
     from dvq.trial import Step
 
@@ -31,15 +31,15 @@ class NVIL(Stochastic):
     baseline_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """of the running mean and variance"""
 
-    def latents(self) -> "Scored":
-        from dvq.latents import Scored
+    def latents(self) -> "Baselined":
+        from dvq.latents import Baselined
 
-        return Scored(self, decay=self.baseline_decay)
+        return Baselined(self, decay=self.baseline_decay)
 
     def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:
         from dvq.latents import per_image
 
-        latents: Scored = model.latents
+        latents: Baselined = model.latents
         B, beta = len(images), self.kl_weight(step)
         v = model.encoder(images)
         (z,), each_log_q, rate = latents.score(v, 1, generator)  # (K, N)

@@ -9,8 +9,8 @@ from dvq.trial import LearnedCodes, Loss, NonNegative
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from dvq.latents import Nearest
     from dvq.model import Model
+    from dvq.quantizers import Nearest
     from dvq.trial import Step
 
 
@@ -44,7 +44,7 @@ class VQEMA(LearnedCodes):
     """the decoder's as it is; or turned back from M[i]'s direction to v's, and scaled by ‖M[i]‖/‖v‖"""
 
     def latents(self) -> "Nearest":
-        from dvq.latents import Nearest
+        from dvq.quantizers import Nearest
 
         return Nearest(self, self.ema_decay, trained=False)
 

@@ -7,7 +7,7 @@ from dvq.estimators.vq_ema import VQEMA
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dvq.latents import Nearest
+    from dvq.quantizers import Nearest
 
 
 class VQLoss(VQEMA):
@@ -21,7 +21,7 @@ class VQLoss(VQEMA):
     estimator: Literal["vq-loss"] = "vq-loss"  # type: ignore[assignment]
 
     def latents(self) -> "Nearest":
-        from dvq.latents import Nearest
+        from dvq.quantizers import Nearest
 
         return Nearest(self, self.ema_decay, trained=True)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dvq.config import estimators, trial
-from dvq.latents import Deterministic
 from dvq.model import Model
+from dvq.quantizers import Deterministic
 from dvq.trainer import Trainer
 from dvq.trial import Trial
 from tests.sizes import taken

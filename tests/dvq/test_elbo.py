@@ -13,8 +13,9 @@ from dvq import DvqError
 from dvq.config import trial
 from dvq.draws import inverse_draw
 from dvq.evaluate import evaluate, fit, usage_summary
-from dvq.latents import Categorical, Nearest
+from dvq.latents import Categorical
 from dvq.model import BITS_PER_DIM, Model
+from dvq.quantizers import Nearest
 from dvq.relaxation import gumbel
 from tests.sizes import taken
 

@@ -15,8 +15,9 @@ from dvq.config import estimators, trial
 from dvq.estimators.gs_soft import GSSoft
 from dvq.estimators.vimco import leave_one_out
 from dvq.evaluate import evaluate
-from dvq.latents import Categorical, Nearest
+from dvq.latents import Categorical
 from dvq.model import Model
+from dvq.quantizers import Nearest
 from dvq.saved import save
 from dvq.train import Trainer
 from tests.sizes import taken

@@ -11,8 +11,8 @@ from vector_quantize_pytorch import FSQ as Theirs  # noqa: N811
 from dvq import DvqError, figures
 from dvq.config import Sweep, overrides, point, short_name, trial
 from dvq.evaluate import evaluate
-from dvq.latents import Rounded
 from dvq.model import Model
+from dvq.quantizers import Rounded
 from dvq.trainer import Trainer
 from tests.dvq.test_figures import curves, result
 
