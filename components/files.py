@@ -138,6 +138,6 @@ class Files:
         return kept
 
     def _remember(self, manifest: Manifest) -> None:
-        """The folder is equal to ``manifest``, or ahead of it."""
+        """Note that the folder has all of ``manifest``, or is ahead of it."""
         self._index = manifest
         save_index(self.folder, manifest, self._claim, self._known)

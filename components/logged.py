@@ -54,8 +54,8 @@ def _version(package: str) -> str:
 
 
 def score(server: "MlflowClient", run: "Found", model: str, results: dict[str, Any], at: int) -> None:
-    """The evaluation's numbers, on the run and on its model, by which MLflow compares models. The same points again
-    are no others: MLflow keeps a point once.
+    """The evaluation's numbers, on the run and on its model, by which MLflow compares models. To send the
+    same points twice does no harm: MLflow keeps a point once.
 
     Args:
         server: MLflow's.

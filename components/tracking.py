@@ -70,8 +70,8 @@ def told(error: Exception) -> str:
 
 
 def ensure() -> None:
-    """Create the sqlite database's schema, before many writers would try at once; whole or not at all, and once,
-    for whoever had a database opened that is replaced would write what nobody reads."""
+    """Create the sqlite database's tables, before many writers would try at once: under another name, and renamed.
+    One that is there is never replaced: a process that has it open would write what nobody reads."""
     database = _database()
     if database is None:
         return

@@ -11,7 +11,7 @@ def plan(sweep: str, limit: int = 0) -> list[str]:
 
     Args:
         sweep: the sweep as JSON (``dvq.config.Sweep``).
-        limit: how many at most, those that failed before last; 0 for all.
+        limit: at most so many, those that failed before at the end; 0 for all.
 
     Returns:
         one text a trial: ``estimator=gs-soft num_codes=512 seed=0``.
