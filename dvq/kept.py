@@ -13,7 +13,7 @@ from dvq.analyze import Analysis
 from dvq.config import short_name, trial
 from dvq.report import FIGURES
 from dvq.style import ESTIMATORS, partial, style
-from dvq.trial import Trial
+from dvq.trial import Discrete, Stochastic, Trial
 
 Result = dict[str, Any]
 CODEBOOKS = ("explained", "explained_weighted", "projections", "norms")
@@ -21,8 +21,6 @@ DRAWN = {"num_codes": 64, "num_latents": 16}
 """the trials whose codebooks are kept too: those of Figures 1(b) and 2"""
 LONGEST = 200
 """characters of a name; a file's name may have 255"""
-CERTAIN = ("vq-ema", "vq-loss", "fsq")
-"""the estimators of one certain code, whose rate under a uniform prior is its own"""
 TAKEN = ("estimator", "num_codes", "num_latents", "data", "split", "steps")
 """fields that stand elsewhere in a row"""
 
@@ -186,7 +184,9 @@ def _told(settings: Mapping[str, Any]) -> str:
 def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str]:
     """A trial's cells by their columns."""
     fields, judged, provenance = result["trial"], result["evaluation"], result["provenance"]
-    uniform = judged["distortion"] + judged["rate_uniform"] if fields["estimator"] in CERTAIN else None
+    one = trial(fields)
+    certain = isinstance(one, Discrete) and not isinstance(one, Stochastic)  # its rate is −log p of its code
+    uniform = judged["distortion"] + judged["rate_uniform"] if certain else None
     return {
         "estimator": style(fields["estimator"])[0],
         "C": str(fields.get("num_codes", "–")),
