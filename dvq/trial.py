@@ -97,7 +97,8 @@ class Trial(BaseModel):
     cpu_precision: Literal["bfloat16", "float32"] = "float32"
     """the same on a CPU. bfloat16 is for one with AMX (Intel's since Sapphire Rapids: ``amx_bf16`` in /proc/cpuinfo)
     or AVX512-BF16 (AMD's since Zen 4: ``avx512_bf16``), and many feature maps, where it is two to three times as
-    fast; elsewhere it is slower. Here the logits are rounded to it too, which moves the likelihood by less than 1e-4 bits/dim"""
+    fast; elsewhere it is slower. Here the logits are rounded to it too, which moves the likelihood by less than 1e-4
+    bits/dim"""
 
     bound_samples: Count = 16
     """S of the importance-weighted bound L_S, which the final evaluation gives beside the ELBO"""

@@ -4,8 +4,8 @@ All variants make their steps in turn, round by round in one process, so that th
 all alike: on a CPU process time of one step on one thread, on a GPU wall time of 20, synchronized. A ratio is made
 within a round. The share of the ceiling is the model's own FLOPs (PyTorch's counter on the plain version, forward and
 backward) in that time over the fastest large matrix product of the same run: float32 on one thread, bf16 on a GPU and
-where a size says bfloat16 (for a CPU with AMX or AVX512-BF16: `--sizes "bfloat16 F=256 K=8 C=512"`; then PyTorch's autocast is a
-variant too).
+where a size says bfloat16 (for a CPU with AMX or AVX512-BF16: `--sizes "bfloat16 F=256 K=8 C=512"`; then PyTorch's
+autocast is a variant too).
 dvq's steps flush denormal numbers, as its training does; the others leave PyTorch as it begins.
 """
 
