@@ -27,13 +27,13 @@ def provenance(device: str) -> dict[str, Any]:
 
 def commit() -> str:
     """The code's version, as git describes it; "unknown" where there is no git, or no repository of this code."""
-    ours = (
+    here = (
         "ls-files",
         "--error-unmatch",
         Path(__file__).name,
     )  # an environment may lie in another repository
     try:
-        for ask in (ours, ("describe", "--always", "--dirty", "--abbrev=12")):
+        for ask in (here, ("describe", "--always", "--dirty", "--abbrev=12")):
             command = ["git", "-C", str(Path(__file__).parent), *ask]
             told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from dvq import DvqError, checkpoint, disk, events, goodput
 from dvq.config import trial
 from dvq.data import load
-from dvq.train import train
+from dvq.train import Interrupted, Training, train
 from dvq.trial import Trial, values
 
 KILLS = int(os.environ.get("DVQ_KILLS", "20"))
@@ -230,6 +230,23 @@ def test_more_steps_go_on_from_fewer_to_the_same_bits(shorter: int, tmp_path: Pa
     train(long, load(prepared), folder)
     assert outcome(folder)["model"] == expected["model"]
     assert outcome(folder)["metrics"] == expected["metrics"]
+
+
+def test_who_is_stopped_at_a_checkpoint_writes_it_once(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, written, write = trial({**TINY, "checkpoint_every": 5}), [], checkpoint.write
+    training = Training(one, load(prepared), tmp_path, "cpu", 1)
+
+    def stopped(folder: Path, step: int, *rest: Any) -> None:
+        written.append(step)
+        training.stop()
+        write(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "write", stopped)
+    with pytest.raises(Interrupted):
+        training.run()
+    assert written == [5]
 
 
 def test_lost_work_is_counted(tmp_path: Path, prepared: Path) -> None:

@@ -15,6 +15,7 @@ from components.store import Store
 from dvq import DvqError
 from dvq.config import load_sweep
 from pipeline import conclusion, explain, local, preflight, replay, report, submit, ui
+from pipeline.stack import Stack
 
 GRID = {"estimator": ["gs-soft"]}
 Refusal = Callable[..., str]
@@ -325,3 +326,12 @@ def test_what_replay_met_is_not_hidden(
         replay.app(["smoke"])
     assert ended.value.code == 2
     assert "no room in the store" in capsys.readouterr().err
+
+
+def test_a_stack_without_what_it_needs_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """make clean takes the services' packages, and leaves outputs/stack."""
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(DvqError, match="what it needs is not installed: make stack-up"):
+        Stack(tmp_path)._processes("s3")

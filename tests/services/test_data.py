@@ -67,6 +67,9 @@ def test_images_of_ones_own_come_from_s3(archive: str, tmp_path: Path) -> None:
     assert datasets.prepare(name, "", tmp_path / "again")["name"] == name  # from the store
     with pytest.raises(DvqError, match="instead of 0123456789abcdef"):
         datasets.prepare("birds@0123456789abcdef", f"{bucket}/{key}", tmp_path / "other")
+    store = Store.from_environment()
+    assert store
+    assert not list(store.root.rglob(".birds.npz")), "what was refused is not kept"
 
 
 def test_a_wrong_source_is_one_sentence(archive: str, tmp_path: Path) -> None:
