@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import Metric
 
+from dvq.fingerprints import Shape
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as Found
@@ -18,7 +20,7 @@ FINAL = ("bits_per_dim_se", "bound", "components_95_weighted")
 """What the results have beside the curves: few, for MLflow draws a chart of each."""
 
 
-def send(run_id: str, name: str, model: Path) -> str:
+def send(run_id: str, name: str, shape: Shape, model: Path) -> str:
     """The trial's model as a pyfunc made from code and safetensors: nothing in it is a pickle; its id."""
     import mlflow
     import numpy as np
@@ -27,7 +29,7 @@ def send(run_id: str, name: str, model: Path) -> str:
 
     import dvq
 
-    images = Schema([TensorSpec(np.dtype(np.uint8), (-1, 32, 32, 3))])
+    images = Schema([TensorSpec(np.dtype(np.uint8), (-1, *shape))])
     method = ParamSchema([ParamSpec("method", "string", "encode")])
     with tempfile.TemporaryDirectory() as scratch:
         code = Path(scratch) / "dvq"

@@ -9,7 +9,7 @@ import dvq
 
 
 class DiscreteModel(PythonModel):  # type: ignore[misc]
-    """``predict(images)`` gives codes (N, 8, 8, K) for uint8 images (N, 32, 32, 3); the parameter ``method``
+    """``predict(images)`` gives codes (N, H/4, W/4, K) for uint8 images (N, H, W, 3); the parameter ``method``
     "reconstruct" gives uint8 images instead."""
 
     def load_context(self, context: PythonModelContext) -> None:

@@ -36,6 +36,7 @@ class Run:
         self.server, self.folder, self.id = server, folder, run.info.run_id
         self._status, self._reason = run.info.status, run.data.tags.get("dvq.failure", "")
         self._name, self._model = document["name"], _model(server, run)
+        self._shape = fingerprints.shape(document["trial"]["data"])
         # The points of a name come in the order of their steps, and of training that goes on after an interruption
         # the same come again: what is new lies beyond the last. Only here has MLflow the steps of the last points.
         self._last = {metric.key: metric.step for metric in run.data._metric_objs}
@@ -119,7 +120,7 @@ class Run:
                 self.server.log_artifact(self.id, str(self.folder / artifact))
         if (self.folder / "figures").exists():
             self.server.log_artifacts(self.id, str(self.folder / "figures"), "figures")
-        self._model = self._model or logged.send(self.id, self._name, self.folder / "model")
+        self._model = self._model or logged.send(self.id, self._name, self._shape, self.folder / "model")
         if "evaluation" in results:
             at = round(1000 * self._told["time"])
             logged.score(self.server, self.server.get_run(self.id), self._model, results, at)

@@ -1,8 +1,8 @@
 """Prepared images: uint8 arrays in a folder, with labels, splits, statistics and a fingerprint.
 
-A prepared dataset holds ``train_images.npy`` (N, 32, 32, 3), ``train_labels.npy`` (N,), ``test_images.npy``,
-``test_labels.npy``, all uint8, and ``data.json``: what it is, how many images each split has, and the
-training images' mean and standard deviation per channel, in [0, 1].
+A prepared dataset holds ``train_images.npy`` (N, H, W, 3) or, in gray, (N, H, W, 1), ``train_labels.npy``
+(N,), ``test_images.npy``, ``test_labels.npy``, all uint8, and ``data.json``: what it is, how many images each split
+has, and the training images' mean and standard deviation per channel, in [0, 1].
 """
 
 import errno
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from dvq import DvqError, cifar10, disk, fingerprints, own
 from dvq.cifar10 import Images, Progress
-from dvq.fingerprints import ARRAYS, FORMAT, fingerprint
+from dvq.fingerprints import ARRAYS, FORMAT, fingerprint, shape_of
 
 if TYPE_CHECKING:
     from dvq.trial import Trial
@@ -41,14 +41,14 @@ class Data:
     arrays: dict[str, Images]
 
     def training(self, split: Split) -> tuple[Images, Images]:
-        """The images (N, 32, 32, 3) and labels (N,) to train on; for ``tune`` without those held out."""
+        """The images (N, H, W, 3) and labels (N,) to train on; for ``tune`` without those held out."""
         _check_split(split)
         end = self.info["train"] - (self.info["tune"] if split == "tune" else 0)
         return self.arrays["train_images"][:end], self.arrays["train_labels"][:end]
 
     def check(self, trial: "Trial") -> None:
         """DvqError unless these are the images that the trial names."""
-        if not fingerprints.fits(trial.data, self.info["fingerprint"]):
+        if not fingerprints.fits(trial.data, self.info["fingerprint"], shape_of(self.arrays)):
             name = self.info["name"]
             raise DvqError(
                 f"the trial is of {trial.data}, and these images are {name}; give it 'data': '{name}'"
@@ -76,8 +76,9 @@ def load(folder: Path) -> Data:
         if info["format"] != FORMAT:
             raise ValueError(f"format {info['format']} instead of {FORMAT}")
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        sizes = fingerprints.shape(info["name"])
         for name, array in arrays.items():
-            shape = (info[name.split("_")[0]], *((32, 32, 3) if "images" in name else ()))
+            shape = (info[name.split("_")[0]], *(sizes if "images" in name else ()))
             if array.shape != shape or array.dtype != np.uint8:
                 raise ValueError(f"{name}.npy holds {array.dtype} {array.shape} instead of uint8 {shape}")
     except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
@@ -88,10 +89,10 @@ def load(folder: Path) -> Data:
 def is_prepared(name: str, folder: Path) -> bool:
     """Whether ``folder`` holds all of the dataset ``name``, by sizes and data.json; pixels are not read."""
     try:
-        found = load(folder).info
+        found = load(folder)
     except DvqError:
         return False
-    return fingerprints.fits(name, str(found.get("fingerprint")))
+    return fingerprints.fits(name, str(found.info.get("fingerprint")), shape_of(found.arrays))
 
 
 def check_source(name: str, source: str) -> None:
@@ -143,9 +144,11 @@ def link(folder: Path, other: Path) -> None:
 
 def statistics(images: Images) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Each channel's mean and standard deviation [1 = the pixel value 255], from counts of the 256 values."""
-    counts = np.zeros((3, 256), np.int64)
-    for some in np.array_split(images, max(1, len(images) // 1000)):  # bincount copies to 8 bytes a pixel
-        counts += [np.bincount(some[..., channel].ravel(), minlength=256) for channel in range(3)]
+    channels = range(images.shape[-1])
+    counts = np.zeros((len(channels), 256), np.int64)
+    pieces = max(1, images.size // 3_000_000)  # bincount copies to 8 bytes a pixel
+    for some in np.array_split(images, pieces):
+        counts += [np.bincount(some[..., channel].ravel(), minlength=256) for channel in channels]
     pixels, values = counts.sum(axis=1), np.arange(256) / 255
     mean = counts @ values / pixels
     return mean, np.sqrt(counts @ values**2 / pixels - mean**2)
@@ -211,7 +214,7 @@ def _read(name: str, source: str, scratch: Path, progress: Progress | None) -> d
 
 def _write(name: str, arrays: dict[str, Images], work: Path) -> None:
     found = fingerprint(arrays)
-    if not fingerprints.fits(name, found):
+    if not fingerprints.fits(name, found, shape_of(arrays)):
         remedy = (
             "reinstall dvq" if name in fingerprints.FINGERPRINTS else "give the file that make data was given"
         )

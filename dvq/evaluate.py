@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dvq import DvqError
 from dvq.latents import Codebooks, Sample, per_image
-from dvq.model import BITS_PER_DIM, POSITIONS, SIDE, Model
+from dvq.model import Model
 from dvq.quantizers import Deterministic
+from dvq.trial import Trial
 
 STATISTICS = 200
 """minibatches whose statistics batch normalization is fitted to, at most"""
@@ -55,7 +56,7 @@ def evaluate(
     bound_samples: int = 1,
     training: NDArray[np.uint8] | None = None,
 ) -> dict[str, Any]:
-    """The single-sample ELBO with hard samples z ~ q(z|x), on all ``images`` (N, 32, 32, 3) uint8.
+    """The single-sample ELBO with hard samples z ~ q(z|x), on all ``images`` (N, H, W, 3) uint8.
 
     distortion = −log p(x|z), rate = KL(q(z|x) ‖ p(z)), bits_per_dim = distortion + rate, of one draw an image.
     With ``bound_samples`` S > 1 also the importance-weighted bound
@@ -71,16 +72,16 @@ def evaluate(
         all in bits/dim: ``bits_per_dim``, ``rate`` and ``distortion``, with standard errors over images
         (``_se``); ``bound`` (−L_S), and ``draws_se``, the standard deviation of the mean over images between
         repeated draws; ``ledger``: ``latents`` (the rate of each of the K) and ``channels`` (the distortion of
-        red, green, blue), which add up to ``bits_per_dim``; with ``training``, ``fitted_bits_per_dim``. For
-        discrete latent variables also ``rate_uniform`` (P·K·log C, VQ-VAE's and FSQ's rate under a uniform prior),
-        ``rate_least`` (under the prior of these images' own codes, for which no factorial prior has less: no bound),
-        ``usage`` (K lists of C counts over the whole pass), ``perplexity`` (mean over k of exp H(usage_k)) and
-        ``dead_codes``.
+        red, green and blue, or of gray), which add up to ``bits_per_dim``; with ``training``,
+        ``fitted_bits_per_dim``. For discrete latent variables also ``rate_uniform`` (P·K·log C, VQ-VAE's and FSQ's
+        rate under a uniform prior), ``rate_least`` (under the prior of these images' own codes, for which no
+        factorial prior has less: no bound), ``usage`` (K lists of C counts over the whole pass), ``perplexity``
+        (mean over k of exp H(usage_k)) and ``dead_codes``.
 
     Raises:
         DvqError: no images, or others.
     """
-    images = _checked(images, "the images to evaluate")
+    images = _checked(images, model.trial, "the images to evaluate")
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -102,12 +103,12 @@ def evaluate(
             weights.append(-nll - per_image(sample.log_ratio, len(batch)))
         gathered.draws.append(torch.stack(elbos))
         gathered.bounds.append(math.log(draws) - torch.stack(weights).logsumexp(0))
-    result = _summary(gathered, bound_samples)
+    result = _summary(gathered, bound_samples, model.trial)
     if gathered.usage is not None:
         usage = gathered.usage.double()
         frequencies = usage / usage.sum(1, keepdim=True)
         gain = torch.xlogy(usage, frequencies).sum() - (usage * model.latents.log_prior().double()).sum()
-        result["rate_least"] = result["rate"] - gain.item() / len(images) * BITS_PER_DIM
+        result["rate_least"] = result["rate"] - gain.item() / len(images) * model.trial.bits_per_nat
     if training is not None:
         fitted = fit(copy.deepcopy(model), training, batch_size, seed)
         result["fitted_bits_per_dim"] = evaluate(fitted, images, batch_size, seed)["bits_per_dim"]
@@ -127,7 +128,7 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int = 100, seed: 
 
     Args:
         model: which is in evaluation mode afterwards.
-        training: the images (N, 32, 32, 3) uint8 that it was trained on.
+        training: the images (N, H, W, 3) uint8 that it was trained on.
         batch_size: of the images that are counted.
         seed: of the draws.
 
@@ -137,7 +138,7 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int = 100, seed: 
     Raises:
         DvqError: no images, or others.
     """
-    training = _checked(training, "the training images")
+    training = _checked(training, model.trial, "the training images")
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     model.eval()
     _fit_normalization(model, training, generator)
@@ -146,12 +147,11 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int = 100, seed: 
     return model
 
 
-def _checked(images: NDArray[np.uint8], what: str) -> NDArray[np.uint8]:
+def _checked(images: NDArray[np.uint8], trial: Trial, what: str) -> NDArray[np.uint8]:
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3) or not len(images):
-        raise DvqError(
-            f"{what} are {images.dtype} {images.shape}: give uint8 (N, 32, 32, 3), values 0 to 255"
-        )
+    if images.dtype != np.uint8 or images.shape[1:] != trial.image_shape or not len(images):
+        wanted = ", ".join(map(str, trial.image_shape))
+        raise DvqError(f"{what} are {images.dtype} {images.shape}: give uint8 (N, {wanted}), values 0 to 255")
     return images
 
 
@@ -183,9 +183,9 @@ def _fit_prior(
     model.latents.prior_logits.copy_(counts.log())
 
 
-def _summary(gathered: _Pass, bound_samples: int) -> dict[str, Any]:
+def _summary(gathered: _Pass, bound_samples: int, trial: Trial) -> dict[str, Any]:
     distortions, rates = (
-        torch.cat(terms).double() * BITS_PER_DIM for terms in (gathered.distortions, gathered.rates)
+        torch.cat(terms).double() * trial.bits_per_nat for terms in (gathered.distortions, gathered.rates)
     )
     distortion, rate = distortions.sum(1), rates.sum(1)
     result: dict[str, Any] = {"images": len(rate)}
@@ -193,14 +193,14 @@ def _summary(gathered: _Pass, bound_samples: int) -> dict[str, Any]:
         result[name] = bits.mean().item()
         result[f"{name}_se"] = (bits.std() / len(bits) ** 0.5).item() if len(bits) > 1 else 0.0
     if bound_samples > 1:
-        means = torch.cat(gathered.draws, 1).mean(1) * BITS_PER_DIM  # (S,)
-        result["bound"] = (torch.cat(gathered.bounds).mean() * BITS_PER_DIM).item()
+        means = torch.cat(gathered.draws, 1).mean(1) * trial.bits_per_nat  # (S,)
+        result["bound"] = (torch.cat(gathered.bounds).mean() * trial.bits_per_nat).item()
         result["bound_samples"] = bound_samples
         result["draws_se"] = means.std().item() if len(means) > 1 else 0.0
     result["ledger"] = {"latents": rates.mean(0).tolist(), "channels": distortions.mean(0).tolist()}
     if gathered.usage is not None:
         k, c = gathered.usage.shape
-        result["rate_uniform"] = POSITIONS * k * math.log(c) * BITS_PER_DIM
+        result["rate_uniform"] = trial.positions * k * math.log(c) * trial.bits_per_nat
         result |= usage_summary(gathered.usage.cpu().numpy())
     return result
 

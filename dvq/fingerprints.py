@@ -1,4 +1,4 @@
-"""Which images a trial's data are, by a name that says it: the SHA-256 over the prepared arrays is known beforehand.
+"""Which images a trial's data are, by a name that says it: their shape, and a SHA-256 over the prepared arrays.
 
 The fingerprint is part of every trial's key, and ``dvq.data`` refuses to write arrays that differ from it.
 """
@@ -28,8 +28,14 @@ LABELS: dict[str, str] = {
     "cifar10-sample": "bundled sample of CIFAR-10 (not comparable with published numbers)",
 }
 
-OWN = re.compile(r"[a-z0-9][a-z0-9-]*@[0-9a-f]{16}")
-"""the name of images of one's own: their file's, and the first digits of their fingerprint"""
+OWN = re.compile(r"[a-z0-9][a-z0-9-]*@(?:([1-9]\d*)x([1-9]\d*)x([1-9]\d*)-)?([0-9a-f]{16})", re.ASCII)
+"""the name of images of one's own: their file's; height, width and channels, unless these are CIFAR-10's; and the
+first digits of their fingerprint"""
+
+Shape = tuple[int, int, int]
+CIFAR10: Shape = 32, 32, 3
+CHANNELS: dict[int, tuple[str, ...]] = {1: ("gray",), 3: ("red", "green", "blue")}
+LARGEST = 128
 
 
 def fingerprint(arrays: Mapping[str, npt.NDArray[np.uint8]]) -> str:
@@ -48,14 +54,44 @@ def of(name: str) -> str:
         DvqError: images are not called so.
     """
     try:
-        return FINGERPRINTS.get(_checked(name)) or name.partition("@")[2]
+        return FINGERPRINTS.get(_checked(name)) or name[-16:]
     except ValueError as error:
         raise DvqError(f"images '{name}': {error}") from None
 
 
-def fits(name: str, found: str) -> bool:
-    """Whether ``found`` is the fingerprint of the images ``name``."""
-    return found.startswith(of(name))
+def shape(name: str) -> Shape:
+    """Height, width and channels of the images ``name``."""
+    own = OWN.fullmatch(name)
+    return (int(own[1]), int(own[2]), int(own[3])) if own and own[1] else CIFAR10
+
+
+def shape_of(arrays: Mapping[str, npt.NDArray[np.uint8]]) -> Shape:
+    """Height, width and channels of images."""
+    height, width, channels = arrays["train_images"].shape[1:]
+    return height, width, channels
+
+
+def own(stem: str, arrays: Mapping[str, npt.NDArray[np.uint8]]) -> str:
+    """What images of one's own are called, that come from a file of the name ``stem``."""
+    sizes = "x".join(map(str, shape_of(arrays)))
+    return f"{stem}@{sizes + '-' if shape_of(arrays) != CIFAR10 else ''}{fingerprint(arrays)[:16]}"
+
+
+def check_shape(shape: tuple[int, ...]) -> None:
+    """ValueError unless there is a network for such images."""
+    height, width, channels = shape
+    if height % 4 or width % 4 or not 4 <= min(height, width) <= max(height, width) <= LARGEST:
+        raise ValueError(
+            f"images of {height}×{width}: the network halves height and width twice; make them multiples of 4, "
+            f"{LARGEST} at most"
+        )
+    if channels not in CHANNELS:
+        raise ValueError(f"images of {channels} channels: make them 1 (gray) or 3 (red, green, blue)")
+
+
+def fits(name: str, found: str, sizes: Shape) -> bool:
+    """Whether images of the fingerprint ``found``, and of such ``sizes``, are those called ``name``."""
+    return found.startswith(of(name)) and sizes == shape(name)
 
 
 def label(name: str) -> str:
@@ -68,6 +104,7 @@ def _checked(name: str) -> str:
         raise ValueError(
             f"known are {', '.join(FINGERPRINTS)}; for images of your own, make data DATA=file.npz says what to write"
         )
+    check_shape(shape(name))
     return name
 
 

@@ -12,37 +12,39 @@ if TYPE_CHECKING:
     from dvq.trial import Trial
 
 
-def images(given: Any, device: torch.device) -> Tensor:
-    """The images (B, 32, 32, 3) as a uint8 tensor on ``device``; DvqError if they are no such images."""
+def images(given: Any, trial: "Trial", device: torch.device) -> Tensor:
+    """The images as a uint8 tensor on ``device``; DvqError if they are none of the shape of the trial's."""
     found = _tensor(given, "images")
-    wanted, shape = "give uint8 (B, 32, 32, 3), values 0 to 255", tuple(found.shape)
+    height, width, channels = of_one = trial.image_shape
+    wanted, shape = f"give uint8 (B, {height}, {width}, {channels}), values 0 to 255", tuple(found.shape)
     tensor = isinstance(given, Tensor)
     if found.dtype != torch.uint8:
         to_bytes = "byte()" if tensor else 'astype("uint8")'
         small = found.is_floating_point() and bool((found <= 1).all())
         hint = f"(x * 255).round().{to_bytes}" if small else f"x.{to_bytes}, if its values go from 0 to 255"
         raise DvqError(f"images are {_told(found)}: {wanted}; {hint}")
-    if found.ndim != 4 or shape[1:] != (32, 32, 3) or not len(found):
+    if found.ndim != 4 or shape[1:] != of_one or not len(found):
         turn = "permute" if tensor else "transpose"
         axes = "(0, 2, 3, 1)" if found.ndim == 4 else "(1, 2, 0)[None]"
         hints: dict[tuple[int, ...], str] = {
-            (3, 32, 32): f"; for channels first: x.{turn}{axes}",
-            (32, 32, 3): "; for one image: x[None]",
+            (channels, height, width): f"; for channels first: x.{turn}{axes}",
+            of_one: "; for one image: x[None]",
         }
         raise DvqError(f"images are {_told(found)}: {wanted}{hints.get(shape[-3:], '')}")
     return found.to(device)
 
 
 def codes(given: Any, trial: "Trial", device: torch.device) -> Tensor:
-    """The codes (B, 8, 8, K) as an int64 tensor on ``device``; DvqError if ``trial`` has no such codes."""
+    """The codes (B, H/4, W/4, K) as an int64 tensor on ``device``; DvqError if ``trial`` has no such codes."""
     count = getattr(trial, "num_codes", None)
     if count is None:
         raise DvqError(f"a {trial.estimator} model has no codes: its latent variables are continuous")
     found = _tensor(given, "codes")
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise DvqError(f"codes are {_told(found)}: give integers, as encode does")
-    if found.ndim != 4 or tuple(found.shape[1:]) != (8, 8, trial.num_latents) or not len(found):
-        raise DvqError(f"codes are {_told(found)}: give (B, 8, 8, {trial.num_latents}), as encode does")
+    height, width, k = of_one = (*trial.grid, trial.num_latents)
+    if found.ndim != 4 or tuple(found.shape[1:]) != of_one or not len(found):
+        raise DvqError(f"codes are {_told(found)}: give (B, {height}, {width}, {k}), as encode does")
     found = found.long()
     least, most = int(found.min()), int(found.max())
     if least < 0 or most >= count:

@@ -1,4 +1,4 @@
-"""−log p(x|z) of the pixels: a categorical distribution over 256 values for each of the 3·32·32 sub-pixels."""
+"""−log p(x|z) of the pixels: a categorical distribution over 256 values for each of an image's H·W·3 sub-pixels."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ def plain_nll(logits: Tensor, pixels: Tensor) -> Tensor:
     """−log p(x|z) = −Σ_d log softmax(l_d)[x_d] [nats], the equation as it stands.
 
     Args:
-        logits: (B, R, 3·256) at the R = 32·32 pixels.
-        pixels: (B, R, 3) uint8.
+        logits: (B, R, 3·256) at the R = H·W pixels, of gray images (B, R, 256).
+        pixels: (B, R, 3) uint8, of gray images (B, R, 1).
 
     Returns:
         (B, 3), one for each colour channel
     """
-    log_p = logits.unflatten(-1, (3, VALUES)).log_softmax(-1)  # (B, R, 3, 256)
+    log_p = logits.unflatten(-1, (-1, VALUES)).log_softmax(-1)  # (B, R, 3, 256)
     return -log_p.gather(-1, pixels.long().unsqueeze(-1)).sum((1, 3))
 
 
@@ -38,11 +38,11 @@ class _TiledNLL(torch.autograd.Function):
         learning: bool,
     ) -> tuple[Tensor, Tensor]:
         images, per_image, features = hidden.shape
-        rows, targets = hidden.reshape(-1, features), pixels.reshape(-1, 3).long().unsqueeze(-1)
-        nll = weight.new_empty(len(rows), 3)
+        rows, targets = hidden.reshape(-1, features), pixels.flatten(0, 1).long().unsqueeze(-1)
+        nll = weight.new_empty(targets.shape[:2])
         grad_rows = torch.empty_like(rows) if learning else rows
         factor = weight.to(rows.dtype)
-        transposed = factor.T.contiguous()  # (F, 768), as the products want it, and so is its gradient
+        transposed = factor.T.contiguous()  # (F, 3·256), as the products want it, and so is its gradient
         grad_weight, grad_bias = torch.zeros_like(weight.T), torch.zeros_like(bias)
         row_weights = None if image_weights is None else image_weights.repeat_interleave(per_image)
         size = min(TILE[rows.device.type], len(rows))
@@ -51,7 +51,7 @@ class _TiledNLL(torch.autograd.Function):
         def gradient(logits: Tensor, tile: slice) -> Tensor:
             """d(weighted nll)/d(logits) = weight · (softmax − onehot), on a CPU in their place; notes the nll."""
             logits += bias
-            nll[tile], p = _softmax(logits.unflatten(-1, (3, VALUES)), targets[tile])
+            nll[tile], p = _softmax(logits.unflatten(-1, (-1, VALUES)), targets[tile])
             if not learning:
                 return logits
             p.scatter_add_(-1, targets[tile], p.new_full((), -1).expand_as(targets[tile]))
@@ -75,7 +75,7 @@ class _TiledNLL(torch.autograd.Function):
             if learning:
                 torch.mm(grad, factor, out=grad_rows[start : start + wide])
                 _add_product(grad_weight, seen.T, grad)
-        nll = nll.view(images, per_image, 3).sum(1)
+        nll = nll.unflatten(0, (images, per_image)).sum(1)
         ctx.save_for_backward(grad_rows.view_as(hidden), grad_weight.T, grad_bias)
         ctx.mark_non_differentiable(nll)
         total = nll.sum() if image_weights is None else (nll.sum(1) * image_weights).sum()

@@ -4,7 +4,6 @@ Source: "Continuous Relaxation Training of Discrete Latent Variable Image Models
 Bayesian Deep Learning), section 3; the residual blocks are those of van den Oord et al. 2017, section 4.1.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +21,7 @@ if TYPE_CHECKING:
 
 Weigh = Callable[[Tensor], Tensor]
 Images = Tensor | NDArray[np.uint8]
-SIDE = 32
-GRID = 8  # positions a side after two convolutions of stride 2
-POSITIONS = GRID * GRID
-SUBPIXELS = 3 * SIDE * SIDE
-PIECE = 100  # images at a time, lest memory grow with their number
-BITS_PER_DIM = 1 / (SUBPIXELS * math.log(2))
-"""bits/dim = nats an image / (3072 ln 2)"""
+PIECE = 100 * 32 * 32  # pixels at a time, lest memory grow with their number
 
 
 def _norm(trial: "Trial") -> nn.Module:
@@ -64,14 +57,14 @@ class _Network(nn.Module):
 
 
 class Encoder(_Network):
-    """Images (B, 32, 32, 3) uint8 → v (K, N, D): two 4×4 convolutions of stride 2, then residual blocks."""
+    """Images (B, H, W, 3) uint8 → v (K, N, D): two 4×4 convolutions of stride 2, then residual blocks."""
 
     def __init__(self, trial: "Trial", encodings: int) -> None:
         super().__init__()
         f, bias = trial.features, trial.normalization == "none"
-        self.num_latents = trial.num_latents
+        self.num_latents, self.positions = trial.num_latents, trial.positions
         self.body = nn.Sequential(
-            nn.Conv2d(3, f, 4, stride=2, padding=1, bias=bias),
+            nn.Conv2d(trial.image_shape[-1], f, 4, stride=2, padding=1, bias=bias),
             _norm(trial),
             nn.ReLU(inplace=True),
             nn.Conv2d(f, f, 4, stride=2, padding=1, bias=bias),
@@ -84,10 +77,10 @@ class Encoder(_Network):
     def forward(self, images: Tensor) -> Tensor:
         x = (
             images.to(next(self.parameters()).dtype).div_(127.5).sub_(1).permute(0, 3, 1, 2)
-        )  # (B, 3, 32, 32), stored NHWC
+        )  # (B, 3, H, W), stored NHWC
         with self.autocast(x):
-            v: Tensor = self.body(x).permute(0, 2, 3, 1).to(x.dtype)  # (B, 8, 8, K·D)
-        return v.reshape(len(images) * POSITIONS, self.num_latents, -1).transpose(0, 1)  # (K, N, D)
+            v: Tensor = self.body(x).permute(0, 2, 3, 1).to(x.dtype)  # (B, H/4, W/4, K·D)
+        return v.reshape(len(images) * self.positions, self.num_latents, -1).transpose(0, 1)  # (K, N, D)
 
 
 class Decoder(_Network):
@@ -96,6 +89,7 @@ class Decoder(_Network):
     def __init__(self, trial: "Trial") -> None:
         super().__init__()
         f, bias = trial.features, trial.normalization == "none"
+        self.grid, logits = trial.grid, trial.image_shape[-1] * VALUES
         self.body = nn.Sequential(
             nn.Conv2d(trial.num_latents * trial.code_dim, f, 1, bias=bias),
             _norm(trial),
@@ -110,21 +104,21 @@ class Decoder(_Network):
         if trial.output_head == "1x1":
             up = nn.ConvTranspose2d(f, f, 4, stride=2, padding=1, bias=bias)
             self.last = nn.Sequential(up, _norm(trial), nn.ReLU(inplace=True))
-            self.head = nn.Linear(f, 3 * VALUES)
+            self.head = nn.Linear(f, logits)
         else:
-            self.last = nn.ConvTranspose2d(f, 3 * VALUES, 4, stride=2, padding=1)
+            self.last = nn.ConvTranspose2d(f, logits, 4, stride=2, padding=1)
             self.head = None
 
     def hidden(self, vectors: Tensor) -> Tensor:
-        """What the head sees, (B, 32·32, F); the logits themselves, (B, 32·32, 768), where there is no head."""
-        k, n, d = vectors.shape
-        h = vectors.transpose(0, 1).reshape(n // POSITIONS, GRID, GRID, k * d).permute(0, 3, 1, 2)
+        """What the head sees, (B, H·W, F); the logits themselves, (B, H·W, 3·256), where there is no head."""
+        k, _, d = vectors.shape
+        h = vectors.transpose(0, 1).reshape(-1, *self.grid, k * d).permute(0, 3, 1, 2)
         with self.autocast(h):
-            h = self.last(self.body(h)).permute(0, 2, 3, 1)  # (B, 32, 32, F)
+            h = self.last(self.body(h)).permute(0, 2, 3, 1)  # (B, H, W, F)
         return h.flatten(1, 2)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(K, N, D) → (B, 32·32, 768) logits."""
+        """(K, N, D) → (B, H·W, 3·256) logits."""
         hidden = self.hidden(vectors)
         return hidden if self.head is None else self.head(hidden)
 
@@ -149,7 +143,8 @@ class Decoder(_Network):
 class Model(nn.Module):
     """A trial's encoder, latent variables and decoder.
 
-    Images are uint8 (B, 32, 32, 3), values 0 to 255; codes are integers (B, 8, 8, K), values 0 to C − 1.
+    Images are uint8 (B, H, W, 3), or in gray (B, H, W, 1), as the trial's data are, values 0 to 255; codes are
+    integers (B, H/4, W/4, K), values 0 to C − 1. Of CIFAR-10: (B, 32, 32, 3) and (B, 8, 8, K).
     """
 
     def __init__(self, trial: "Trial") -> None:
@@ -172,7 +167,7 @@ class Model(nn.Module):
 
         Args:
             vectors: (K, N, D), what the decoder sees.
-            images: (B, 32, 32, 3) uint8.
+            images: (B, H, W, 3) uint8.
             weigh: makes the constants w (B,) from −log p(x|z) (B,); None: w = 1.
 
         Returns:
@@ -183,7 +178,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def distortions(self, vectors: Tensor, images: Tensor) -> Tensor:
-        """−log p(x|z) of each image and colour channel [nats]: (K, N, D), (B, 32, 32, 3) → (B, 3)."""
+        """−log p(x|z) of each image and colour channel [nats]: (K, N, D), (B, H, W, 3) → (B, 3)."""
         return self.decoder.nll(vectors, images, None)[1]
 
     @torch.no_grad()
@@ -191,29 +186,29 @@ class Model(nn.Module):
         """One sample z ~ q(z|x); for VQ-VAE the nearest codes.
 
         Args:
-            images: (B, 32, 32, 3) uint8, a tensor or a numpy array on any device.
+            images: (B, H, W, 3) uint8, a tensor or a numpy array on any device.
             generator: of the samples, on the model's device; None: one with seed 0, the same samples each time.
 
         Returns:
-            codes (B, 8, 8, K), int64, 0 to C − 1.
+            codes (B, H/4, W/4, K), int64, 0 to C − 1.
 
         Raises:
             DvqError: other images, or a model whose latent variables are continuous.
         """
         found = [
             sample.codes
-            for _, sample in self._samples(inputs.images(images, self._device()), generator)
+            for _, sample in self._samples(inputs.images(images, self.trial, self._device()), generator)
             if sample.codes is not None
         ]
         if not found:
             raise DvqError(
                 f"a {self.trial.estimator} model has no codes: its latent variables are continuous"
             )
-        return torch.cat(found, 1).T.unflatten(0, (-1, GRID, GRID))
+        return torch.cat(found, 1).T.unflatten(0, (-1, *self.trial.grid))
 
     @torch.no_grad()
     def decode(self, codes: Tensor | NDArray[np.integer]) -> Tensor:
-        """The mean of p(x|z), rounded: codes (B, 8, 8, K), 0 to C − 1 → images (B, 32, 32, 3) uint8.
+        """The mean of p(x|z), rounded: codes (B, H/4, W/4, K), 0 to C − 1 → images (B, H, W, 3) uint8.
 
         Raises:
             DvqError: other codes, or a model whose latent variables are continuous.
@@ -223,39 +218,43 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Images, generator: torch.Generator | None = None) -> Tensor:
-        """``decode(encode(images))``, of continuous latent variables too: uint8 (B, 32, 32, 3) → the same."""
-        samples = self._samples(inputs.images(images, self._device()), generator)
+        """``decode(encode(images))``, of continuous latent variables too: uint8 (B, H, W, 3) → the same."""
+        samples = self._samples(inputs.images(images, self.trial, self._device()), generator)
         return torch.cat([self._mean_image(sample.vectors) for _, sample in samples])
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """The mean of p(x|z) for ``n`` ≥ 1 draws z ~ p(z), rounded: uint8 (n, 32, 32, 3)."""
+        """The mean of p(x|z) for ``n`` ≥ 1 draws z ~ p(z), rounded: uint8 (n, H, W, 3)."""
         if not isinstance(n, int) or n < 1:
             raise DvqError(f"sample: n = {n!r}; give a whole number of at least 1")
         generator = generator or torch.Generator(self._device()).manual_seed(0)
-        return self._mean_image(self.latents.prior_sample(n * POSITIONS, generator))
+        return self._mean_image(self.latents.prior_sample(n * self.trial.positions, generator))
 
     @torch.no_grad()
     def bits_per_dim(self, images: Images, generator: torch.Generator | None = None) -> Tensor:
-        """(distortion + rate) / (3072 ln 2) of each image, by one hard sample: uint8 (B, 32, 32, 3) → (B,)."""
+        """(distortion + rate) / (H·W·3 ln 2) of each image, by one hard sample: uint8 (B, H, W, 3) → (B,)."""
         nats = [
             self.distortions(sample.vectors, piece).sum(1) + per_image(sample.rate, len(piece))
-            for piece, sample in self._samples(inputs.images(images, self._device()), generator)
+            for piece, sample in self._samples(inputs.images(images, self.trial, self._device()), generator)
         ]
-        return torch.cat(nats) * BITS_PER_DIM
+        return torch.cat(nats) * self.trial.bits_per_nat
 
     def _device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def _piece(self) -> int:
+        height, width, _ = self.trial.image_shape
+        return max(1, PIECE // (height * width))
+
     def _samples(self, images: Tensor, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Any]]:
         """The images in pieces, and a sample of each."""
         generator = generator or torch.Generator(images.device).manual_seed(0)
-        for piece in images.split(PIECE):
+        for piece in images.split(self._piece()):
             yield piece, self.latents.sample(self.encoder(piece), generator)
 
     def _mean_image(self, vectors: Tensor) -> Tensor:
         values, pieces = torch.arange(VALUES, dtype=vectors.dtype, device=vectors.device), []
-        for piece in vectors.split(PIECE * POSITIONS, 1):
-            p = self.decoder(piece).unflatten(-1, (3, VALUES)).softmax(-1)  # (B, 1024, 3, 256)
-            pieces.append((p @ values).round().to(torch.uint8).unflatten(1, (SIDE, SIDE)))
+        for piece in vectors.split(self._piece() * self.trial.positions, 1):
+            p = self.decoder(piece).unflatten(-1, (-1, VALUES)).softmax(-1)  # (B, H·W, 3, 256)
+            pieces.append((p @ values).round().to(torch.uint8).unflatten(1, self.trial.image_shape[:2]))
         return torch.cat(pieces)

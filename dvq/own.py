@@ -11,7 +11,8 @@ from dvq import DvqError, fingerprints
 from dvq.cifar10 import Images
 
 WANTED = (
-    "train_images and test_images, uint8 (N, 32, 32, 3), and, as you like, train_labels and test_labels (N,)"
+    "train_images and test_images, uint8 (N, height, width, 3) or, in gray, (N, height, width, 1), and, as you like, "
+    "train_labels and test_labels (N,)"
 )
 LEAST = {"train": 20, "test": 2}
 """images of a half; of the training images the split ``tune`` holds out a tenth"""
@@ -24,26 +25,33 @@ def read(source: str) -> dict[str, Images]:
     out the last tenth, which in a sorted file would be of one kind.
 
     Args:
-        source: the file; in it ``train_images`` and ``test_images``, uint8 (N, 32, 32, 3), at least
-            ``LEAST`` of each, and, where there are any, ``train_labels`` and ``test_labels`` (N,), 0 to 255.
+        source: the file; in it ``train_images`` and ``test_images``, uint8 (N, H, W, 3) or (N, H, W, 1), H and W
+            multiples of 4, at least ``LEAST`` of each, and, where there are any, ``train_labels`` and
+            ``test_labels`` (N,), 0 to 255.
 
     Raises:
         DvqError: there is no such file, or it holds something else.
     """
     found = _arrays(source)
     arrays = _half("train", found, source) | _half("test", found, source)
+    train, test = (arrays[f"{half}_images"].shape[1:] for half in ("train", "test"))
+    if train != test:
+        raise DvqError(
+            f"DATA={source}: train_images are of {_sizes(train)}, test_images of {_sizes(test)}; give one size"
+        )
     order = np.random.RandomState(0).permutation(len(arrays["train_images"]))  # whose numbers numpy keeps
     return arrays | {name: arrays[name][order] for name in ("train_images", "train_labels")}
 
 
 def name(source: str) -> str:
-    """What a sweep calls the images in a file: ``birds@0123456789abcdef`` for those in ``birds.npz``.
+    """What a sweep calls the images in a file: ``birds@0123456789abcdef`` for those in ``birds.npz``, or, of another
+    shape than CIFAR-10's, ``digits@28x28x1-0123456789abcdef``.
 
     Raises:
         DvqError: as :func:`read`; or the file's own name is none for images.
     """
     stem = Path(source).stem
-    called = f"{stem}@{fingerprints.fingerprint(read(source))[:16]}"
+    called = fingerprints.own(stem, read(source))
     if not fingerprints.OWN.fullmatch(called):
         better = re.sub("[^a-z0-9]+", "-", stem.lower()).strip("-") or "images"
         raise DvqError(
@@ -56,11 +64,9 @@ def check(name: str, source: str) -> None:
     """DvqError unless the images ``name`` are those in the file ``source``."""
     if not source:
         raise DvqError(f"the store has no images {name}; give the file that they are in, DATA=file.npz")
-    found = fingerprints.fingerprint(read(source))
-    if not fingerprints.fits(name, found):
-        raise DvqError(
-            f"DATA={source}: these are not the images {name}, but some with the fingerprint {found[:16]}"
-        )
+    actual = fingerprints.own(name.partition("@")[0], read(source))
+    if actual != name:
+        raise DvqError(f"DATA={source}: these are not the images {name}, but {actual}")
 
 
 def shared(train: Images, test: Images) -> int:
@@ -68,6 +74,10 @@ def shared(train: Images, test: Images) -> int:
     known = {image.tobytes() for image in test}
     both = known.intersection(image.tobytes() for image in train)
     return sum(image.tobytes() in both for image in test)
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
 
 
 def _arrays(source: str) -> dict[str, npt.NDArray[Any]]:
@@ -97,11 +107,16 @@ def _half(half: str, found: dict[str, npt.NDArray[Any]], source: str) -> dict[st
     images = found.get(f"{half}_images")
     if images is None:
         raise DvqError(f"DATA={source}: there is no {half}_images in it; give {WANTED}")
-    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) < LEAST[half]:
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) < LEAST[half]:
+        gray = f"; for gray images without channels: {half}_images[..., None]" if images.ndim == 3 else ""
         raise DvqError(
-            f"DATA={source}: {half}_images is {images.dtype} {images.shape}; give uint8 (N, 32, 32, 3), images of "
-            f"32×32 in colour, values from 0 to 255, at least {LEAST[half]} of them"
+            f"DATA={source}: {half}_images is {images.dtype} {images.shape}; give uint8 (N, height, width, 3), "
+            f"or 1 in gray, values from 0 to 255, at least {LEAST[half]} of them{gray}"
         )
+    try:
+        fingerprints.check_shape(images.shape[1:])
+    except ValueError as error:
+        raise DvqError(f"DATA={source}: {half}_images is {images.dtype} {images.shape}, {error}") from None
     labels = found.get(f"{half}_labels", np.zeros(len(images), np.uint8))
     fits = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
     if not fits or labels.min() < 0 or labels.max() > 255:

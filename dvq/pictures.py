@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from dvq.style import look, new_figure, shown
+from dvq.style import in_colour, look, new_figure, shown
 from dvq.tables import Result
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ COLUMNS = 16
 
 @dataclass(frozen=True)
 class Pictures:
-    """Of one trial, each uint8 (N, 32, 32, 3)."""
+    """Of one trial, each uint8 (N, H, W, 3), gray ones (N, H, W, 1)."""
 
     images: Images
     reconstructions: Images
@@ -41,7 +41,7 @@ class Pictures:
 
 
 def take(model: "Model", images: Images) -> Pictures:
-    """The pictures of a trained model, of the first of ``images`` (M, 32, 32, 3)."""
+    """The pictures of a trained model, of the first of ``images`` (M, H, W, 3)."""
     first = np.array(images[:COLUMNS])
     reconstructed = model.reconstruct(first)
     return Pictures(first, reconstructed.cpu().numpy(), model.sample(len(first)).cpu().numpy())
@@ -69,9 +69,11 @@ def of_sweep(results: Sequence[Result], pictures: Mapping[str, Pictures]) -> Fig
 
 
 def _draw(figure: Figure, rows: Sequence[tuple[str, Images]]) -> None:
-    """Images (N, 32, 32, 3) side by side, a row of the figure each, behind its label."""
+    """Images (N, H, W, 3) side by side, a row of the figure each, behind its label."""
     for axes, (label, images) in zip(figure.subplots(len(rows)), rows, strict=True):
-        apart = np.pad(images, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)  # (N, 32, 34, 3)
+        apart = np.pad(
+            in_colour(images), ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255
+        )  # (N, H, W + 2, 3)
         axes.imshow(apart.transpose(1, 0, 2, 3).reshape(images.shape[1], -1, 3), interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)

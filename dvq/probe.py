@@ -39,7 +39,7 @@ def probe(model: "Model", images: Tensor, draws: int, generator: Generator, step
 
     Args:
         model: one with a categorical posterior.
-        images: (B, 32, 32, 3) uint8.
+        images: (B, H, W, 3) uint8.
         draws: of g, and of the other latent variables in f; r costs LOOKED_AT·C·draws passes of the decoder.
         step: the training step, for temperature and warm-up.
     """
@@ -105,7 +105,7 @@ def _reference(
     weight: "float | Tensor",
 ) -> Tensor:
     """The gradient of the ELBO, its KL by its ``weight`` in warm-up, by logits[k, p], with z[k, p] summed out:
-    (1, 32, 32, 3), (K, P, C) → (C,)."""
+    (1, H, W, 3), (K, P, C) → (C,)."""
     latents, (_, positions, codes) = model.latents, logits.shape
     distortion = torch.zeros_like(logits[k, p])
     for _ in range(draws):

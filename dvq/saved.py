@@ -50,7 +50,7 @@ def load(path: str | Path) -> Model:
 
     Returns:
         a :class:`dvq.model.Model`: ``encode``, ``decode``, ``reconstruct``, ``sample``, ``bits_per_dim``, on
-        images uint8 (B, 32, 32, 3) and codes (B, 8, 8, K).
+        images uint8 (B, H, W, 3) and codes (B, H/4, W/4, K).
 
     Raises:
         DvqError: there is no model, it is damaged, or nothing knows the address.

@@ -134,21 +134,26 @@ def legend(figure: Figure, handles: Iterable[Artist], title: str = "") -> None:
     )
 
 
+def in_colour(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images (N, H, W, 3) as they are, gray ones (N, H, W, 1) in three equal channels."""
+    return np.broadcast_to(images, (*images.shape[:-1], 3))
+
+
 def reconstructions(
     images: NDArray[np.uint8], reconstructed: NDArray[np.uint8], scale: int = 3
 ) -> NDArray[np.uint8]:
-    """A mosaic of uint8 images (N, H, W, 3), 16 to a row: each row of originals above its reconstructions,
+    """A mosaic of uint8 images (N, H, W, 3 or 1), 16 to a row: each row of originals above its reconstructions,
     every pixel ``scale`` pixels wide and high."""
     if images.shape != reconstructed.shape:
         raise ValueError(f"reconstructions: {images.shape} images and {reconstructed.shape} reconstructions")
-    n, height, width, channels = images.shape
+    n, height, width, _ = images.shape
     columns = min(n, 16)
     rows = -(-n // columns)
-    tiles = np.full((rows * columns, 2, height + 1, width + 1, channels), 255, np.uint8)
-    tiles[:n, 0, :height, :width] = images
-    tiles[:n, 1, :height, :width] = reconstructed
-    tiles = tiles.reshape(rows, columns, 2, height + 1, width + 1, channels).transpose(0, 2, 3, 1, 4, 5)
-    mosaic = tiles.reshape(rows * 2 * (height + 1), columns * (width + 1), channels)[:-1, :-1]
+    tiles = np.full((rows * columns, 2, height + 1, width + 1, 3), 255, np.uint8)
+    tiles[:n, 0, :height, :width] = in_colour(images)
+    tiles[:n, 1, :height, :width] = in_colour(reconstructed)
+    tiles = tiles.reshape(rows, columns, 2, height + 1, width + 1, 3).transpose(0, 2, 3, 1, 4, 5)
+    mosaic = tiles.reshape(rows * 2 * (height + 1), columns * (width + 1), 3)[:-1, :-1]
     return mosaic.repeat(scale, axis=0).repeat(scale, axis=1)
 
 

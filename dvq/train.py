@@ -24,7 +24,7 @@ from dvq.data import Data, load
 from dvq.device import keep_memory, pick
 from dvq.evaluate import evaluate
 from dvq.events import Events
-from dvq.model import BITS_PER_DIM, Model
+from dvq.model import Model
 from dvq.probe import probe
 from dvq.provenance import provenance
 from dvq.saved import publish
@@ -38,7 +38,7 @@ class Interrupted(BaseException):
     """SIGTERM came: write a checkpoint and end."""
 
 
-def curve_point(terms: Tensor, last_step: int) -> dict[str, float]:
+def curve_point(terms: Tensor, last_step: int, trial: Trial) -> dict[str, float]:
     """The means over the steps of ``terms`` (steps, 3); DvqError where one is not finite."""
     if not torch.isfinite(terms).all():
         row, column = (~torch.isfinite(terms)).nonzero()[0].tolist()
@@ -47,7 +47,7 @@ def curve_point(terms: Tensor, last_step: int) -> dict[str, float]:
             f"training diverged: at step {step} the {name} is {terms[row, column].item()}; "
             "lower the learning rate or look at the options that differ from the defaults"
         )
-    _, distortion, rate = (terms.double().mean(0) * BITS_PER_DIM).tolist()
+    _, distortion, rate = (terms.double().mean(0) * trial.bits_per_nat).tolist()
     return {"bits_per_dim": distortion + rate, "distortion": distortion, "rate": rate}
 
 
@@ -137,7 +137,7 @@ class Training:
         tensors = self.trainer.state()
         if self.terms:
             tensors["terms"] = torch.stack(self.terms).cpu()
-            curve_point(tensors["terms"], self.done - 1)  # nothing that diverged is ever kept
+            curve_point(tensors["terms"], self.done - 1, self.trial)  # nothing that diverged is ever kept
         self._clock()
         about = {
             "family": self.trial.family(),
@@ -175,7 +175,7 @@ class Training:
         self.events_before = diary.sizes(self.folder)
 
     def _point(self) -> None:
-        values = curve_point(torch.stack(self.terms).cpu(), self.done - 1)
+        values = curve_point(torch.stack(self.terms).cpu(), self.done - 1, self.trial)
         self._clock()
         speed = len(self.terms) * self.trial.batch_size / (self.seconds - self.seconds_at_point)
         self.seconds_at_point = self.seconds

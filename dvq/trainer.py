@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dvq import DvqError
 from dvq.codes import kmeans
-from dvq.model import POSITIONS, Model
+from dvq.model import Model
 from dvq.recorded import Recorded
 from dvq.trial import LearnedCodes, Loss, Trial
 
@@ -88,12 +88,12 @@ class Trainer:
     @torch.no_grad()
     def _place_codebooks(self, trial: LearnedCodes) -> None:
         """Begin with the clusters of the first minibatches' encodings, ten or more for each code."""
-        count = math.ceil(10 * trial.num_codes / (trial.batch_size * POSITIONS))
+        count = math.ceil(10 * trial.num_codes / (trial.batch_size * trial.positions))
         encodings = torch.cat([self.model.encoder(self.minibatch(step)) for step in range(count)], 1)
         self.model.latents.place(kmeans(encodings, trial.num_codes, noise(trial.seed, 0, self.device)))
 
     def minibatch(self, step: int) -> Tensor:
-        """The uint8 images (B, 32, 32, 3) of a step."""
+        """The uint8 images (B, H, W, 3) of a step."""
         index = minibatch(step, self.trial.batch_size, len(self.images), self.trial.seed)
         return torch.from_numpy(self.images[index]).to(self.device)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -9,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 import dvq
 from dvq import fingerprints
-from dvq.fingerprints import DataName
+from dvq.fingerprints import DataName, Shape
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -60,14 +61,15 @@ class Trial(BaseModel):
 
     estimator: str
     data: DataName = "cifar10"
-    """cifar10, cifar10-sample, or as ``make data`` names images of one's own, ``birds@0123456789abcdef``"""
+    """cifar10, cifar10-sample, or as ``make data`` names images of one's own, ``birds@0123456789abcdef``, or
+    ``digits@28x28x1-0123456789abcdef`` where they are not of 32×32 in colour"""
     split: Literal["test", "tune"] = "test"
     """test: train on all training images, evaluate on the test images. tune: train without the images held
     out of the training set and evaluate on those; every choice is made here, never on test images."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
     num_latents: Count = 8
-    """K, latent variables at each of the 8×8 positions"""
+    """K, latent variables at each of the 8×8 positions (of images of H×W: H/4 × W/4)"""
     code_dim: Count = 32
     """D, dimensions of a code vector; the paper does not say"""
     features: Count = 256
@@ -120,6 +122,27 @@ class Trial(BaseModel):
         return self.learning_rate * 0.5 ** (
             max(0.0, halvings) if isinstance(halvings, float) else halvings.clamp(min=0)
         )
+
+    @property
+    def image_shape(self) -> Shape:
+        """Height, width and channels of the images, as their name says."""
+        return fingerprints.shape(self.data)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The positions of the latent variables: H/4 × W/4, after two convolutions of stride 2."""
+        height, width, _ = self.image_shape
+        return height // 4, width // 4
+
+    @property
+    def positions(self) -> int:
+        """P, how many positions there are."""
+        return math.prod(self.grid)
+
+    @property
+    def bits_per_nat(self) -> float:
+        """1 / (H·W·3 ln 2), in gray 1 / (H·W ln 2): bits/dim = this · nats an image."""
+        return 1 / (math.prod(self.image_shape) * math.log(2))
 
     def key(self) -> str:
         """The trial's name in the store: its family, and how many steps of it."""

@@ -11,6 +11,7 @@ import typer
 from components.folder import State
 from components.store import Store
 from dvq import DvqError
+from dvq.fingerprints import CHANNELS
 from dvq.trial import Trial
 from pipeline import preflight
 
@@ -64,11 +65,12 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> 
     evaluation = results["evaluation"]
     latents = enumerate(evaluation["ledger"]["latents"], start=1)  # as the figures count them
     entries = [(f"latent variable k = {k}", bits) for k, bits in latents]
-    entries += list(zip(("red", "green", "blue"), evaluation["ledger"]["channels"], strict=True))
+    channels = evaluation["ledger"]["channels"]
+    entries += list(zip(CHANNELS[len(channels)], channels, strict=True))
     lines = [f"{name} on {results['data']['label']}, split {evaluation['split']}, in bits/dim"]
     lines += [f"  {entry:21} {bits:9.5f}" for entry, bits in entries]
     lines.append(f"  {'rate':21} {evaluation['rate']:9.5f}  the latent variables' sum")
-    lines.append(f"  {'distortion':21} {evaluation['distortion']:9.5f}  the colour channels' sum")
+    lines.append(f"  {'distortion':21} {evaluation['distortion']:9.5f}  the channels' sum")
     error = f"± {evaluation['bits_per_dim_se']:.5f} over {evaluation['images']} images"
     lines.append(f"  {'bits/dim':21} {evaluation['bits_per_dim']:9.5f}  {error}")
     if "bound" in evaluation:

@@ -16,7 +16,6 @@ from dvq.codes import code_sums, ordered_code_sums
 from dvq.config import estimators, trial
 from dvq.device import pick, take
 from dvq.evaluate import evaluate
-from dvq.model import BITS_PER_DIM
 from dvq.recorded import Recorded
 from dvq.trainer import Trainer
 from tests.sizes import taken
@@ -98,7 +97,11 @@ def test_bfloat16_changes_bits_per_dim_by_less_than_0_005(estimator: str, head: 
         loss = one.trial.loss(one.model, torch.from_numpy(IMAGES), generator, 9)
         gradient = torch.autograd.grad(loss.surrogate, list(one.model.parameters()), allow_unused=True)
         flat = torch.cat([g.flatten() for g in gradient if g is not None])
-        losses[mixed] = (loss.distortion + loss.rate) * BITS_PER_DIM, flat, evaluate(one.model, IMAGES)
+        losses[mixed] = (
+            (loss.distortion + loss.rate) * one.trial.bits_per_nat,
+            flat,
+            evaluate(one.model, IMAGES),
+        )
     (low, low_gradient, judged), (high, high_gradient, expected) = losses[True], losses[False]
     assert low.dtype == torch.float32
     assert not torch.equal(low_gradient, high_gradient)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from dvq.config import trial
 from dvq.draws import inverse_draw
 from dvq.evaluate import evaluate, fit, usage_summary
 from dvq.latents import Categorical
-from dvq.model import BITS_PER_DIM, Model
+from dvq.model import Model
 from dvq.quantizers import Nearest
 from dvq.relaxation import gumbel
 from tests.sizes import taken
@@ -128,7 +127,7 @@ def test_the_elbo_is_of_one_draw_with_the_kl_in_closed_form_whatever_the_bounds_
     model, some = tiny("gs-soft"), images(3)
     kl = model.latents.kl(model.latents.logits(model.encoder(torch.from_numpy(some)))).sum().item() / 3
     one, five = (evaluate(model, some, batch_size=2, bound_samples=samples) for samples in (1, 5))
-    assert one["rate"] == pytest.approx(kl * BITS_PER_DIM, rel=1e-9)
+    assert one["rate"] == pytest.approx(kl * model.trial.bits_per_nat, rel=1e-9)
     assert five["bits_per_dim"] == one["bits_per_dim"]
 
 
@@ -206,7 +205,7 @@ def test_a_trained_prior_is_fitted_whatever_chose_it() -> None:
     """An estimator of one's own need have no field for it."""
     model = tiny("vq-ema", codebook_std=1.0, normalization="none")
     before = evaluate(model, images(7), training=images(19)[7:])["fitted_bits_per_dim"]
-    model.trial = SimpleNamespace(batch_size=4)  # type: ignore[assignment]
+    model.trial = trial({"estimator": "gaussian"})  # which has none
     assert evaluate(model, images(7), training=images(19)[7:])["fitted_bits_per_dim"] == before
 
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from dvq.config import trial
 from dvq.evaluate import evaluate
-from dvq.model import BITS_PER_DIM
 from dvq.probe import _reference, probe
 from dvq.trial import Trial
 
@@ -28,7 +27,7 @@ Z = torch.tensor(list(itertools.product(range(C), repeat=K)))  # (9, K)
 
 @pytest.fixture(autouse=True)
 def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dvq.evaluate.SIDE", 1)
+    monkeypatch.setattr(Trial, "image_shape", (1, 1, 3))
 
 
 class Toy(nn.Module):
@@ -211,7 +210,7 @@ def test_evaluation_estimates_the_elbo_and_the_bound() -> None:
     toy = Toy(options("gs-soft"), seed=3).eval()
     copies = IMAGE.expand(40_000, -1, -1, -1).numpy()
     result = evaluate(toy, copies, batch_size=4_000, bound_samples=4)  # type: ignore[arg-type]
-    elbo, bound = (-exact_bound(toy, samples).item() * BITS_PER_DIM for samples in (1, 4))
+    elbo, bound = (-exact_bound(toy, samples).item() * toy.trial.bits_per_nat for samples in (1, 4))
     assert abs(result["bits_per_dim"] - elbo) < 4 * result["bits_per_dim_se"]
     assert abs(result["bound"] - bound) < 4 * result["bits_per_dim_se"]
     assert abs(result["bound"] - elbo) > 10 * result["bits_per_dim_se"]
@@ -249,7 +248,7 @@ def test_the_elbo_is_the_likelihood_where_q_is_the_true_posterior() -> None:
     log_likelihood = exact_terms(toy)[1].logsumexp(0)
     torch.testing.assert_close(exact_bound(toy, 1), log_likelihood, rtol=1e-10, atol=0)
     result = evaluate(toy, IMAGE.expand(500, -1, -1, -1).numpy(), bound_samples=8)  # type: ignore[arg-type]
-    assert result["bound"] == pytest.approx(-log_likelihood.item() * BITS_PER_DIM, rel=1e-9)
+    assert result["bound"] == pytest.approx(-log_likelihood.item() * toy.trial.bits_per_nat, rel=1e-9)
 
 
 def test_the_gaussian_kl_and_its_bound() -> None:

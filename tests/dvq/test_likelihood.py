@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from dvq.config import trial
 from dvq.likelihood import TILE, plain_nll, tiled_nll
-from dvq.model import BITS_PER_DIM
 
 SUBPIXELS = 3 * 32 * 32
 
@@ -27,7 +27,9 @@ def test_a_uniform_model_costs_eight_bits_a_dimension() -> None:
     nll = plain_nll(torch.zeros(2, 1024, 768, dtype=torch.float64), pixels(2))
     assert nll.shape == (2, 3)
     assert nll.sum(1).tolist() == pytest.approx([SUBPIXELS * math.log(256)] * 2, rel=1e-12)
-    assert (nll.sum(1) * BITS_PER_DIM).tolist() == pytest.approx([8.0, 8.0], rel=1e-12)
+    assert (nll.sum(1) * trial({"estimator": "gs-soft"}).bits_per_nat).tolist() == pytest.approx(
+        [8.0, 8.0], rel=1e-12
+    )
 
 
 def test_each_value_from_0_to_255_is_a_category_of_its_own() -> None:

@@ -4,9 +4,10 @@ import contextlib
 
 import numpy as np
 import pytest
+import torch
 
 import dvq
-from dvq import DvqError, config, data, evaluate, own, train
+from dvq import DvqError, config, data, evaluate, own, pictures, train
 from dvq.fingerprints import fingerprint
 
 
@@ -78,7 +79,55 @@ def test_a_trial_is_of_the_images_that_its_data_name(birds, tmp_path):
     assert renamed.key() == trial.key()  # the same images, whatever their file is called
 
 
-@pytest.mark.parametrize("wrong", ["birds", "Birds@0123456789abcdef", "birds@0123", "birds.npz"])
+@pytest.mark.parametrize(
+    ("point", "shape"),
+    [
+        ({"estimator": "gs-soft", "probe_draws": 2, "bound_samples": 2}, (28, 28, 1)),
+        ({"estimator": "vq-ema", "code_dim": 4, "codebook_init": "kmeans"}, (12, 20, 3)),
+        ({"estimator": "vimco", "output_head": "transposed"}, (4, 8, 1)),
+        ({"estimator": "gaussian"}, (64, 64, 3)),
+    ],
+)
+def test_images_of_another_shape_are_trained_on_and_evaluated(point, shape, tmp_path):
+    """And bits/dim are of these images' sub-pixels: a head of zeros costs 8, whatever the shape."""
+    source, draw = tmp_path / "digits.npz", np.random.default_rng(0)
+    train_images, test_images = (draw.integers(0, 256, (n, *shape), np.uint8) for n in (40, 5))
+    np.savez(source, train_images=train_images, test_images=test_images)
+    name = own.name(str(source))
+    assert name.startswith("digits@" + "x".join(map(str, shape)) + "-")
+    data.prepare(name, str(source), tmp_path / "prepared")
+    found = data.load(tmp_path / "prepared")
+    assert len(found.info["mean"]) == shape[-1]
+    sizes = {"features": 4, "num_latents": 2, "steps": 2, "evaluate_every": 2, "batch_size": 8}
+    codes = {} if point["estimator"] == "gaussian" else {"num_codes": 4}
+    trial = config.trial({"data": name, **sizes, **codes, **point})
+    assert trial.grid == (shape[0] // 4, shape[1] // 4)
+    train.train(trial, found, tmp_path / "trial")
+    model = dvq.load(tmp_path / "trial" / "model")
+    judged = found.evaluation("test")[0]
+    assert model.reconstruct(judged).shape == judged.shape
+    pictures.of_trial(pictures.take(model, judged), "digits").savefig(tmp_path / "pictures.png")
+    if codes:
+        z = model.encode(judged)
+        assert z.shape == (5, *trial.grid, 2)
+        assert model.decode(z).shape == judged.shape
+        with pytest.raises(DvqError, match=r"; for channels first: x\.transpose"):
+            model.encode(judged.transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        for parameter in (model.decoder.head or model.decoder.last).parameters():
+            parameter.zero_()
+    numbers = evaluate.evaluate(model, judged, training=found.training("test")[0])
+    assert numbers["distortion"] == pytest.approx(8)
+    assert len(numbers["ledger"]["channels"]) == shape[-1]
+    assert model.bits_per_dim(judged).mean().item() == pytest.approx(numbers["bits_per_dim"], abs=1e-4)
+    other = name.replace(f"@{shape[0]}x", f"@{shape[0] + 4}x")
+    with pytest.raises(DvqError, match="the trial is of"):
+        found.check(config.trial({**point, "data": other}))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["birds", "Birds@0123456789abcdef", "birds@0123", "birds.npz", "birds@8x8-0123456789abcdef"]
+)
 def test_a_sweep_with_another_name_says_how_to_get_one(wrong):
     with pytest.raises(
         DvqError, match=r"known are cifar10, cifar10-sample; for images of your own, make data DATA="
@@ -99,7 +148,19 @@ def test_a_sweep_with_another_name_says_how_to_get_one(wrong):
         ({"train_images": images(20), "test_images": images(1)}, "at least 2 of them"),
         (
             {"train_images": images(20), "test_images": images(2)[:, :28]},
-            r"test_images is uint8 \(2, 28, 32, 3\)",
+            "train_images are of 32×32×3, test_images of 28×32×3; give one size",
+        ),
+        (
+            {"train_images": images(20)[..., 0], "test_images": images(2)[..., 0]},
+            r"train_images is uint8 \(20, 32, 32\).*; for gray images without channels: train_images\[..., None\]",
+        ),
+        (
+            {"train_images": images(20)[:, :30], "test_images": images(2)[:, :30]},
+            "images of 30×32: the network halves height and width twice; make them multiples of 4, 128 at most",
+        ),
+        (
+            {"train_images": images(20)[..., :2], "test_images": images(2)[..., :2]},
+            r"make them 1 \(gray\) or 3",
         ),
         (
             {"train_images": images(20), "test_images": images(2), "test_labels": np.zeros(3, int)},
@@ -165,7 +226,7 @@ def test_images_that_nothing_is_called_are_refused(wrong, birds, tmp_path):
 
 def test_other_images_than_those_named_are_refused(birds, tmp_path):
     name = "birds@0123456789abcdef"
-    with pytest.raises(DvqError, match=f"these are not the images {name}, but some with the fingerprint"):
+    with pytest.raises(DvqError, match=f"these are not the images {name}, but {own.name(str(birds))}"):
         data.check_source(name, str(birds))
     with pytest.raises(DvqError, match=f"the store has no images {name}; give the file"):
         data.check_source(name, "")

@@ -55,7 +55,7 @@ def test_many_images_are_taken_in_pieces(estimator, monkeypatch: pytest.MonkeyPa
         one.reconstruct(IMAGES),
         one.bits_per_dim(IMAGES),
     )
-    monkeypatch.setattr("dvq.model.PIECE", 2)
+    monkeypatch.setattr("dvq.model.PIECE", 2 * 32 * 32)
     taken, decode = [], one.decoder.forward
     monkeypatch.setattr(one.decoder, "forward", lambda x: taken.append(x.shape[1] // 64) or decode(x))
     pieces = (

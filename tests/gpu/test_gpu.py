@@ -13,7 +13,6 @@ import torch
 from dvq import data, events
 from dvq.config import estimators, trial
 from dvq.evaluate import evaluate
-from dvq.model import BITS_PER_DIM
 from dvq.trainer import Trainer, noise
 from dvq.trial import Trial, values
 from tests.sizes import taken
@@ -93,7 +92,8 @@ def test_bfloat16_changes_bits_per_dim_by_less_than_0_005(
             losses = [
                 one.trial.loss(one.model, one.minibatch(at), noise(0, at, gpu), at) for at in range(200, 210)
             ]
-        found[mixed] = sum((loss.distortion + loss.rate).item() for loss in losses) / 10 * BITS_PER_DIM
+        nats = sum((loss.distortion + loss.rate).item() for loss in losses) / 10
+        found[mixed] = nats * one.trial.bits_per_nat
     assert found[True] != found[False]
     assert abs(found[True] - found[False]) < 0.005
 
