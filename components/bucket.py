@@ -4,6 +4,7 @@ compared again."""
 import base64
 import hashlib
 import os
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -38,6 +39,21 @@ class Bucket(Connection):
             self.call("list_objects_v2", Prefix=self.prefix, MaxKeys=1)
         finally:
             self.patience = patience
+
+    def check_conditions(self) -> None:
+        """DvqError unless the server heeds the conditions of :meth:`put`, by which of two workers one can publish."""
+        key = f"probe-{uuid.uuid4().hex}"
+        self.put(key, b"", "")
+        try:
+            for etag in ("", f'"{"0" * 32}"'):
+                with suppress(ChangedError):
+                    self.put(key, b"changed", etag)
+                    raise DvqError(
+                        f"{self.server} ignores If-None-Match and If-Match when it stores an object, so that two "
+                        "workers could own one trial; take an S3 that heeds them, as Amazon's and SeaweedFS do"
+                    )
+        finally:
+            self.delete([key])
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """``function`` of every item, several at a time."""

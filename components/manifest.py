@@ -91,12 +91,21 @@ def parse(content: bytes, named: str) -> Manifest:
             raise ValueError("its SHA-256 differs")
         if found["format"] == FORMAT:
             files = {path: [Piece(*one) for one in pieces] for path, pieces in found["files"].items()}
-            return Manifest(**{**found, "files": files})
+            made = Manifest(**{**found, "files": files})
+            _stay_inside({*files, *made.objects()})
+            return made
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DvqError(f"{named} is damaged ({error}); remove it to have all of it made anew") from None
     raise DvqError(
         f"{named} has format {found['format']}, and this version reads {FORMAT}; use the version that wrote it"
     )
+
+
+def _stay_inside(names: set[str]) -> None:
+    """ValueError for a path that leads elsewhere: whoever can write to the bucket would write anywhere here."""
+    for name in names:
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise ValueError(f"'{name}' leads out of its folder")
 
 
 def _digest(told: dict[str, Any]) -> str:

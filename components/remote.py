@@ -51,6 +51,9 @@ class RemoteStore(Store):
     def check(self) -> None:
         self.bucket.check()
 
+    def check_writing(self) -> None:
+        self.bucket.check_conditions()
+
     def look(self, keys: Iterable[str], *names: str) -> None:
         """Of a manifest that did not change since the last look of any process nothing is asked again."""
         found = self.bucket.list("trials/", "/")

@@ -65,6 +65,9 @@ class Store:
     def check(self) -> None:
         """DvqError if the store cannot be reached."""
 
+    def check_writing(self) -> None:
+        """DvqError if one worker alone could not own a trial here."""
+
     def look(self, keys: Iterable[str], *names: str) -> None:
         """See how these trials are now, with these files of theirs; what is asked below is as of then."""
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.folder import FORMAT, begin, read_json, state, write_json
+from components.folder import FORMAT, State, begin, read_json, state, write_json
 from components.store import Store, Work
 from components.tracking import TrialRun
 from dvq import DvqError, events, failures
@@ -33,7 +33,8 @@ INTERRUPTED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM)
 
 def unfinished(sweep: Sweep, limit: int = 0) -> list[Point]:
     """The sweep's points that the store does not have finished, or that its experiment does not have whole; with a
-    ``limit`` so many at most, and those that failed before last, lest they stand in the others' way each time.
+    ``limit`` so many at most, and last those that failed before, behind those that began and came to no checkpoint
+    (their pod may have been out of memory), lest they stand in the others' way each time.
 
     Raises:
         DvqError: no trial, one that is wrong, or one that stands in the sweep twice.
@@ -44,8 +45,12 @@ def unfinished(sweep: Sweep, limit: int = 0) -> list[Point]:
         store.look([trial.key() for trial in trials], "tracked.json")
     points = [point for point in sweep.points() if not (store and _done(store, sweep, point))]
     if store and limit:
-        points.sort(key=lambda one: store.state(sweep.trial(one).key()).name == "failed")
+        points.sort(key=lambda one: _patience(store.state(sweep.trial(one).key())))
     return points[: limit or None]
+
+
+def _patience(state: State) -> int:
+    return 2 if state.name == "failed" else int(state.name == "interrupted" and not state.step)
 
 
 def _done(store: Store, sweep: Sweep, point: Point) -> bool:

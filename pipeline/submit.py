@@ -61,6 +61,7 @@ def submit(
     if cap:
         place = limits or Profile()
         forecast.check(forecast.plan(job.trials, job.store, place, fresh), cap, place)
+    job.store.check_writing()
     if on == "kfp":
         from pipeline import cluster
 

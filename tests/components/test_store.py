@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from components.folder import begin, read_json, write_json
+from components.manifest import Manifest, Piece, parse
 from components.store import Store
 from dvq import DvqError
 from dvq.config import trial
@@ -111,3 +112,13 @@ def test_why_a_shorter_trial_cannot_be_copied(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(shutil, "copytree", copytree)
         with pytest.raises(DvqError, match=says):
             begin(tmp_path / "longer", one, "name", tmp_path / "shorter")
+
+
+@pytest.mark.parametrize("path", ["events/../../x", "/etc/x", "..", "a//b", "./a", ""])
+def test_a_manifest_whose_paths_lead_elsewhere_is_refused(path: str) -> None:
+    """Whoever can write to the bucket would write anywhere on the machines that read it."""
+    piece = Piece("o/results.json", "0" * 64, 1)
+    assert parse(Manifest(files={"events/p.jsonl": [piece]}).content(), "m").objects() == {"o/results.json"}
+    for files in ({path: [piece]}, {"results.json": [piece._replace(object=path)]}):
+        with pytest.raises(DvqError, match="leads out of its folder"):
+            parse(Manifest(files=files).content(), "m")

@@ -108,9 +108,12 @@ def test_a_plan_with_a_limit_has_those_last_that_failed(store: Store) -> None:
         failed = trial({**BASE, "estimator": "vq-ema", "seed": seed})
         begin(store.trial(failed.key()), failed, f"s{seed}")
         events.Events(store.trial(failed.key())).failure("out of memory")
+    died = trial({**BASE, "estimator": "vq-ema", "seed": 1})  # without a word, before its first checkpoint
+    begin(store.trial(died.key()), died, "s1")
+    events.Events(store.trial(died.key())).state("training")
     assert [one["seed"] for one in trials.unfinished(sweep)] == [0, 1, 2, 3]
-    assert [one["seed"] for one in trials.unfinished(sweep, 3)] == [1, 3, 0]
-    assert [one["seed"] for one in trials.unfinished(sweep, 9)] == [1, 3, 0, 2]
+    assert [one["seed"] for one in trials.unfinished(sweep, 3)] == [3, 1, 0]
+    assert [one["seed"] for one in trials.unfinished(sweep, 9)] == [3, 1, 0, 2]
 
 
 def test_a_longer_trial_goes_on_from_a_shorter_one(store: Store, prepared: Path, tmp_path: Path) -> None:

@@ -220,6 +220,22 @@ def test_what_does_not_pass_is_one_sentence(
     assert raised.value.__cause__ is None
 
 
+@pytest.mark.parametrize("ignored", ["", f'"{"0" * 32}"'], ids=["If-None-Match", "If-Match"])
+def test_a_server_that_ignores_conditions_is_refused(
+    bucket: Bucket, ignored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.check_conditions()
+    heeding = bucket.put
+
+    def put(key: str, content: bytes, etag: str | None = None) -> str:
+        return heeding(key, content, None if etag == ignored else etag)
+
+    monkeypatch.setattr(bucket, "put", put)
+    with pytest.raises(DvqError, match="ignores If-None-Match and If-Match"):
+        bucket.check_conditions()
+    assert not bucket.list("")
+
+
 CANARY = "canary0secret0key"
 
 
