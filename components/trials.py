@@ -1,7 +1,8 @@
 """What train, evaluate and analyze do with a trial's folder, each going on from what is there.
 
 A failure is data: it is recorded in the trial's events, the step that met it succeeds, the following steps
-leave the trial alone, and the report names it.
+leave the trial alone, and the report names it. A machine that cannot compute is none of the trial's: there the step
+fails as well.
 """
 
 import json
@@ -127,6 +128,9 @@ def _train_in_child(work: Work, data: Path, run: TrialRun) -> None:
     if code in INTERRUPTED:
         run.finish()
         sys.exit(INTERRUPTED[-1])
+    if code == failures.UNUSABLE:
+        run.finish()
+        sys.exit(code)
     if code != 0 and state(work.folder).name != "failed":
         Events(work.folder).failure(failures.death(code))
     run.finish()
@@ -141,6 +145,8 @@ def _step(folder: Path, name: str) -> Iterator[None]:
     except Exception as error:
         traceback.print_exc()
         diary.failure(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        if isinstance(error, failures.UnusableError):
+            sys.exit(failures.UNUSABLE)
 
 
 def _open(model: Path) -> tuple[Trial, bool]:

@@ -9,7 +9,8 @@ from typing import IO
 
 import torch
 
-from dvq import DvqError, disk
+from dvq import disk
+from dvq.failures import UnusableError
 
 _held: list[IO[str]] = []
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # in malloc.h
@@ -22,12 +23,13 @@ def pick() -> torch.device:
     place is held until the process ends, however it does.
 
     Raises:
-        DvqError: the environment wants a GPU, ``DVQ_DEVICE=cuda``, and there is none to be seen.
+        UnusableError: the environment wants a GPU, ``DVQ_DEVICE=cuda``, and there is none to be seen; or the driver
+            does not start.
     """
     count = torch.cuda.device_count()
     if not count:
         if os.environ.get("DVQ_DEVICE") == "cuda":  # a GPU that is paid for: better no trial than a slow one
-            raise DvqError(
+            raise UnusableError(
                 f"DVQ_DEVICE=cuda, but torch {torch.__version__} sees no GPU: is it a build with CUDA, and the "
                 "folder of the driver's libcuda.so.1 in LD_LIBRARY_PATH?"
             )
@@ -36,7 +38,14 @@ def pick() -> torch.device:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32 proper
     device = torch.device("cuda", take(count, disk.locks()))
-    torch.cuda.set_device(device)
+    try:
+        torch.cuda.set_device(device)
+        torch.zeros((), device=device)
+    except RuntimeError as error:
+        raise UnusableError(
+            f"torch {torch.__version__}, which is built for CUDA {torch.version.cuda}, cannot use the GPU "
+            f"({str(error).splitlines()[0].rstrip('.')}); is its driver new enough?"
+        ) from None
     return device
 
 

@@ -7,6 +7,12 @@ from pathlib import Path
 from dvq import DvqError
 
 CGROUP = Path("/sys/fs/cgroup")
+UNUSABLE = 69
+"""the exit code of a process whose machine cannot compute (EX_UNAVAILABLE in sysexits.h)"""
+
+
+class UnusableError(DvqError):
+    """This machine cannot compute, whatever the trial: the task fails, lest the next trials be sent here too."""
 
 
 def reason(error: Exception) -> str:

@@ -253,7 +253,7 @@ def main() -> int:
         if not isinstance(error, DvqError):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failures.UNUSABLE if isinstance(error, failures.UnusableError) else 1
     return 0
 
 

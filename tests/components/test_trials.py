@@ -255,6 +255,25 @@ def test_a_failing_evaluation_is_recorded_and_the_analysis_leaves_the_trial_alon
     assert found == State("failed", "evaluating: RuntimeError: no such thing", step=4)
 
 
+def test_a_machine_without_its_gpu_fails_the_step_too(
+    store: Store, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a cluster would send trial after trial to the node whose GPU is broken."""
+    key = trial({**BASE, "estimator": "vq-ema"}).key()
+    model, out = tmp_path / "model", tmp_path / "evaluation"
+    monkeypatch.setenv("DVQ_DEVICE", "cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(SystemExit, match=str(failures.UNUSABLE)):
+        trials.train("estimator=vq-ema", json.dumps(BASE), prepared, model, "")
+    assert "sees no GPU" in store.state(key).reason
+    monkeypatch.delenv("DVQ_DEVICE")
+    trials.train("estimator=vq-ema", json.dumps(BASE), prepared, model, "")
+    monkeypatch.setenv("DVQ_DEVICE", "cuda")
+    with pytest.raises(SystemExit, match=str(failures.UNUSABLE)):
+        trials.evaluate(prepared, model, out)
+    assert "sees no GPU" in store.state(key).reason
+
+
 @pytest.mark.parametrize(
     ("code", "says"), [(-signal.SIGKILL, "SIGKILL"), (-signal.SIGSEGV, "SIGSEGV"), (3, "exit code 3")]
 )

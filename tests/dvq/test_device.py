@@ -16,6 +16,7 @@ from dvq.codes import code_sums, ordered_code_sums
 from dvq.config import estimators, trial
 from dvq.device import pick, take
 from dvq.evaluate import evaluate
+from dvq.failures import UnusableError
 from dvq.recorded import Recorded
 from dvq.trainer import Trainer
 from tests.sizes import taken
@@ -180,6 +181,24 @@ def test_a_gpu_that_is_wanted_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -
     assert pick() == torch.device("cpu")
     monkeypatch.setenv("DVQ_DEVICE", "cuda")
     with pytest.raises(DvqError, match="sees no GPU: is it a build with CUDA"):
+        pick()
+
+
+def test_a_gpu_whose_driver_is_too_old_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The number of GPUs comes from NVML, which answers all the same."""
+
+    def old(_: object) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nUpdate it.")
+
+    monkeypatch.setenv("DVQ_LOCKS", str(tmp_path))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", old)
+    with pytest.raises(
+        UnusableError, match=r"cannot use the GPU \(The NVIDIA driver .* 12020\)\); is its driver"
+    ):
         pick()
 
 
