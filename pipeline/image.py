@@ -11,7 +11,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -30,7 +30,9 @@ from pipeline.profile import Cluster, Profile, find_profile
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = "docker/Dockerfile"
-SETTING = re.compile(r"^[^.]*\.(index-url|extra-index-url|find-links)='(.*)'$", re.MULTILINE)
+SETTING = re.compile(r"^(global|install|:env:)\.(index-url|extra-index-url|find-links)='(.*)'$", re.MULTILINE)
+SECTIONS = ("global", "install", ":env:")
+"""of pip's settings, the later before the earlier"""
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 REMEDIES = {
     "no space left": "make room: docker system prune",
@@ -49,10 +51,12 @@ class Content:
     """by their names in the build's context"""
     arguments: Mapping[str, str]
     """build arguments that decide the content, as opposed to where it is fetched from"""
+    platform: str = ""
+    """linux/amd64, or another; empty for the daemon's own"""
 
     def tag(self) -> str:
         """``dvq:0.1.0-`` and a hash of the content."""
-        found = hashlib.sha256(repr(sorted(self.arguments.items())).encode())
+        found = hashlib.sha256(self.platform.encode() + repr(sorted(self.arguments.items())).encode())
         for name, path in sorted(self.files.items()):
             content = path.read_bytes()
             found.update(f"{name} {os.access(path, os.X_OK)} {len(content)}\n".encode() + content)
@@ -71,21 +75,22 @@ def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
     return info
 
 
-def content(torch: str = "", base: str = "") -> Content:
+def content(torch: str = "", base: str = "", platform: str = "") -> Content:
     """Of the image with torch's build ``torch`` ("2.13.0+cpu"), by default the one of this environment, so that
-    both compute the same bits; on the image ``base``, by default the Dockerfile's."""
+    both compute the same bits; on the image ``base``, by default the Dockerfile's; for ``platform``."""
     allowed = (ROOT / f"{DOCKERFILE}.dockerignore").read_text(encoding="utf-8").splitlines()
     patterns = [line for line in allowed if line and not line.startswith("#")]
     names = exclude_paths(str(ROOT), patterns, dockerfile=DOCKERFILE)
     files = {name: ROOT / name for name in names if (ROOT / name).is_file()}
     arguments = {"TORCH": torch or metadata.version("torch"), **({"BASE_IMAGE": base} if base else {})}
-    return Content(files, arguments)
+    return Content(files, arguments, platform)
 
 
 def name(profile: Profile, pushed: bool) -> str:
     """The image that a profile's tasks run: its own, or this checkout's, ``pushed`` to its registry or not."""
     cluster = profile.cluster or Cluster()
-    tag = content(os.environ.get("TORCH") or cluster.torch, os.environ.get("BASE", "")).tag()
+    torch, base = os.environ.get("TORCH") or cluster.torch, os.environ.get("BASE", "")
+    tag = content(torch, base, cluster.platform).tag()
     found = registry(profile) if pushed else ""
     return profile.image or (f"{found}/{tag}" if found else tag)
 
@@ -99,7 +104,8 @@ def pip_settings() -> dict[str, list[str]]:
     """index-url, extra-index-url and find-links, as pip is configured on this machine."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return {name: value.replace("\\n", " ").split() for name, value in SETTING.findall(told)}
+    found = sorted(SETTING.findall(told), key=lambda one: SECTIONS.index(one[0]))
+    return {name: value.replace("\\n", " ").split() for _, name, value in found}
 
 
 def wheels(torch: str, settings: Mapping[str, list[str]]) -> dict[str, Path]:
@@ -137,14 +143,14 @@ def build(client: docker.DockerClient, made_of: Content) -> None:
         index = {
             "UV_TORCH_BACKEND": torch.partition("+")[2]
         }  # no other index than PyPI, which has no such builds
-    whole = Content({**made_of.files, **given}, made_of.arguments)
+    whole = replace(made_of, files={**made_of.files, **given})
     arguments = {**whole.arguments, **index, "VERSION": __version__, "REVISION": commit()}
     with tempfile.TemporaryFile() as context:
         whole.write(context)
         context.seek(0)
         told = client.api.build(
             fileobj=context, custom_context=True, dockerfile=DOCKERFILE, tag=made_of.tag(),
-            buildargs=arguments, rm=True, forcerm=True, decode=True,
+            buildargs=arguments, rm=True, forcerm=True, decode=True, platform=made_of.platform or None,
         )  # fmt: skip
         follow(told)
 
@@ -209,7 +215,8 @@ def image(
     if pushed and not place:
         raise DvqError("PUSH=1: name a registry, REGISTRY=host/path, or cluster.registry in the profile")
     client = connect()
-    made_of = content(torch or (limits.cluster or Cluster()).torch, base)
+    cluster = limits.cluster or Cluster()
+    made_of = content(torch or cluster.torch, base, cluster.platform)
     tag = made_of.tag()
     try:
         if not has(client, tag):

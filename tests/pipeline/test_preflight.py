@@ -208,9 +208,13 @@ def test_a_password_in_the_address_of_data_or_store(
     refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_sweep(grid=GRID)
-    said = refusal("tiny.yaml", "--data", "https://me:secret@127.0.0.1:1/cifar-10-python.tar.gz")
-    assert "DATA has a password" in said
-    assert "secret" not in said
+    for place in (
+        "me:secret@127.0.0.1:1/cifar-10-python.tar.gz",
+        "127.0.0.1:1/c.tar.gz?X-Amz-Signature=secret",
+    ):
+        said = refusal("tiny.yaml", "--data", f"https://{place}")
+        assert "DATA has a password or signature" in said
+        assert "secret" not in said
     monkeypatch.setenv("DVQ_STORE", "s3://me:secret@bucket/prefix")
     said = refusal("tiny.yaml")
     assert "DVQ_STORE" in said

@@ -1,0 +1,40 @@
+"""The image, as far as it can be told without a daemon."""
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline import image
+from pipeline.profile import find_profile
+
+
+def test_what_the_environment_says_to_pip_counts_before_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pip has it, whose listing has the environment first."""
+    told = """:env:.index-url='https://env/simple'
+global.index-url='https://file/simple'
+global.extra-index-url='https://a/simple https://b/simple'
+install.extra-index-url='https://c/simple'
+global.timeout='60'
+"""
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=told))
+    assert image.pip_settings() == {
+        "index-url": ["https://env/simple"],
+        "extra-index-url": ["https://c/simple"],
+    }
+
+
+def test_an_image_for_other_machines_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a Mac builds for itself does not start on a cluster's nodes."""
+    for name in ("TORCH", "BASE"):
+        monkeypatch.delenv(name, raising=False)
+    names = {
+        image.content("2.13.0", platform=platform).tag() for platform in ("", "linux/amd64", "linux/arm64")
+    }
+    assert len(names) == 3
+    for name in ("nvidia", "gke", "eks"):
+        cluster = find_profile(name).cluster
+        assert cluster
+        assert cluster.platform == "linux/amd64"
+        wanted = image.content(cluster.torch, platform=cluster.platform).tag()
+        assert image.name(find_profile(name), pushed=False) == wanted
