@@ -61,7 +61,7 @@ test-services: $(SERVICES) ## the tests against real servers and their faults
 	@$(PYTHON) -m pytest tests/services
 
 test-gpu: $(READY) ## the tests that need a GPU; without one they fail
-	@$(PYTHON) -m pytest tests/gpu
+	@$(PYTHON) -m pytest -n 4 tests/gpu
 
 test-docker: $(SERVICES) image ## the tests that need a Docker daemon
 	@$(PYTHON) -m pytest tests/docker

@@ -51,7 +51,7 @@ class _TiledNLL(torch.autograd.Function):
         def gradient(logits: Tensor, tile: slice) -> Tensor:
             """d(weighted nll)/d(logits) = weight · (softmax − onehot), on a CPU in their place; notes the nll."""
             logits += bias
-            nll[tile], p = _softmax(logits.unflatten(-1, (-1, VALUES)), targets[tile])
+            nll[tile], p = _softmax(logits.unflatten(-1, (-1, VALUES)), targets[tile], learning)
             if not learning:
                 return logits
             p.scatter_add_(-1, targets[tile], p.new_full((), -1).expand_as(targets[tile]))
@@ -87,18 +87,19 @@ class _TiledNLL(torch.autograd.Function):
         return grad_hidden.mul_(grad), grad * grad_weight, grad * grad_bias, None, None, None
 
 
-def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """−log softmax(l)[targets], and softmax(l), which on a CPU takes the place of l.
+def _softmax(logits: Tensor, targets: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
+    """−log softmax(l)[targets], and, where it is asked for, softmax(l), which on a CPU takes the place of l.
 
     (R, 3, 256), (R, 3, 1) → (R, 3), (R, 3, 256)
     """
     if logits.is_cuda:  # there the fewest kernels are the fastest, here the fewest bytes
         log_p = logits.log_softmax(-1)
-        return -log_p.gather(-1, targets).squeeze(-1), log_p.exp_()
+        return -log_p.gather(-1, targets).squeeze(-1), log_p.exp_() if learning else log_p
     logits -= logits.amax(-1, keepdim=True)
     picked = logits.gather(-1, targets)
     total = logits.exp_().sum(-1, keepdim=True)
-    logits *= total.reciprocal()
+    if learning:
+        logits *= total.reciprocal()
     return (total.log_() - picked).squeeze(-1), logits
 
 

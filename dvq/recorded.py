@@ -5,6 +5,7 @@ uint8, the order of the next steps' images too, and a step's number is a scalar 
 a number and one launch, and waits only where the training loop reads its curves.
 """
 
+import gc
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,7 +62,12 @@ class Recorded:
         self.terms.copy_(self.trainer.advance(images, self.generator, self.now))
 
     def _record(self, step: int) -> torch.cuda.CUDAGraph:
-        """Warm up, put everything back, and record; the model is as before."""
+        """Warm up, put everything back, and record; the model is as before.
+
+        A graph has a stream of its own. On the one that PyTorch takes otherwise, for all graphs of a process, cuBLAS
+        has one workspace, which goes with the first graph that does. And none may go while another is recorded.
+        """
+        gc.collect()  # of trainers that nobody uses any more: each is a cycle with what it recorded
         kept = {name: tensor.clone() for name, tensor in self.trainer.tensors()}
         self.feed(step)
         stream = torch.cuda.Stream(self.images.device)
@@ -75,6 +81,12 @@ class Recorded:
                 tensor.copy_(kept[name]) if name in kept else tensor.zero_()
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
-            self.advance()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                self.advance()
+        finally:
+            if collecting:
+                gc.enable()
         return graph

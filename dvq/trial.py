@@ -109,8 +109,8 @@ class Trial(BaseModel):
     """steps between points of the training curves"""
     evaluate_every: Count = Field(default=5_000, json_schema_extra=Unkeyed)
     """steps between evaluations on all evaluation images"""
-    checkpoint_every: Count = Field(default=1_000, json_schema_extra=Unkeyed)
-    """steps between checkpoints"""
+    checkpoint_every: Count = Field(default=20_000, json_schema_extra=Unkeyed)
+    """steps between checkpoints, beside those that are due by time"""
     checkpoint_seconds: Positive = Field(default=60.0, json_schema_extra=Unkeyed)
     """seconds after which a checkpoint is due whatever the steps"""
 

@@ -3,14 +3,15 @@
 All variants make their steps in turn, round by round in one process, so that the machine's own changes of speed touch
 all alike: on a CPU process time of one step on one thread, on a GPU wall time of 20, synchronized. A ratio is made
 within a round. The share of the ceiling is the model's own FLOPs (PyTorch's counter on the plain version, forward and
-backward) in that time over the fastest large matrix product of the same run: float32 on one thread, bf16 on a GPU and
-where a size says bfloat16 (for a CPU with AMX or AVX512-BF16: `--sizes "bfloat16 F=256 K=8 C=512"`; then PyTorch's
-autocast is a variant too).
+backward) in that time over the fastest large matrix product of the same run: float32, or bf16
+where a size says so, as on a GPU it does unless others are asked for (for a CPU with AMX or AVX512-BF16:
+`--sizes "bfloat16 F=256 K=8 C=512"`); then PyTorch's autocast is a variant too.
 dvq's steps flush denormal numbers, as its training does; the others leave PyTorch as it begins.
 """
 
 import argparse
 import functools
+import gc
 import json
 import multiprocessing
 import platform
@@ -28,6 +29,7 @@ from plain import LIBRARY, PLAIN, Library, Plain
 from torch.utils.flop_counter import FlopCounterMode
 
 from dvq.config import trial
+from dvq.device import pick
 from dvq.trainer import Trainer
 from dvq.trial import Trial
 
@@ -39,11 +41,12 @@ SIZES = {
     "F=256 K=16 C=128": {"features": 256, "num_latents": 16, "num_codes": 128, "code_dim": 32},
     "F=256 K=16 C=512": {"features": 256, "num_latents": 16, "num_codes": 512, "code_dim": 32},
 }
-BFLOAT16 = "bfloat16 "  # a size's prefix: on a CPU, which has to have AMX or AVX512-BF16 to be fast
-SIZES |= {
-    BFLOAT16 + size: {**fields, "cpu_precision": "bfloat16"}
-    for size, fields in SIZES.items()
-    if fields["features"] == 256
+BFLOAT16 = "bfloat16 "  # a size's prefix
+FLOAT32 = {"precision": "float32", "cpu_precision": "float32"}
+USUAL = {"cpu": list(SIZES)[:2], "cuda": [BFLOAT16 + size for size in list(SIZES)[2:]]}
+SIZES |= {size: {**fields, **FLOAT32} for size, fields in SIZES.items()} | {
+    size: {**SIZES[size.removeprefix(BFLOAT16)], **dict.fromkeys(FLOAT32, "bfloat16")}
+    for size in USUAL["cuda"]
 }
 LEVELS = {128: (8, 4, 4), 512: (8, 8, 8)}  # FSQ's for a size's C
 Step = Callable[[int], object]
@@ -87,7 +90,7 @@ def dvq_step(one: Trial, images: np.ndarray, device: torch.device) -> Step:
 
 
 def float32_step(one: Trial, images: np.ndarray, device: torch.device) -> Step:
-    return dvq_step(one.model_copy(update={"cpu_precision": "float32"}), images, device)
+    return dvq_step(one.model_copy(update=FLOAT32), images, device)
 
 
 VARIANTS: dict[str, Callable[[Trial, np.ndarray, torch.device], Step]] = {
@@ -122,8 +125,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def ceiling(size: str, device: torch.device) -> float:
     """FLOP/s of a large matrix product, in the precision of the convolutions."""
-    on_cpu = device.type == "cpu"
-    n, dtype = 2048 if on_cpu else 8192, torch.float32 if on_cpu and BFLOAT16 not in size else torch.bfloat16
+    n, dtype = 2048 if device.type == "cpu" else 8192, torch.bfloat16 if BFLOAT16 in size else torch.float32
     a = torch.randn(n, n, device=device).to(dtype)
     return 2 * n**3 / seconds(lambda: a @ a, device)
 
@@ -164,6 +166,7 @@ def peak(size: str, estimator: str, name: str, device: torch.device) -> float | 
     torch.set_num_threads(1)
     step = VARIANTS[name](*case(size, estimator, 64), device)
     if device.type == "cuda":
+        gc.collect()  # of the variant before
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step(0), step(1)
@@ -243,24 +246,29 @@ def device_name(device: torch.device) -> str:
     return f"{named[0] if named else platform.processor()}, one thread"
 
 
+def chosen_device(device: torch.device) -> torch.device:
+    """The device as training has it: one thread of a CPU, or the GPU's settings."""
+    torch.set_num_threads(1)
+    return pick() if device.type == "cuda" else device
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, help="16 on a CPU, 64 on a GPU")
     parser.add_argument("--estimators", nargs="+", choices=PLAIN, default=list(PLAIN))
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="F=64 on a CPU, 256 on a GPU")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="F=64 on a CPU; 256 in bfloat16 on a GPU")
     parser.add_argument("--full", action="store_true", help="all sizes, but for those in bfloat16")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="writes OUT.json and OUT.md")
     args = parser.parse_args()
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU on this machine")
-    torch.set_num_threads(1)
+    args.device = chosen_device(args.device)
     batch = args.batch or (16 if args.device.type == "cpu" else 64)
     about = {"device": device_name(args.device), "torch": torch.__version__}
     about |= {"batch": batch, "rounds": args.rounds}
-    usual = list(SIZES)[2:6] if args.device.type == "cuda" else list(SIZES)[:2]
-    chosen = list(SIZES)[:6] if args.full else args.sizes or usual
+    chosen = list(SIZES)[:6] if args.full else args.sizes or USUAL[args.device.type]
     sizes = [compare(size, args.estimators, args.rounds, batch, args.device) for size in chosen]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     json_path, md_path = args.out.with_suffix(".json"), args.out.with_suffix(".md")

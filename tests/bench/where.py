@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-from training import SIZES, case, ceiling, device_name, flops, seconds
+from training import SIZES, USUAL, case, ceiling, chosen_device, device_name, flops, seconds
 
 from dvq.trainer import Trainer, noise
 
@@ -137,16 +137,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="16 on a CPU, 64 on a GPU")
     parser.add_argument("--estimators", nargs="+", default=["gs-soft", "vq-ema", "vimco"])
     parser.add_argument(
-        "--sizes", nargs="+", choices=SIZES, help="those of 64 maps on a CPU, of 256 on a GPU"
+        "--sizes", nargs="+", choices=SIZES, help="those of 64 maps on a CPU, of 256 in bfloat16 on a GPU"
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/where"), help="writes OUT.json and OUT.md")
     args = parser.parse_args()
     on_gpu = args.device.type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU on this machine")
-    torch.set_num_threads(1)
+    args.device = chosen_device(args.device)
     batch = args.batch or (64 if on_gpu else 16)
-    sizes = args.sizes or (list(SIZES)[2:6] if on_gpu else list(SIZES)[:2])
+    sizes = args.sizes or USUAL[args.device.type]
     found = [where(size, name, batch, args.device) for size in sizes for name in args.estimators]
     about = {"device": device_name(args.device), "torch": torch.__version__, "batch": batch, "steps": found}
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -153,6 +153,7 @@ def test_the_places_are_in_one_folder_for_all_launches(
     asked: list[Path] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)  # the first kernel
     monkeypatch.setattr(device, "take", lambda _, folder: asked.append(folder) or 1)
     for flag in ("deterministic", "allow_tf32"):
         monkeypatch.setattr(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
@@ -192,6 +193,8 @@ def test_a_gpu_whose_driver_is_too_old_is_one_sentence(
     def old(_: object) -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nUpdate it.")
 
+    for flag in ("deterministic", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
     monkeypatch.setenv("DVQ_LOCKS", str(tmp_path))
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

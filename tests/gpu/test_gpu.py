@@ -35,8 +35,8 @@ def make(estimator: str, **options: Any) -> Trial:
     return trial({"estimator": estimator, "data": "cifar10-sample", **fields})
 
 
-def trainer(one: Trial, gpu: torch.device) -> Trainer:
-    return Trainer(one, IMAGES["train_images"], gpu, torch.float32)
+def trainer(one: Trial, gpu: torch.device, dtype: torch.dtype = torch.float32) -> Trainer:
+    return Trainer(one, IMAGES["train_images"], gpu, dtype)
 
 
 def assert_same(one: Trainer, other: Trainer) -> None:
@@ -55,10 +55,12 @@ def test_the_recorded_step_is_the_step_bit_for_bit(estimator: str, gpu: torch.de
 
 @pytest.mark.parametrize("estimator", sorted(estimators()))
 def test_the_recorded_step_follows_its_schedules(estimator: str, gpu: torch.device) -> None:
-    recorded, plain = (trainer(make(estimator, precision="float32", **SCHEDULES), gpu) for _ in range(2))
+    """In float64: a step's number on the device takes another way through some equations, which rounds otherwise."""
+    one = make(estimator, precision="float32", **SCHEDULES)
+    recorded, plain = (trainer(one, gpu, torch.float64) for _ in range(2))
     plain.recorded = None
     for step in range(8):
-        torch.testing.assert_close(recorded.step(step), plain.step(step), rtol=1e-4, atol=0)
+        torch.testing.assert_close(recorded.step(step), plain.step(step), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
