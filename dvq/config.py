@@ -3,7 +3,6 @@
 Free of torch, kfp and mlflow, which take seconds to import.
 """
 
-import difflib
 import itertools
 import json
 import re
@@ -16,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvq import DvqError
+from dvq.advice import nearest, sentence
 from dvq.estimators import Estimator
 from dvq.trial import Trial
 
@@ -68,27 +68,12 @@ def _check(cls: type[Trial]) -> None:
         )
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
-
-
 def _elsewhere(key: str, cls: type[Trial]) -> str:
     """Whose field ``key`` is, or else which one of ``cls`` was meant."""
     owners = [name for name, one in estimators().items() if key in one.model_fields]
     if not owners:
-        return _nearest(key, list(cls.model_fields))
+        return nearest(key, list(cls.model_fields))
     return f", which is a field of {', '.join(owners)}; set it in 'include', beside their names"
-
-
-def _sentence(error: ValidationError, where: str) -> DvqError:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
-    told = first["msg"].removeprefix("Value error, ")
-    message = told[0].lower() + told[1:]
-    if not field:  # of several fields together, which the message names
-        return DvqError(f"{where}: {message}")
-    return DvqError(f"{where}: {field} = {first['input']!r}: {message}")
 
 
 def _not_in_the_union(name: str) -> str:
@@ -108,7 +93,7 @@ def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
     if name is None:
         raise DvqError(f"{where}: no estimator is named; known: {', '.join(sorted(known))}")
     if not isinstance(name, str) or name not in known:
-        hint = _not_in_the_union(str(name)) or _nearest(str(name), list(known))
+        hint = _not_in_the_union(str(name)) or nearest(str(name), list(known))
         raise DvqError(f"{where}: unknown estimator '{name}'{hint}")
     cls = known[name]
     for key, value in values.items():
@@ -120,7 +105,7 @@ def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
-        raise _sentence(error, where) from None
+        raise sentence(error, where) from None
 
 
 def overrides(point: Mapping[str, Any]) -> str:
@@ -151,8 +136,8 @@ def point(text: str) -> Point:
 
 
 class Sweep(BaseModel):
-    """A set of trials: ``base`` with every combination of ``grid``'s values, and each point of ``include``,
-    once for each of ``seeds``."""
+    """A set of trials: ``base`` with every combination of ``grid``'s values, and each point of ``include``, or with
+    neither ``base`` as it is, once for each of ``seeds``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -161,7 +146,7 @@ class Sweep(BaseModel):
     base: Point = {}
     grid: dict[str, list[Any]] = {}
     include: list[Point] = []
-    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    seeds: Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1)] = [0]
     champion: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
     """the registered model in MLflow whose alias ``champion`` the sweep's best trial gets; empty for none"""
 
@@ -171,7 +156,7 @@ class Sweep(BaseModel):
             dict(zip(self.grid, combination, strict=True))
             for combination in itertools.product(*self.grid.values())
         ]
-        if not self.grid:
+        if not self.grid and self.include:  # with neither the base is a trial
             grid = []
         return [{**point, "seed": seed} for point in [*grid, *self.include] for seed in self.seeds]
 
@@ -186,27 +171,25 @@ class Sweep(BaseModel):
                 f"sweep '{self.name}': name the seeds in 'seeds', a list beside 'grid', and nowhere else"
             )
         named: dict[str, Trial] = {}
-        keys: dict[str, str] = {}
+        keys: dict[str, Point] = {}
         for at in self.points():
             one = self.trial(at)
             name = short_name(one, at)
             if one.key() in keys:
                 unkeyed = ", ".join(field for field in at if field in one.unkeyed())
                 but = f" ({unkeyed} changes no number)" if unkeyed else ""
+                other = overrides(keys[one.key()])
+                also = f", once as '{other}'" if other != overrides(at) else ""
                 raise DvqError(
-                    f"sweep '{self.name}': the trial '{overrides(at)}' stands in it twice{but}; remove one"
+                    f"sweep '{self.name}': the trial '{overrides(at)}' stands in it twice{also}{but}; remove one"
                 )
-            keys[one.key()] = name
+            keys[one.key()] = at
             named[name] = one
             if self.champion and one.split != "tune":
                 raise DvqError(
                     f"sweep '{self.name}': a champion is not chosen on test images, which trial '{name}' uses; "
                     "set split: tune in 'base'"
                 )
-        if not named:
-            raise DvqError(
-                f"sweep '{self.name}': the grid is empty; give 'grid' or 'include' at least one trial"
-            )
         return named
 
 
@@ -221,6 +204,12 @@ def _plain(value: Any) -> str:
     return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+def _better(stem: str) -> str:
+    """A sweep's name that is one, as like ``stem`` as can be."""
+    words = re.sub(r"([a-z0-9])([A-Z])", r"\1-\2", stem).lower()
+    return re.sub("[^a-z0-9]+", "-", words).strip("-") or "my-sweep"
+
+
 def load_sweep(path: Path) -> Sweep:
     """The sweep in a YAML file, its name the file's; DvqError for what is wrong with it."""
     try:
@@ -231,7 +220,8 @@ def load_sweep(path: Path) -> Sweep:
         raise DvqError(f"sweep file {path}: this is no text in UTF-8; give a YAML file") from None
     if not NAME.match(path.stem):
         raise DvqError(
-            f"sweep file {path}: a sweep has its file's name; name it in small letters, digits and hyphens"
+            f"sweep file {path}: a sweep has its file's name; call it {_better(path.stem)}{path.suffix}: small "
+            "letters, digits and hyphens"
         )
     try:
         content = yaml.load(text, _Loader)
@@ -242,17 +232,21 @@ def load_sweep(path: Path) -> Sweep:
             f"sweep file {path}{line}: not valid YAML: {getattr(error, 'problem', error)}"
         ) from None
     if not isinstance(content, dict):
-        raise DvqError(f"sweep file {path}: expected a mapping with 'base' and 'grid'")
+        raise DvqError(f"sweep file {path}: expected 'base:' and 'grid:', each with lines of 'field: value'")
+    content = {
+        key: value for key, value in content.items() if value is not None
+    }  # 'grid:' with nothing under it
     for key in content:
         if key == "name":
             raise DvqError(f"sweep file {path}: a sweep has its file's name; leave 'name' out")
         if key not in Sweep.model_fields:
             known = [field for field in Sweep.model_fields if field != "name"]
-            raise DvqError(f"sweep file {path}: unknown key '{key}'{_nearest(str(key), known)}")
+            raise DvqError(f"sweep file {path}: unknown key '{key}'{nearest(str(key), known)}")
     for key, values in (content.get("grid") or {}).items() if isinstance(content.get("grid"), dict) else ():
         if not isinstance(values, list) or not values:
-            raise DvqError(f"sweep file {path}: grid: '{key}' needs a list of at least one value")
+            instead = f", [{values}]" if isinstance(values, str | int | float) else ""
+            raise DvqError(f"sweep file {path}: grid: '{key}' needs a list of at least one value{instead}")
     try:
         return Sweep.model_validate({"name": path.stem, **content})
     except ValidationError as error:
-        raise _sentence(error, f"sweep file {path}") from None
+        raise sentence(error, f"sweep file {path}") from None

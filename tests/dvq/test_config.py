@@ -33,6 +33,10 @@ GS = {"estimator": "gs-soft"}
         ({**GS, "steps": True}, "steps = True: it takes a number or a word, not yes or no"),
         ({**GS, "num_codes": 1}, "num_codes = 1: input should be greater than or equal to 2"),
         ({**GS, "steps": -5}, "steps = -5"),
+        ({**GS, "steps": "1e3"}, "give a whole number, 1000; YAML takes 1e3 for a word"),
+        ({**GS, "lr": 0.1}, "did you mean 'learning_rate'?"),
+        ({**GS, "K": 2}, "did you mean 'num_latents'?"),
+        ({"estimator": "VQ-VAE"}, "did you mean 'vq-ema'?"),
         ({**GS, "probe_draws": 1}, "probe_draws = 1: one draw has no variance"),
         ({**GS, "learning_rate": "fast"}, "learning_rate = 'fast'"),
         ({**GS, "learning_rate": float("nan")}, "learning_rate = nan"),
@@ -49,9 +53,16 @@ def test_a_wrong_trial_is_one_sentence(values: dict[str, Any], says: str) -> Non
 @pytest.mark.parametrize(
     ("sweep", "says"),
     [
-        ({}, "the grid is empty"),
+        ({}, "no estimator is named"),
         ({"grid": {"estimator": ["gs-soft", "gs-soft"]}}, "stands in it twice; remove one"),
-        ({"grid": {"estimator": ["gs-soft"], "log_every": [5, 6]}}, "twice (log_every changes no number)"),
+        ({"grid": {"estimator": ["gs-soft"], "log_every": [5, 6]}}, "seed=0' (log_every changes no number)"),
+        (
+            {
+                "base": {"estimator": "gs-soft"},
+                "include": [{"num_codes": 8}, {"num_codes": 8, "temperature": 0.5}],
+            },
+            "stands in it twice, once as 'num_codes=8 seed=0'; remove one",
+        ),
         ({"grid": {"estimator": ["gs-soft"], "seed": [1]}}, "name the seeds in 'seeds'"),
         ({"base": {"seed": 1}, "grid": {"estimator": ["gs-soft"]}}, "name the seeds in 'seeds'"),
         ({"grid": {"estimator": ["gs-soft"], "ema_decay": [0.9]}}, "gs-soft has no 'ema_decay'"),
@@ -64,6 +75,11 @@ def test_a_wrong_sweep_is_one_sentence(sweep: dict[str, Any], says: str) -> None
     assert says in str(caught.value)
 
 
+def test_a_sweep_of_a_base_alone_is_one_trial(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("base: {estimator: gs-soft}\ngrid:\n", encoding="utf-8")
+    assert list(load_sweep(tmp_path / "one.yaml").trials()) == ["gs-soft-c512-k8-s0"]
+
+
 def test_a_sweep_may_merge_and_set_anew(tmp_path: Path) -> None:
     text = "base: &b {estimator: gs-soft, steps: 5}\ninclude:\n- {<<: *b, steps: 7}\n"
     (tmp_path / "one.yaml").write_text(text)
@@ -74,8 +90,8 @@ def test_a_sweep_may_merge_and_set_anew(tmp_path: Path) -> None:
     ("name", "content", "says"),
     [
         ("binary.yaml", b"\xbb\xff", "no text in UTF-8"),
-        ("My Sweep.yaml", b"grid: {estimator: [gs-soft]}", "small letters, digits and hyphens"),
-        ("empty.yaml", b"", "expected a mapping"),
+        ("My Sweep.yaml", b"grid: {estimator: [gs-soft]}", "call it my-sweep.yaml"),
+        ("empty.yaml", b"", "expected 'base:' and 'grid:'"),
         ("broken.yaml", b"base:\n  data: x\n steps: 3\n", "line 3: not valid YAML"),
         ("near.yaml", b"grids: {}", "did you mean 'grid'?"),
         ("named.yaml", b"name: x", "leave 'name' out"),
@@ -85,7 +101,11 @@ def test_a_sweep_may_merge_and_set_anew(tmp_path: Path) -> None:
             "line 3: not valid YAML: 'seed' stands there twice",
         ),
         ("deep.yaml", b"include:\n- {a: 1, a: 2}", "line 2: not valid YAML: 'a' stands there twice"),
-        ("scalar.yaml", b"grid: {estimator: gs-soft}", "needs a list"),
+        ("scalar.yaml", b"grid: {estimator: gs-soft}", "needs a list of at least one value, [gs-soft]"),
+        ("colon.yaml", b"base:\n  data:cifar10", "with a space after the colon"),
+        ("seed.yaml", b"seeds: 3", "seeds = 3: give a list, as in [0, 1, 2]"),
+        ("true.yaml", b"seeds: [true]", "seeds.0 = True: give a whole number"),
+        ("none.yaml", b"seeds: []", "seeds = []: give at least one"),
         ("missing.yaml", None, "No such file"),
     ],
 )

@@ -47,7 +47,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
     [
         ({"base": {"learning_rat": 1}, "grid": GRID}, "learning_rate"),
         ({"grid": {"estimator": ["gs-sof"]}}, "gs-soft"),
-        ({}, "empty"),
+        ({}, "no estimator is named"),
         ({"grid": {"estimator": []}}, "estimator"),
         ({"grid": GRID, "include": [{"estimator": "gs-soft"}]}, "twice"),
         ({"base": {"num_codes": 1}, "grid": GRID}, "num_codes"),

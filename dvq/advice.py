@@ -1,0 +1,64 @@
+"""What to do about a wrong word or value in a sweep, in one sentence."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from dvq import DvqError
+
+SHORT = {
+    "K": "num_latents",
+    "C": "num_codes",
+    "D": "code_dim",
+    "F": "features",
+    "lr": "learning_rate",
+    "tau": "temperature",
+    "beta": "commitment",
+    "VQ-VAE": "vq-ema",
+    "vqvae": "vq-ema",
+    "gumbel-softmax": "gs-soft",
+}
+"""what is written for a field or an estimator in papers"""
+KINDS = {
+    "int_parsing": "give a whole number",
+    "int_from_float": "give a whole number",
+    "int_type": "give a whole number",
+    "float_parsing": "give a number",
+    "float_type": "give a number",
+    "dict_type": "give lines of 'field: value', with a space after the colon",
+    "list_type": "give a list, as in [0, 1, 2]",
+    "tuple_type": "give a list of numbers; in a grid a list of such lists",
+    "string_type": "give a word",
+    "too_short": "give at least one",
+    "string_pattern_mismatch": "give letters, digits, '_', '.' and '-'",
+}
+"""what to do about an error of pydantic's"""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The known word that was meant, or all that there are."""
+    meant = SHORT.get(word)
+    if meant in known:
+        return f"; did you mean '{meant}'?"
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def sentence(error: ValidationError, where: str) -> DvqError:
+    """The first of pydantic's errors; ``where`` begins it."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    told = KINDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    message = told[0].lower() + told[1:]
+    if first["type"].startswith(("int_", "float_")) and _exponent(first["input"]):
+        message += f", {float(first['input']):.0f}; YAML takes 1e3 for a word and 1.0e+3 for a number"
+    if not field:  # of several fields together, which the message names
+        return DvqError(f"{where}: {message}")
+    return DvqError(f"{where}: {field} = {first['input']!r}: {message}")
+
+
+def _exponent(given: object) -> bool:
+    """Whether it is a word like 1e3."""
+    return isinstance(given, str) and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d+", given) is not None
