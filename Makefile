@@ -11,7 +11,7 @@ ON ?= local
 PORT ?= 5000
 OPTIONS := SWEEP ON PORT JOBS PROFILE WAIT BUDGET DRY_RUN RUN TORCH BASE PUSH REGISTRY DATA FRESH TRIAL ARGS PYTHON3
 GIVEN := $(foreach word,$(subst \ ,_,$(MAKEOVERRIDES)),$(if $(findstring =,$(word)),$(firstword $(subst =, ,$(word)))))
-$(foreach word,$(filter-out $(OPTIONS) DVQ_% MLFLOW_% AWS_% KFP_% PIP_% -%,$(GIVEN)),$(warning $(word) is no option here; they are $(OPTIONS)))
+$(foreach word,$(filter-out $(OPTIONS) DVQ_% MLFLOW_% AWS_% KFP_% PIP_% -%,$(GIVEN)),$(error $(word) is no option here; they are $(OPTIONS)))
 
 .DEFAULT_GOAL := help
 .PHONY: help image base submit-sweep data cancel explain report results replay ui stack-up stack-down test test-services test-docker test-gpu check components release-components findings bench soak golden clean
@@ -22,7 +22,7 @@ help: ## this list
 	  for (i = 1; i <= n; i++) { if (at + length(word[i]) > 78) { printf "\n%24s", ""; at = 24 } \
 	    printf "%s ", word[i]; at += length(word[i]) + 1 } print "" }' Makefile
 
-submit-sweep: $(READY) $(if $(filter docker,$(ON)),$(if $(filter-out 0,$(DRY_RUN)),,image)) ## run a sweep: SWEEP=smoke or path.yaml, ON=local, docker or kfp, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew, DRY_RUN=1 what it would take, BUDGET=hours of GPUs, PROFILE=the place's; on kfp WAIT=1 follows it
+submit-sweep: $(READY) $(if $(filter docker,$(ON)),$(if $(filter-out 0,$(DRY_RUN)),,image)) ## run a sweep: SWEEP=smoke or path.yaml, ON=local, docker or kfp, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew (what the store has of it is removed first), DRY_RUN=1 what it would take, BUDGET=hours of GPUs, PROFILE=the place's; on kfp WAIT=1 follows it
 	@$(PYTHON) -m pipeline.submit "$(SWEEP)" --on "$(ON)" --jobs "$(JOBS)" --data "$(DATA)" --profile "$(PROFILE)" \
 	  --budget "$(BUDGET)" $(if $(filter-out 0,$(FRESH)),--fresh) $(if $(filter-out 0,$(WAIT)),--wait) \
 	  $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
@@ -86,8 +86,8 @@ release-components: $(READY) ## record what the components take and give, at a r
 	@$(PYTHON) -m pipeline.compile --release
 
 findings: $(READY) ## the paper's findings in miniature: 36 small trials with seeds and error bars
-	@$(PYTHON) -m pipeline.submit findings --jobs "$(JOBS)" $(if $(filter-out 0,$(FRESH)),--fresh) && \
-	  $(PYTHON) -m pipeline.findings
+	@$(MAKE) --no-print-directory submit-sweep SWEEP=findings
+	@$(if $(filter-out 0,$(DRY_RUN)),:,$(PYTHON) -m pipeline.findings)
 
 bench: $(SERVICES) ## speed against plain versions: training (ARGS="--full", or "--device cuda"), S3, tracking, the image
 	@$(PYTHON) tests/bench/training.py $(ARGS)

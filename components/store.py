@@ -16,7 +16,7 @@ from dvq import DvqError, checkpoint, disk, fingerprints
 from dvq.trial import Trial
 
 DID_NOT_START = "it did not start"
-DID_NOT_FINISH = "it did not finish; the log may say why"
+DID_NOT_FINISH = "it is not finished: at work now, or interrupted; the log may say why"
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from components.store import DID_NOT_START, Store
+from components.store import DID_NOT_FINISH, DID_NOT_START, Store
 from dvq.config import Sweep
 from dvq.fingerprints import label
 from dvq.tables import COLUMNS, SETTINGS, best, certificate, rows, settings, shown
@@ -23,12 +23,12 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
     if finished:
         data = label(next(iter(trials.values())).data)
         split = finished[0]["evaluation"]["split"]
-        say(console, f"\n{sweep.name} on {data}")
+        say(console, f"\n{sweep.name} on {data}", prose=True)
         say(
             console,
             f"split {split}; bits/dim = distortion + rate, ± the standard error over images;\n"
-            "fitted: with batch normalization and prior fitted to the training images,\n"
-            "which training follows late",
+            "fitted: the same with prior and batch normalization's statistics estimated anew\n"
+            "on the training images; in short runs both lag behind the weights",
         )
         if not console.is_terminal:  # in a file no name is broken
             console.width = max(map(len, trials)) + 80
@@ -43,27 +43,36 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
     if sweep.champion and os.environ.get("MLFLOW_TRACKING_URI") and (first := best(finished)):
         say(console, f"best, for models:/{sweep.champion}@champion: {first['name']}")
     if failures:
-        came = "are not computed" if set(failures.values()) == {DID_NOT_START} else "failed"
         say(
             console,
-            f"\n{len(failures)} of {len(trials)} trials {came}; the next make submit-sweep of this sweep tries them:",
+            f"\n{len(failures)} of {len(trials)} trials {_came(failures)}; "
+            "the next make submit-sweep of this sweep tries them:",
         )
     for name, reason in failures.items():
         say(console, f"  {name}: {reason}")
     return failures
 
 
+def _came(failures: Mapping[str, str]) -> str:
+    """What trials came to that are not finished."""
+    if set(failures.values()) == {DID_NOT_START}:
+        return "are not computed"
+    failed = set(failures.values()) - {DID_NOT_START, DID_NOT_FINISH}
+    rest = len(failed) < len(set(failures.values()))
+    return ("failed or are not finished" if rest else "failed") if failed else "are not finished"
+
+
 def goodput(trials: list[dict[str, Any]]) -> str:
     """What interruptions cost, over the finished trials; empty if there were none."""
     steps, seconds = (sum(one[key] for one in trials) for key in ("steps_lost", "seconds_lost"))
     again = sum(max(0, one["attempts"] - 1) for one in trials)
-    told = f"goodput {again} interruptions, which lost {steps} steps and {seconds:.0f} s of training"
+    told = f"goodput {again} interruptions, after which {steps} steps, {seconds:.0f} s of training, were made again"
     return told if again else ""
 
 
-def say(console: Console, line: str) -> None:
-    """A line as it is: no markup, no colours, not broken."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+def say(console: Console, line: str, prose: bool = False) -> None:
+    """A line as it is: no markup, no colours, not broken; ``prose`` is, between words, where a terminal ends."""
+    console.print(line, markup=False, highlight=False, soft_wrap=not (prose and console.is_terminal))
 
 
 def _table(found: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> Table:

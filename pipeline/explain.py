@@ -41,15 +41,11 @@ def _told(state: State, trained: bool, reached: int) -> str:
     if state.name == "interrupted" and trained:
         return "interrupted after its training: it is only evaluated and analysed"
     start = f"goes on from step {reached}" if reached else "starts from the beginning"
-    new = (
-        f"it {start} of a trial of another length"
-        if reached
-        else "the store has none of this configuration, data and numerics"
-    )
+    new = f"it {start} of a trial of another length" if reached else "computed from the beginning"
     return {
         "finished": "finished: it is not computed again",
         "failed": f"failed before ({state.reason}): it is tried again and {start}",
-        "interrupted": f"interrupted before: it {start}",
+        "interrupted": f"begun and not finished: it {start}",
         "new": f"new: {new}",
     }[state.name]
 

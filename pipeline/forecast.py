@@ -135,9 +135,9 @@ def check(found: Plan, budget: float | None, profile: Profile) -> None:
     name = unit(profile)
     if found.unknown:
         raise DvqError(
-            f"a budget of {budget:g} {name} cannot be promised: nothing was measured that tells how fast "
-            f"{len(found.unknown)} of the trials are (the first: {found.unknown[0]}); run a short one of that "
-            "configuration first, or give images_per_second in the profile"
+            f"a budget of {budget:g} {name} cannot be promised: no speed is known for {len(found.unknown)} of the "
+            f"trials (the first: {found.unknown[0]}); run a short one of that configuration first, or give "
+            "images_per_second in a profile (ON=docker, ON=kfp)"
         )
     if found.hours > budget:
         raise DvqError(
@@ -162,9 +162,9 @@ def lines(found: Plan, profile: Profile, jobs: int, image: str, budget: float | 
     hold = f"; {len(TRAINS)} of a trial's {TASKS} hold its GPU" if profile.cluster and profile.gpu else ""
     told = [
         trials,
-        f"at once  {at_once} trials" + (f", each {each}" if each else ""),
+        f"at once  {at_once} trial{'s' * (at_once > 1)}" + (f", each {each}" if each else ""),
         f"{'pods' if profile.cluster else 'tasks':8} {TASKS * todo + 3 * max(runs, 1)}{driven}{hold}",
-        f"devices  {at_once * devices(profile):g} {'GPUs' if profile.gpu else 'CPUs'} at most",
+        f"devices  {at_once * devices(profile):g} {'GPU' if profile.gpu else 'CPU'} at most",
         f"image    {image}",
         f"forecast {_hours(found, profile, at_once)}",
     ]
@@ -178,7 +178,9 @@ def _hours(found: Plan, profile: Profile, at_once: int) -> str:
     if len(found.unknown) == todo:
         return "unknown: no trial like these was measured"
     wall = found.hours / devices(profile) / at_once
-    told = f"{found.hours:.2f} {unit(profile)}, at least {wall:.2f} hours, by images/s measured on "
+    told = (
+        f"{found.hours:.2f} {unit(profile)}, {wall:.2f} hours or more on the clock, by images/s measured on "
+    )
     told += ", ".join(found.devices) or "what the profile says"
     guessed = f"; {found.guessed} trials taken as the slowest of their estimator" if found.guessed else ""
     unknown = f"; and {len(found.unknown)} of which nothing is known" if found.unknown else ""

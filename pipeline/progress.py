@@ -23,6 +23,8 @@ LOOK = 0.5
 """Seconds between two looks at the events."""
 MARGIN = 3
 """Columns that the live table leaves free: the terminal's own ^C there would break a line and spoil the drawing."""
+REASONS, LONGEST = 2, 120
+"""Failures whose reasons stand under the live table, and characters of each."""
 NUMBERS = 45
 """Columns of the live table beside the names and the steps."""
 
@@ -105,7 +107,8 @@ class LiveTable:
     def show(self, rows: list[Row], note: str) -> None:
         for row in rows:
             row.news.clear()
-        height, width = max(3, self._console.height - 6), self._console.width - MARGIN
+        reasons = 2 * min(REASONS, sum(row.state == FAILED for row in rows))
+        height, width = max(3, self._console.height - 6 - reasons), self._console.width - MARGIN
         drawn = table(rows, note, self._jobs, time.time() - self._began, height, width)
         self._live.update(Constrain(drawn, width), refresh=True)
 
@@ -143,8 +146,8 @@ class PlainLines:
 
 
 def table(rows: list[Row], note: str, jobs: int, elapsed: float, height: int, width: int) -> Table:
-    """The rows as a table of at most ``height`` lines: those in motion first, then the failed ones. What is too
-    wide for ``width`` is cut out of the names' middles and off the failures' ends: numbers stay whole."""
+    """The rows as a table of at most ``height`` lines: those in motion first, then the failed ones, and under it why.
+    What is too wide for ``width`` is cut out of the names' middles: numbers stay whole."""
     made = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", caption_style="")
     made.add_column("trial", no_wrap=True)
     made.add_column("state")  # the one that gives way
@@ -153,12 +156,15 @@ def table(rows: list[Row], note: str, jobs: int, elapsed: float, height: int, wi
     shown = rows if len(rows) <= height else sorted(rows, key=_urgency)[: height - 1]
     now, longest = time.time(), max((len(f"{row.trial.steps}/{row.trial.steps}") for row in rows), default=0)
     for row in shown:
-        told = _cells(row, now, width - NUMBERS - longest)
-        cells = (Text(cell, no_wrap=True, overflow="ellipsis") for cell in told)
+        cut = _cells(row, now, width - NUMBERS - longest)
+        cells = (Text(cell, no_wrap=True, overflow="ellipsis") for cell in cut)
         made.add_row(*cells, style=STYLES.get(row.state, ""))
     if len(shown) < len(rows):
         made.add_row(f"… {len(rows) - len(shown)} more", style="dim")
-    made.caption = Text(_caption(rows, note, jobs, elapsed, now))
+    failed = [row for row in rows if row.state == FAILED]
+    told = [f"{shorten(row.name, 30)}: {row.reason}" for row in failed[:REASONS]]
+    reasons = "".join(f"\n{one if len(one) <= LONGEST else one[: LONGEST - 1] + '…'}" for one in told)
+    made.caption = Text(_caption(rows, note, jobs, elapsed, now) + reasons)
     return made
 
 
@@ -177,7 +183,7 @@ def _cells(row: Row, now: float, width: int) -> Iterable[str]:
     speed, bits = row.images_per_second, row.bits_per_dim
     return (
         shorten(row.name, width),
-        f"{row.state}: {row.reason}" if row.reason else row.state,
+        row.state,
         f"{row.step}/{row.trial.steps}" if row.step else "",
         f"{speed:.0f}" if speed and row.state not in (FINISHED, FAILED) else "",
         f"{bits:.3f}" if bits and bits < 1000 else f"{bits:.2g}" if bits else "",

@@ -69,7 +69,7 @@ def submit(
     job = prepare(job, on)
     if fresh:
         remove(job)
-    raise SystemExit(run(job, Console()))
+    raise SystemExit(run(job, Console(), fresh))
 
 
 def look_at(name: str, jobs: str, source: str, profile: Profile | None) -> Job:
@@ -120,13 +120,13 @@ def prepare(job: Job, on: str) -> Job:
     return replace(job, profile=profile)
 
 
-def run(job: Job, console: Console) -> int:
-    """Run the pipeline on this machine and say how it goes; the exit status."""
+def run(job: Job, console: Console, fresh: bool = False) -> int:
+    """Run the pipeline on this machine and say how it goes; the exit status. ``fresh``: it began with nothing."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     shown, began = rows(job), time.time()
     count, on = f"{len(shown)} trial{'s' * (len(shown) > 1)}", fingerprints.label(job.arguments["data_name"])
-    conclusion.say(console, f"sweep {job.sweep.name}: {count} on {on}")
+    conclusion.say(console, f"sweep {job.sweep.name}: {count} on {on}", prose=True)
     try:
         with local.running(job.arguments, job.jobs, job.folder, job.profile) as process:
             try:
@@ -135,7 +135,7 @@ def run(job: Job, console: Console) -> int:
                 print(f"ending the trials at a checkpoint, {local.GRACE} seconds at most", flush=True)
                 raise
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on")
+        print(f"interrupted; the same command{' without FRESH=1' * fresh} goes on")
         return 130
     return conclude(job, process.returncode, console)
 

@@ -89,9 +89,7 @@ def test_others_are_guessed_by_the_slowest_of_their_estimator(store: Store) -> N
     found = forecast.plan(whole.trials(), store, GPU)
     assert found.guessed == 1
     assert found.unknown == ("gs-soft-c8-k8-s0", "gs-soft-c512-k8-s0")
-    with pytest.raises(
-        DvqError, match=r"2 of the trials are \(the first: gs-soft-c8-k8-s0\); run a short one"
-    ):
+    with pytest.raises(DvqError, match=r"2 of the trials \(the first: gs-soft-c8-k8-s0\); run a short one"):
         forecast.check(found, 100, GPU)
     told = GPU.model_copy(update={"images_per_second": {"gs-soft": 1000.0, "vq-ema": 1.0}})
     found = forecast.plan(whole.trials(), store, told)
@@ -113,13 +111,16 @@ def test_a_budget_refuses_what_is_over_it(store: Store) -> None:
     assert lines[0] == "trials   1 finished, 0 going on, 72 new"
     assert lines[1] == "at once  4 trials, each 1 nvidia.com/gpu"
     assert lines[2] == "pods     219, and a driver for each; 2 of a trial's 3 hold its GPU"
-    assert lines[3] == "devices  4 GPUs at most"
+    assert lines[3] == "devices  4 GPU at most"
     assert GPU.cluster
     few = GPU.model_copy(update={"cluster": GPU.cluster.model_copy(update={"limit": 30})})
     several = forecast.lines(found, few, 4, "r/dvq:1", 3.9)
     assert several[1] == "runs     3, each of 30 trials at most"
     assert several[3].startswith("pods     225,")
-    assert lines[5] == "forecast 4.00 GPU-hours, at least 1.00 hours, by images/s measured on cuda:0 (H200)"
+    assert (
+        lines[5]
+        == "forecast 4.00 GPU-hours, 1.00 hours or more on the clock, by images/s measured on cuda:0 (H200)"
+    )
 
 
 def test_what_was_spent_counts_from_its_beginning(store: Store) -> None:

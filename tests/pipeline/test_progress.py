@@ -88,7 +88,8 @@ def test_a_failure_is_shown_with_its_reason(tmp_path: Path) -> None:
     one, events = row(tmp_path), Events(tmp_path)
     events.failure("out of [memory]")
     one.update(0)
-    assert "failed: out of [memory]" in text(one)
+    assert "failed" in text(one).splitlines()[1]
+    assert text(one).splitlines()[-1].strip() == "gs-soft-c512-k8-s0: out of [memory]"
 
 
 def test_what_happened_before_this_launch_is_not_shown(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_numbers_stay_whole_in_a_narrow_terminal(tmp_path: Path) -> None:
         one.trial = TRIAL.model_copy(update={"steps": 100_000})
     shown = text(*rows, width=77).splitlines()
     assert [len(line) <= 77 for line in shown] == [True] * len(shown)
-    assert len(shown) == 4, "a line a trial"
+    assert len(shown) == 4 + 2 * 2, "a line a trial, and two for each reason"
     assert ["100/100000" in line and "7.250" in line and "…" in line for line in shown[1:3]] == [True] * 2
     assert shown[0].split() == ["trial", "state", "step", "images/s", "bits/dim", "time", "left"]
     assert shorten("gs-soft-c256-k16-s0", 19) == "gs-soft-c256-k16-s0"
@@ -161,7 +162,8 @@ def test_the_live_table_leaves_the_margin_to_the_terminal(tmp_path: Path) -> Non
         live.show([one], "preparing " * 20)
     assert isinstance(console.file, io.StringIO)
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).replace("\r", "\n").splitlines()
-    assert max(map(len, lines)) == 80 - MARGIN
+    assert 60 < max(map(len, lines)) <= 80 - MARGIN
+    assert len(lines) < 2 * 10, lines
 
 
 def test_plain_lines_are_said_once(tmp_path: Path) -> None:
