@@ -196,12 +196,13 @@ class Sweep(BaseModel):
 def short_name(one: Trial, at: Point) -> str:
     """``gs-soft-c512-k16-s0``, and behind it whatever else of its key this point of the sweep sets."""
     told = {"estimator", "num_codes", "num_latents", "seed", *one.unkeyed()}
-    rest = "".join(f"-{key.replace('_', '-')}-{_plain(x)}" for key, x in at.items() if key not in told)
-    return re.sub(r"[^A-Za-z0-9.+-]", "-", one.describe() + rest)
+    return "-".join([one.describe(), *(slug(key, x) for key, x in at.items() if key not in told)])
 
 
-def _plain(value: Any) -> str:
-    return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def slug(field: str, value: Any) -> str:
+    """A field and its value as they stand in a trial's name: ``code-dim-4``."""
+    plain = "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return re.sub(r"[^A-Za-z0-9.+-]", "-", f"{field}-{plain}")
 
 
 def _better(stem: str) -> str:

@@ -17,8 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from dvq.analyze import Analysis, Floats
-from dvq.fingerprints import FINGERPRINTS
-from dvq.style import Analyses, Group, legend, look, new_figure, shown, style
+from dvq.style import Analyses, Group, legend, look, new_figure, shown, style, told, varied
 from dvq.tables import Result, alike
 
 PAPER = {
@@ -33,13 +32,19 @@ APART = 0.5  # bits/dim: results further than this above the paper's numbers get
 MOST_COLUMNS = 8
 
 
+def papers(results: Sequence[Result]) -> dict[str, float]:
+    """The paper's numbers beside results on the test images of all of CIFAR-10; beside others none."""
+    same = all(one["data"]["name"] == "cifar10" and one["trial"]["split"] == "test" for one in results)
+    return PAPER if same else {}
+
+
 @look
 def figure_1a(results: Sequence[Result]) -> Figure:
     """Bits/dim against C: the mean over seeds and their range, a curve an estimator and a panel a K, and the
-    paper's numbers as marks, unless the images are others. Where a sweep varies other fields too, each setting
+    paper's numbers as marks, where they are of the same images. Where a sweep varies other fields too, each setting
     is a thin curve."""
     trials = [result["trial"] for result in results]
-    paper = PAPER if all(result["data"]["name"] in FINGERPRINTS for result in results) else {}
+    paper = papers(results)
     sizes = sorted({trial["num_latents"] for trial in trials})
     least = min(result["evaluation"]["bits_per_dim"] for result in results)
     apart = least > max(paper.values(), default=least) + APART
@@ -56,7 +61,7 @@ def figure_1a(results: Sequence[Result]) -> Figure:
     panels[0, 0].set_xscale("log", base=2)
     panels[0, 0].set_xticks(ticks, labels=[str(tick) for tick in ticks])
     panels[0, 0].xaxis.set_minor_locator(NullLocator())
-    panels[-1, 0].set_ylabel("the paper's")
+    panels[-1, 0].set_ylabel("bits/dim,\nthe paper")
     panels[0, 0].set_ylabel(f"{' and '.join(sorted({trial['split'] for trial in trials}))} bits/dim")
     drawn = [artist for axes in panels.flat for artist in axes.get_legend_handles_labels()[0]]
     named = {artist.get_label(): artist for artist in drawn}
@@ -80,7 +85,8 @@ def _sizes(axes: Axes, results: Sequence[Result]) -> None:
     for curve in curves:
         many = settings[curve[0]["trial"]["estimator"]]
         label, colour, marker = style(curve[0]["trial"]["estimator"])
-        label += f" ({many} settings)" if many > 1 else ""
+        rest = f" ({many} settings)" if many > 1 else f", {varied(curve[0])}".rstrip(", ")
+        label = told(label + rest)
         width, size = (0.8, 3) if many > 1 else (1.8, 5.5)
         points: dict[int, list[Result]] = {}
         for result in curve:
@@ -187,13 +193,15 @@ def _diagonals(axes: Axes) -> None:
     """Lines of constant rate + distortion, each with its number where it leaves the frame."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     small: dict[str, Any] = {"color": "0.4", "size": 8, "bbox": {"fc": "white", "ec": "none", "pad": 0}}
-    for bits in MaxNLocator(8).tick_values(left + bottom, right + top):
+    ticks = np.asarray(MaxNLocator(8).tick_values(left + bottom, right + top))
+    digits = next(n for n in range(9) if np.allclose(ticks.round(n), ticks))
+    for bits in ticks:
         axes.plot([left, right], [bits - left, bits - right], color="0.8", lw=0.8, zorder=1, label="_")
         if bottom <= bits - right <= top:
-            axes.text(right, bits - right, f" {bits:g}", va="center", **small)
+            axes.text(right, bits - right, f" {bits:.{digits}f}", va="center", **small)
         elif left < bits - bottom < right:
             above = bottom + 0.015 * (top - bottom)
-            axes.text(bits - above, above, f"{bits:g}", ha="center", va="bottom", **small)
+            axes.text(bits - above, above, f"{bits:.{digits}f}", ha="center", va="bottom", **small)
     axes.set(xlim=(left, right), ylim=(bottom, top))
 
 
@@ -240,7 +248,9 @@ def _codebooks(figure: Figure, panels: Any, analysis: Analysis) -> None:
         axes.set_box_aspect((1, 1, 1), zoom=1.3)
         for n, name in enumerate((axes.set_xlabel, axes.set_ylabel, axes.set_zlabel), start=1):
             name(f"PC {n}", labelpad=-15, size=7, color="0.4")
-        axes.text2D(1.05, 0.95, f"k = {k + 1}", transform=axes.transAxes, size=8, ha="right")
+        axes.text2D(
+            1.05, 0.95, f"k = {k + 1}\n±{reach:.2g}", transform=axes.transAxes, size=8, ha="right", va="top"
+        )
     bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels[: len(analysis.norms)], shrink=0.7).ax
     bar.set_title("norm", size=8)
     figure.set_layout_engine(

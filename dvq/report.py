@@ -12,6 +12,7 @@ import yaml
 
 from dvq import disk, figures, style
 from dvq.config import Sweep
+from dvq.fingerprints import shape
 from dvq.pictures import Pictures, of_sweep
 from dvq.style import Analyses, notice, save_png
 from dvq.tables import COLUMNS, SETTINGS, Result, Row, alike, certificate, rows, settings, shown
@@ -20,6 +21,7 @@ CHOICE = (
     " Only one setting of each estimator is drawn, for the sweep has more than six: C = 64 and K = 16 as in the "
     "paper if it is there, else the largest C and K; of several such settings the sweep's first."
 )
+PAPER = " Grey lines and the star are the paper's numbers."
 CHOSEN = ("figure_1b", "figure_1c", "figure_2", "pictures")
 """the figures that show single settings"""
 SEVERAL = (
@@ -29,8 +31,7 @@ FIGURES = {
     "figure_1a": (
         "Figure 1(a): bits/dim against C",
         "Single-sample ELBO of each trained model over every image of the split: the mean over seeds, and "
-        "their range as a bar; of a single seed the bar is ± the standard error over the images. Grey lines and "
-        "the star are the paper's numbers, for all of CIFAR-10.",
+        "their range as a bar; of a single seed the bar is ± the standard error over the images.",
     ),
     "figure_1b": (
         "Figure 1(b): how many dimensions the codes use",
@@ -47,7 +48,7 @@ FIGURES = {
     "figure_2": (
         "Figure 2: the codes",
         "Rows are trials, columns their first latent variables; points are codes, projected on the first "
-        "three principal components of all codes of that codebook, with one scale for the three axes. Colour "
+        "three principal components of all codes of that codebook; ± is how far its three axes reach. Colour "
         "is a code's norm; rings are codes that were never used.",
     ),
     "pictures": (
@@ -80,7 +81,10 @@ def page(
         settings=f'<h2>Settings, over seeds</h2>{_table(several, SETTINGS)}<p class="soft">{SEVERAL}</p>'
         if several
         else "",
-        trials=_table(finished, COLUMNS),
+        trials=f"<h2>Trials, by bits/dim</h2>{_table(finished, COLUMNS)}" if finished else "",
+        subpixels=" or ".join(
+            sorted({str(math.prod(shape(one["data"]["name"]))) for one in results} or {"3072"})
+        ),
         figures="".join(_figure(name, pictures[name], results) for name in FIGURES if name in pictures)
         or "<p>No trial finished: there is nothing to draw.</p>",
         sweep=escape(definition(sweep)),
@@ -108,6 +112,7 @@ def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[
 
 
 def _table(found: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
+    columns = {key: one for key, one in columns.items() if any(row[key] is not None for row in found)}
     head = "".join(_heading(key, *column) for key, column in columns.items())
     body = "\n".join("<tr>" + "".join(_cell(row, key) for key in columns) + "</tr>" for row in found)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
@@ -130,6 +135,8 @@ def _figure(name: str, png: bytes, results: Sequence[Result]) -> str:
     title, caption = FIGURES[name]
     if name in CHOSEN and len(style.shown(results)) < len(alike(results, "seed")):
         caption += CHOICE
+    if name == "figure_1a" and figures.papers(results):
+        caption += PAPER
     source = base64.b64encode(png).decode()
     return (
         f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{source}">'
@@ -193,7 +200,9 @@ def draw(
     finite = [result for result in results if math.isfinite(result["evaluation"]["bits_per_dim"])]
     drawn = {}
     if finite:
-        drawn = {"figure_1a": figures.figure_1a(finite), "figure_1c": figures.figure_1c(finite)}
+        drawn["figure_1c"] = figures.figure_1c(finite)
+    if any("num_codes" in result["trial"] for result in finite):
+        drawn["figure_1a"] = figures.figure_1a(finite)
     if any(result["name"] in analyses for result in finite):
         drawn["figure_1b"] = figures.figure_1b(finite, analyses)
         drawn["figure_2"] = figures.figure_2(finite, analyses)

@@ -1,6 +1,7 @@
 """What the pictures share: an estimator's colour, the look of an axis, which trials there is room for, the files; and
 mosaics of reconstructions."""
 
+import textwrap
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from matplotlib.image import imsave
 from numpy.typing import NDArray
 
 from dvq.analyze import Analysis
+from dvq.config import slug
 from dvq.tables import Result, alike
 from dvq.trial import Trial
 
@@ -107,11 +109,30 @@ def shown(results: Sequence[Result]) -> list[Group]:
         trial = group[0]["trial"]
         label, colour, marker = style(trial["estimator"])
         codes = f", C = {trial['num_codes']}" if "num_codes" in trial else ""
-        rest = group[0]["name"].partition(f"-s{trial['seed']}-")[2]
+        rest = varied(group[0])
         label += f"{codes}, K = {trial['num_latents']}" + (f", {rest}" if rest else "")
-        drawn.append(Group(group, label, colour, marker, DASHES[seen[trial["estimator"]] % len(DASHES)]))
+        drawn.append(
+            Group(group, told(label), colour, marker, DASHES[seen[trial["estimator"]] % len(DASHES)])
+        )
         seen[trial["estimator"]] += 1
     return drawn
+
+
+def varied(result: Result) -> str:
+    """What a result's name tells of its setting beside estimator, C, K and seed: ``code_dim 4, kl_warmup 3000``, with
+    spaces at which no line is broken between fields and values."""
+    rest = result["name"].partition(f"-s{result['trial']['seed']}-")[2]
+    fields = [
+        f"{field}\N{NO-BREAK SPACE}{value}"
+        for field, value in result["trial"].items()
+        if f"-{slug(field, value)}-" in f"-{rest}-"
+    ]
+    return ", ".join(fields) or rest
+
+
+def told(label: str) -> str:
+    """A legend's entry, in lines that leave room for the figure."""
+    return "\n".join(textwrap.wrap(label, 36, subsequent_indent="  "))
 
 
 def _rank(group: list[Result]) -> tuple[bool, int, int]:

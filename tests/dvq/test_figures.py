@@ -62,6 +62,26 @@ def test_the_certificate_is_of_all_that_evaluations_found():
     assert tables.certificate(results) != whole
 
 
+@pytest.mark.parametrize("other", [{"data": {"name": "cifar10-sample"}}, {"trial": {"split": "tune"}}])
+def test_the_papers_numbers_stand_beside_nothing_but_the_test_images(other):
+    results = [one | {key: one[key] | new for key, new in other.items()} for one in sweep()]
+    drawn = figures.figure_1a(results)
+    assert not [text for text in words(drawn) + legend(drawn) if "paper, on" in text or text in figures.PAPER]
+
+
+def test_a_setting_is_told_in_the_legend_by_its_fields():
+    more = {"code_dim": 4, "codebook_init": "kmeans", "kl_warmup": 3000}
+    one = result("gs-soft", 64, 4, 0, 5.0)
+    told = "-".join(f"{key.replace('_', '-')}-{value}" for key, value in more.items())
+    one |= {"name": f"{one['name']}-{told}", "trial": one["trial"] | more}
+    said = "code_dim 4, codebook_init kmeans, kl_warmup 3000"
+    assert style.varied(one).split() == said.split()
+    for drawn, begin in ((figures.figure_1a, "GS-Soft, "), (figures.figure_1c, "GS-Soft, C = 64, K = 4, ")):
+        (entry,) = [entry for entry in legend(drawn([one])) if "code_dim" in entry]
+        assert " ".join(entry.split()) == begin + said
+        assert max(map(len, entry.splitlines())) <= 36
+
+
 def test_the_papers_numbers_stand_beside_no_other_images():
     results = [one | {"data": {"name": "birds@0123456789abcdef"}} for one in sweep()]
     drawn = figures.figure_1a(results)
