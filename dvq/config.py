@@ -73,7 +73,8 @@ def _elsewhere(key: str, cls: type[Trial]) -> str:
     owners = [name for name, one in estimators().items() if key in one.model_fields]
     if not owners:
         return nearest(key, list(cls.model_fields))
-    return f", which is a field of {', '.join(owners)}; set it in 'include', beside their names"
+    where = f"move it to 'include', to {{estimator: {owners[0]}, {key}: …}}"
+    return f", which is a field of {', '.join(owners)}; {where}"
 
 
 def _not_in_the_union(name: str) -> str:

@@ -98,7 +98,7 @@ def _arrays(source: str) -> dict[str, npt.NDArray[Any]]:
         ) from None
     for key, array in found.items():
         if key not in fingerprints.ARRAYS or not isinstance(array, np.ndarray):
-            raise DvqError(f"DATA={source}: '{key}' has no place in it; give {WANTED}")
+            raise DvqError(f"DATA={source}: '{key}' is none of its arrays; give {WANTED}")
     return found
 
 

@@ -139,7 +139,7 @@ def test_a_sweep_with_another_name_says_how_to_get_one(wrong):
     ("arrays", "sentence"),
     [
         ({"train_images": images(20)}, "there is no test_images in it; give train_images and test_images"),
-        ({"train_images": images(20), "test_imges": images(2)}, "'test_imges' has no place in it"),
+        ({"train_images": images(20), "test_imges": images(2)}, "'test_imges' is none of its arrays"),
         (
             {"train_images": images(20) / 255, "test_images": images(2)},
             r"train_images is float64 \(20, 32, 32, 3\)",

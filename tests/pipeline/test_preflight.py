@@ -232,8 +232,8 @@ def test_a_tracker_of_no_known_kind(
 ) -> None:
     write_sweep(grid=GRID)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "foo://bar")
-    assert "MLflow takes none such, nor a folder" in refusal("tiny.yaml")
-    assert "MLflow takes none such, nor a folder" in refusal(command=ui)
+    assert "MLflow cannot use this address (a folder no more" in refusal("tiny.yaml")
+    assert "MLflow cannot use this address (a folder no more" in refusal(command=ui)
 
 
 def test_pages_that_cannot_be_served(
