@@ -170,8 +170,8 @@ def check_tracking() -> str:
     scheme = uri.partition(":")[0]
     if scheme.partition("+")[0] not in TRACKERS:
         raise DvqError(
-            f"MLFLOW_TRACKING_URI = '{uri}': MLflow cannot use this address (a folder no more, since MLflow 3); give a "
-            "server's, http://host:port, or a database's, sqlite:///path"
+            f"MLFLOW_TRACKING_URI = '{uri}': MLflow cannot use this address (a folder no more, since MLflow 3); "
+            "give a server's, http://host:port, or a database's, sqlite:///path"
         )
     if not scheme.startswith("http"):
         return ""

@@ -24,7 +24,7 @@ GS = {"estimator": "gs-soft"}
         ({**GS, "num_code": 3}, "gs-soft has no 'num_code'; did you mean 'num_codes'?"),
         (
             {**GS, "commitment": 1.0},
-            "gs-soft has no 'commitment', which is a field of vq-ema, vq-loss; move it to 'include', to {estimator: vq-ema, commitment",
+            "gs-soft has no 'commitment', which is a field of vq-ema, vq-loss; move it",
         ),
         (
             {"estimator": "gaussian", "num_codes": 8},
