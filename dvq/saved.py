@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dvq import DvqError
+from dvq import DvqError, disk
 from dvq.config import trial as make_trial
 from dvq.model import Model
 from dvq.trial import values
@@ -26,16 +26,19 @@ def save(model: Model, folder: Path) -> None:
 
 
 def publish(model: Model, summary: dict[str, Any], folder: Path) -> None:
-    """Write model/ under another name and rename it: it is there whole or not at all. One that is there, of fewer
-    steps or the same, gives way."""
+    """Write model/ under another name, sync, and rename it: it is there whole or not at all. One that is there, of
+    fewer steps or the same, gives way."""
     partial, earlier = folder / "model.partial", folder / "model.earlier"
     for left in (partial, earlier):
         shutil.rmtree(left, ignore_errors=True)
     save(model, partial)
     (partial / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        disk.sync(path)
     if (folder / "model").exists():
         (folder / "model").rename(earlier)
     partial.rename(folder / "model")
+    disk.sync(folder)
     shutil.rmtree(earlier, ignore_errors=True)
 
 

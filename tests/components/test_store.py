@@ -13,7 +13,7 @@ import pytest
 from components.folder import begin, read_json, write_json
 from components.manifest import Manifest, Piece, parse
 from components.store import Store
-from dvq import DvqError
+from dvq import DvqError, checkpoint
 from dvq.config import trial
 
 HOLD = """
@@ -96,6 +96,17 @@ def test_what_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     store.remove("a-1")
     store.remove("a-1")
     assert not store.trial("a-1").exists()
+
+
+def test_a_trial_goes_on_from_the_furthest_checkpoint_that_is_not_beyond_its_end(tmp_path: Path) -> None:
+    store, base = Store(tmp_path), {"estimator": "gs-soft", "data": "cifar10-sample"}
+    shortest, short, long = (trial({**base, "steps": steps}) for steps in (4, 6, 9))
+    for one, steps in ((shortest, (2, 4)), (long, (6, 9))):
+        begin(store.trial(one.key()), one, "name")
+        for step in steps:
+            checkpoint.write(store.trial(one.key()), step, {}, {"events": {}})
+    begin(store.trial(short.key()), short, "name", store.shorter(short))
+    assert store.steps(short.key()) == [6]
 
 
 def test_why_a_shorter_trial_cannot_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

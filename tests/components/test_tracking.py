@@ -281,6 +281,23 @@ def test_a_tracking_fault_is_said_and_never_raised(
     assert state(folder).name == "interrupted"
 
 
+def test_what_a_fault_kept_back_is_sent_by_the_next_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    folder, diary = folder_with(tmp_path, 2)
+    live = tracking.TrialRun(folder, "sweep")
+    assert live.sync()
+    diary.metrics(3, {"train/rate": 0.3})
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
+        assert not live.sync()
+    assert live.sync()
+    (run,) = runs()
+    assert history(run, "train/rate") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+
+
 def test_the_model_loads_elsewhere_with_pickle_forbidden(tmp_path: Path) -> None:
     folder, diary = folder_with(tmp_path, 1)
     finish(folder, diary)
@@ -335,6 +352,13 @@ def test_a_model_of_no_mlflow_is_refused_and_no_database_made(uri: str, told: st
     )
     assert f"models:/m-1: {told}" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_password_is_noted_or_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow.example.org:5000")
+    tracking.remember(tmp_path, "sweep")
+    assert read_json(tmp_path / "tracked.json") == {"http://mlflow.example.org:5000 sweep": "finished"}
+    assert tracking.told(OSError("http://me:secret@h/x is away")) == "http://h/x is away"
 
 
 def test_no_uri_means_no_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

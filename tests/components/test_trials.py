@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from components import reports, tracking, trials
@@ -16,6 +17,8 @@ from components.store import Store
 from dvq import data, events, failures, goodput
 from dvq.config import Sweep, trial
 from dvq.fingerprints import FINGERPRINTS
+from dvq.model import Model
+from dvq.saved import save
 
 BASE: dict[str, Any] = {
     "data": "cifar10-sample",
@@ -92,6 +95,22 @@ def test_a_trial_is_not_judged_by_other_images(store: Store, prepared: Path, tmp
     assert "the trial is of cifar10-sample, and these images are birds@0000000000000000" in failed.reason
 
 
+@pytest.mark.usefixtures("store")
+def test_a_trial_is_judged_by_its_splits_images_and_fitted_to_those_it_was_trained_on(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("dvq.evaluate.evaluate", lambda *given, **more: asked.append((given, more)) or {})
+    one = trial({**BASE, "estimator": "vq-ema", "split": "tune", "bound_samples": 3})
+    save(Model(one), tmp_path / "model")
+    trials.evaluate(prepared, tmp_path / "model", tmp_path / "evaluation")
+    ((_, judged), more), images = asked[0], data.load(prepared).arrays["train_images"]
+    assert more["bound_samples"] == 3
+    np.testing.assert_array_equal(judged, images[1800:])
+    np.testing.assert_array_equal(more["training"], images[:1800])
+    assert (read_json(tmp_path / "evaluation") or {})["split"] == "tune"
+
+
 def test_a_finished_trial_is_not_computed_again(store: Store, prepared: Path, tmp_path: Path) -> None:
     first = run("estimator=vq-ema", prepared, tmp_path / "a")
     folder = store.trial(trial({**BASE, "estimator": "vq-ema"}).key())
@@ -114,6 +133,20 @@ def test_a_plan_with_a_limit_has_those_last_that_failed(store: Store) -> None:
     assert [one["seed"] for one in trials.unfinished(sweep)] == [0, 1, 2, 3]
     assert [one["seed"] for one in trials.unfinished(sweep, 3)] == [3, 1, 0]
     assert [one["seed"] for one in trials.unfinished(sweep, 9)] == [3, 1, 0, 2]
+
+
+def test_a_finished_trial_that_its_experiment_lacks_is_in_the_plan(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    sweep = Sweep(name="s", base=BASE, grid={"estimator": ["vq-ema"]})
+    (one,) = sweep.trials().values()
+    begin(store.trial(one.key()), one, "x")
+    write_json(store.trial(one.key()) / "results.json", {})
+    tracking.remember(store.trial(one.key()), "another")
+    assert trials.unfinished(sweep) == sweep.points()
+    tracking.remember(store.trial(one.key()), "s")
+    assert trials.unfinished(sweep) == []
 
 
 def test_a_longer_trial_goes_on_from_a_shorter_one(store: Store, prepared: Path, tmp_path: Path) -> None:

@@ -96,12 +96,14 @@ def test_what_is_prepared_is_left_alone(prepared):
 
 
 @pytest.mark.parametrize(
-    "damage", ["no array", "short array", "no data.json", "broken data.json", "format", "train"]
+    "damage", ["no array", "short array", "type", "no data.json", "broken data.json", "format", "train"]
 )
 def test_a_damaged_dataset_is_noticed_and_prepared_again(damage, official, prepared):
     document, array = prepared / "data.json", prepared / "train_images.npy"
     if damage == "short array":
         array.write_bytes(array.read_bytes()[:-1])
+    elif damage == "type":
+        np.save(array, np.load(array).view(np.int8))
     elif damage in ("no array", "no data.json"):
         (array if damage == "no array" else document).unlink()
     else:
@@ -137,8 +139,23 @@ def test_other_images_in_the_folder_are_never_taken_for_those_it_had(prepared, m
     with pytest.raises(KeyboardInterrupt):
         data.prepare("cifar10-sample", "", prepared)
     assert len(done) == 2
+    assert not (prepared / "data.json").exists()  # of as many images it would fit
     assert not data.is_prepared("cifar10", prepared)
     assert not data.is_prepared("cifar10-sample", prepared)
+
+
+def test_a_prepared_dataset_is_on_the_disk_whole_before_it_has_its_name(official, folder, monkeypatch):
+    synced = {}
+
+    def sync(descriptor):
+        file = os.fstat(descriptor)
+        synced[file.st_ino] = (file.st_size, folder.exists())
+
+    monkeypatch.setattr(os, "fsync", sync)
+    data.prepare("cifar10", str(official.folder), folder)
+    files = [path.stat() for path in folder.iterdir()]
+    assert [synced[file.st_ino] for file in files] == [(file.st_size, False) for file in files]
+    assert synced[folder.parent.stat().st_ino][1]
 
 
 def test_other_files_in_the_folder_are_kept(official, folder):

@@ -85,12 +85,14 @@ def exact_terms(toy: Toy) -> tuple[Tensor, Tensor]:
     return torch.stack(pick[0]).sum(0), torch.stack(pick[1]).sum(0) - nll
 
 
-def exact_bound(toy: Toy, samples: int) -> Tensor:
-    """L_S = E log (1/S) Σ_s p(x, z_s)/q(z_s|x), over all 9^S tuples; L_1 is the ELBO."""
+def exact_bound(toy: Toy, samples: int, kl_weight: float = 1.0) -> Tensor:
+    """L_S = E log (1/S) Σ_s p(x, z_s)/q(z_s|x), over all 9^S tuples; L_1 is the ELBO. In warm-up p(z)/q(z|x) is to
+    the power of the KL's weight."""
     log_q, log_joint = exact_terms(toy)
     tuples = torch.tensor(list(itertools.product(range(len(Z)), repeat=samples)))
     probability = log_q[tuples].sum(1).exp()
-    w = (log_joint - log_q)[tuples]
+    log_ratio = toy.latents.log_p(Z.T, len(Z)) - log_q
+    w = (log_joint - log_q - (1 - kl_weight) * log_ratio)[tuples]
     return (probability * (w.logsumexp(1) - math.log(samples))).sum()
 
 
@@ -146,6 +148,14 @@ def test_vimco_with_two_samples_trains_the_bound_of_two() -> None:
     found = estimates(one, toy, 200, 200)
     assert worst_z(found, gradients(exact_bound(toy, 2), toy)) < 4
     assert worst_z(found, gradients(exact_bound(toy, 4), toy)) > 10
+
+
+@pytest.mark.parametrize(("estimator", "samples"), [("nvil", 1), ("vimco", 4)])
+def test_in_warmup_they_are_unbiased_for_a_bound_with_the_kls_weight(estimator: str, samples: int) -> None:
+    one, toy = unbiased(estimator, kl_warmup=4)
+    found = estimates(one, toy, 200, 200)
+    assert worst_z(found, gradients(exact_bound(toy, samples, 0.25), toy)) < 4
+    assert worst_z(found, gradients(exact_bound(toy, samples), toy)) > 10
 
 
 def test_the_readmes_estimator_is_unbiased_for_the_elbo() -> None:
@@ -296,6 +306,16 @@ def test_the_probe_sees_bias_where_there_is_some(
     assert low <= found["probe/bias"] <= high
     assert toy.training
     assert found["probe/variance"] > 0.1
+
+
+def test_the_probe_tells_the_mean_gradient_from_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two draws, 1 and 3: their variance is 2, and ‖E g‖² is 4 less the half of it."""
+    one = options("nvil")
+    toy, draws = Toy(one, seed=1), [torch.full((K, 4, C), value) for value in (1.0, 3.0)]
+    monkeypatch.setattr("dvq.probe._gradient", lambda *_: draws.pop())
+    monkeypatch.setattr("dvq.probe._reference", lambda *_: torch.ones(C))
+    found = probe(toy, IMAGE.expand(4, -1, -1, -1), 2, torch.Generator(), 0)  # type: ignore[arg-type]
+    assert found == pytest.approx({"probe/bias": 1.0, "probe/variance": 2 / 3})
 
 
 def test_the_probes_reference_is_the_elbos_gradient() -> None:

@@ -171,6 +171,10 @@ def test_a_sweep_with_another_name_says_how_to_get_one(wrong):
             "give 20 integers from 0 to 255, or no labels",
         ),
         (
+            {"train_images": images(20), "test_images": images(2), "train_labels": np.full(20, -1)},
+            "give 20 integers from 0 to 255, or no labels",
+        ),
+        (
             {"train_images": np.array([images(1), None], object)},
             "this is no whole file that numpy.savez writes",
         ),

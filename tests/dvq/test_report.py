@@ -127,6 +127,14 @@ def test_numbers_that_are_not_there_or_not_finite_are_none_and_sort_last(sweep):
     assert "–" in report.page(smoke(), results, {}, {})
 
 
+@pytest.mark.parametrize("bits", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_not_drawn(bits, sweep, tmp_path):
+    results, analyses = sweep
+    for one in results:
+        one["evaluation"]["bits_per_dim"] = bits
+    assert report.draw(tmp_path, results, analyses, {}) == {}
+
+
 def test_settings_are_means_over_seeds_with_the_error_of_trainings(sweep):
     results = sweep[0]
     assert tables.settings(results) == []
@@ -166,6 +174,7 @@ def test_the_certificate_holds_names_and_exact_numbers_only(sweep):
         ("evaluation", "bits_per_dim", math.nextafter(7.2, 8), False),
         ("evaluation", "rate", 0.26, False),
         ("evaluation", "distortion", 6.0, False),
+        ("evaluation", "usage", [[1, 2]], False),
         ("training", "seconds", 1.0, True),
         ("provenance", "commit", "other", True),
         ("evaluation", "provenance", {"commit": "other"}, True),

@@ -15,6 +15,7 @@ from collections import Counter
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from dvq import DvqError, checkpoint, disk, events, goodput
 from dvq.config import trial
 from dvq.data import load
-from dvq.train import Interrupted, Training, train
+from dvq.train import Interrupted, Training, curve_point, train
+from dvq.trainer import Trainer
 from dvq.trial import Trial, values
 
 KILLS = int(os.environ.get("DVQ_KILLS", "20"))
@@ -249,6 +251,71 @@ def test_who_is_stopped_at_a_checkpoint_writes_it_once(
     assert written == [5]
 
 
+def test_with_the_split_tune_it_trains_without_the_images_that_judge_it(
+    tmp_path: Path, prepared: Path
+) -> None:
+    data = load(prepared)
+    training = Training(trial({**TINY, "split": "tune", "steps": 2}), data, tmp_path, "cpu", 1)
+    np.testing.assert_array_equal(training.trainer.images, data.arrays["train_images"][:27])
+    np.testing.assert_array_equal(training.judged, data.arrays["train_images"][27:])
+    training.run()
+    told = {name.partition("/")[0] for event in events.read(tmp_path) for name in event.get("values", {})}
+    assert told == {"train", "tune", "images_per_second"}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds, of which a step takes 1 and an evaluation 1,000."""
+    now = [0.0]
+
+    def takes(seconds: float, function: Any) -> Any:
+        def timed(*given: Any) -> Any:
+            now[0] += seconds
+            return function(*given)
+
+        return timed
+
+    monkeypatch.setattr("dvq.train.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Trainer, "step", takes(1.0, Trainer.step))
+    monkeypatch.setattr("dvq.train._evaluate", takes(1000.0, lambda *_: None))
+    return now
+
+
+def test_the_seconds_of_training_are_its_steps(tmp_path: Path, prepared: Path, clock: list[float]) -> None:
+    """Neither its evaluations' nor those between two attempts."""
+    one = trial({**TINY, "steps": 20})
+    folder = interrupted(tmp_path / "trial", one, prepared, step=12)
+    clock[0] += 5000.0
+    summary = train(one, load(prepared), folder)
+    assert (summary["seconds"], summary["images_per_second"]) == (20.0, 4.0)
+    speeds = [event["values"]["images_per_second"] for event in events.read(folder) if "values" in event]
+    assert speeds == [4.0] * 3
+
+
+def test_a_checkpoint_is_due_after_its_seconds_whatever_the_steps(
+    tmp_path: Path, prepared: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(checkpoint, "write", lambda _, step, *__: written.append(step))
+    seldom = {"evaluate_every": 1000, "checkpoint_every": 1000, "checkpoint_seconds": 5.0}
+    train(trial({**TINY, **seldom, "steps": 14}), load(prepared), tmp_path)
+    assert (written, clock[0]) == ([6, 12, 14], 1014.0)
+
+
+def test_the_step_that_diverged_is_named() -> None:
+    terms = torch.ones(3, 3)
+    terms[1, 2] = torch.inf
+    with pytest.raises(DvqError, match="at step 8 the rate is inf"):
+        curve_point(terms, 9, trial(TINY))
+
+
+def test_the_gradient_is_looked_at_after_the_evaluations_step(tmp_path: Path, prepared: Path) -> None:
+    one = trial({**TINY, "steps": 4, "evaluate_every": 2, "probe_draws": 2})
+    train(one, load(prepared), tmp_path)
+    looks = [event["step"] for event in events.read(tmp_path) if "probe/bias" in event.get("values", {})]
+    assert looks == [2, 4]
+
+
 def test_lost_work_is_counted(tmp_path: Path, prepared: Path) -> None:
     one = trial({**TINY, "checkpoint_every": 10})
     folder = interrupted(tmp_path / "trial", one, prepared, step=20)
@@ -271,8 +338,8 @@ def test_time_between_attempts_is_not_lost_training(tmp_path: Path, monkeypatch:
     clock[0] = 30_000.0  # hours later it goes on, and is killed at step 14
     second = events.Events(tmp_path)
     second.state("training")
-    clock[0] = 30_030.0
-    second.metrics(14, {"train/rate": 1.0})
+    for step, clock[0] in ((12, 30_015.0), (14, 30_030.0)):
+        second.metrics(step, {"train/rate": 1.0})
     goodput.begin(tmp_path, 10)
     assert goodput.read(tmp_path) == {"attempts": 1, "steps_lost": 4, "seconds_lost": 30.0}
 

@@ -1,6 +1,7 @@
 """A trained model as one uses it: what it takes and gives, and what is wrong in one sentence."""
 
 import json
+import os
 import shutil
 import subprocess
 
@@ -11,9 +12,10 @@ import torch
 import dvq
 from dvq import DvqError, provenance
 from dvq.config import trial
+from dvq.evaluate import evaluate
 from dvq.model import Model
 from dvq.provenance import commit
-from dvq.saved import save
+from dvq.saved import publish, save
 from tests.sizes import taken
 
 SIZE = {"data": "cifar10-sample", "features": 8, "num_latents": 2, "code_dim": 4}
@@ -44,6 +46,24 @@ def test_arrays_and_tensors_give_the_same() -> None:
     assert torch.equal(one.encode(IMAGES.numpy()[..., ::-1]), one.encode(IMAGES.flip(-1)))
     assert one.bits_per_dim(IMAGES).shape == (3,)
     assert one.sample(2).shape == (2, 32, 32, 3)
+
+
+def test_an_image_is_the_mean_of_its_distribution_rounded_and_a_sample_is_the_priors() -> None:
+    one = model()
+    with torch.no_grad():
+        one.latents.prior_logits[:, 3] = 50.0
+        drawn = one.latents.prior_sample(64, torch.Generator().manual_seed(0))
+        assert torch.equal(drawn, one.latents.codebook[:, 3:4].expand(-1, 64, -1))
+        one.decoder.head.weight.zero_()
+        one.decoder.head.bias.fill_(-1e9).view(3, 256)[:, 1:3] = torch.tensor([1.0, 3.0]).log()  # mean 1.75
+    assert one.sample(1).unique().tolist() == [2]
+
+
+@pytest.mark.parametrize("estimator", ["gs-soft", "vq-ema", "gaussian"])
+def test_bits_per_dim_of_images_are_those_of_evaluation(estimator) -> None:
+    one = model(estimator)
+    found = evaluate(one, IMAGES.numpy())["bits_per_dim"]
+    assert one.bits_per_dim(IMAGES).mean().item() == pytest.approx(found, rel=1e-6)
 
 
 @pytest.mark.parametrize("estimator", ["vq-ema", "fsq"])
@@ -157,6 +177,24 @@ def test_a_trials_folder_is_told_from_its_model(folder) -> None:
         dvq.load(folder.parent)
     with pytest.raises(DvqError, match=r"no model here: trial\.json is missing"):
         dvq.load(folder / "trial.json")
+
+
+def test_a_model_is_on_the_disk_whole_before_it_has_its_name(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut leaves a trial that counts as trained, and whose model is damaged."""
+    synced = {}
+
+    def sync(descriptor):
+        file = os.fstat(descriptor)
+        synced[file.st_ino] = (file.st_size, (tmp_path / "model").exists())
+
+    monkeypatch.setattr(os, "fsync", sync)
+    publish(model(), {"steps": 1}, tmp_path)
+    files = [path.stat() for path in (tmp_path / "model").iterdir()]
+    assert [synced[file.st_ino] for file in files] == [(file.st_size, False) for file in files]
+    assert len(files) == 3
+    assert synced[tmp_path.stat().st_ino][1]
 
 
 def test_without_git_the_version_of_the_code_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """The sweep on a cluster: what is refused before anything is sent, and how it is followed and submitted again."""
 
 import io
+import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ from docker.errors import NotFound
 from rich.console import Console
 
 from components import IMAGE
+from components.folder import begin
 from components.store import Store
 from dvq import DvqError, data, fingerprints
 from dvq.config import Sweep
 from dvq.events import Events
-from pipeline import cancel, cluster, containers, image
+from pipeline import cancel, cluster, conclusion, containers, forecast, image
 from pipeline.connection import UnreachableError
 from pipeline.kubeflow import Run
 from pipeline.preflight import PROFILE
@@ -331,6 +334,39 @@ def test_one_run_of_a_sweep_at_a_time(make: Make, server: KubeflowServer) -> Non
     assert job.store.state(job.keys()[0]).name == "finished"
 
 
+@pytest.mark.usefixtures("_plain_end")
+def test_fresh_removes_what_there_is(make: Make, server: KubeflowServer) -> None:
+    job = make()
+    name, *_ = job.trials
+    begin(job.store.trial(job.keys()[0]), job.trials[name], name)
+    checkpoint(job, 20)
+    assert job.store.reached(job.trials[name]) == 20
+    run(job, wait=False, fresh=True)
+    assert len(server.runs) == 1
+    assert job.store.state(job.keys()[0]).name == "new"
+
+
+@pytest.mark.parametrize(
+    ("state", "failures", "code"),
+    [("SUCCEEDED", {}, 0), ("FAILED", {}, 1), ("SUCCEEDED", {"a trial": "out of memory"}, 1)],
+)
+def test_a_sweep_succeeds_where_its_run_and_all_its_trials_do(
+    state: str, failures: dict[str, str], code: int, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what was spent, what earlier runs did is no part."""
+    monkeypatch.setattr(conclusion, "show", lambda *_: failures)
+    job, text = make(), io.StringIO()
+    plan = forecast.plan(job.trials, job.store, PLAIN)
+    Events(job.store.trial(job.keys()[0])).state("training")
+    Events(job.store.trial(job.keys()[0])).state("finished")
+    (events,) = job.store.trial(job.keys()[0]).glob("events/000001.jsonl")
+    events.write_text(json.dumps({**json.loads(events.read_text()), "time": time.time() + 7200}) + "\n")
+    for began, spent in ((0.0, "2.00"), (time.time() + 3600, "1.00")):
+        ended = Run("run", state)
+        assert cluster.conclude(job, plan, PLAIN, ended, began, Console(file=text, width=200)) == code
+        assert f"CPU-hours: {spent} spent, no forecast" in text.getvalue()
+
+
 class Answers:
     """A KFP that answers as it is told."""
 
@@ -372,6 +408,6 @@ def test_cancel_wants_a_run(capsys: pytest.CaptureFixture[str], server: Kubeflow
     assert caught.value.code == 2
     assert "name the run: make cancel RUN=" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cancel.app(["http://h/#/runs/details/abc", "--profile", "kind"])
+        cancel.app(["http://h/#/runs/details/abc?namespace=me", "--profile", "kind"])
     assert "has no run 'abc'" in capsys.readouterr().err
     assert server.asked[-1].endswith("/runs/abc:terminate")

@@ -76,6 +76,13 @@ def test_several_seeds_are_told_by_their_mean(seeds: list[int], tmp_path: Path) 
         assert told[2][:8] == ["gs-soft-c512-k8", "3", "7.100", "±", "0.058", "6.900", "±", "0.058"]
 
 
+def test_what_interruptions_cost_is_told_where_there_were_some() -> None:
+    undisturbed = {"attempts": 1, "steps_lost": 0, "seconds_lost": 0.0}
+    cost = [undisturbed, {"attempts": 3, "steps_lost": 5, "seconds_lost": 2.0}]
+    assert conclusion.goodput(cost).startswith("goodput 2 interruptions, after which 5 steps, 2 s of")
+    assert conclusion.goodput([undisturbed]) == ""
+
+
 def test_in_a_file_no_name_is_broken(tmp_path: Path) -> None:
     swept = {"learning_rate": [0.0012345, 0.0023456], "kl_warmup": [1000], "distance_scale": [0.75]}
     sweep = SWEEP.model_copy(update={"grid": {"estimator": ["gs-soft"], **swept}})

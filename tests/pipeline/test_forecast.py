@@ -69,6 +69,16 @@ def test_a_trial_like_another_takes_as_long(store: Store) -> None:
     assert forecast.plan(sweep("vq-ema").trials(), store, several).hours * 3600 == pytest.approx(HELD * 2)
 
 
+def test_of_trials_alike_the_slowest_counts(store: Store) -> None:
+    """By its seconds of training where its events tell of none."""
+    whole = sweep("vq-ema", seeds=(0, 1, 2, 3))
+    for seed, seconds in ((0, 300), (1, 500), (2, 400)):
+        held = [(0, "state", "training"), (seconds, "state", "finished")]
+        finish(store, whole, f"vq-ema-c512-k8-s{seed}", events=held if seed else [])
+    assert forecast.plan(whole.trials(), store, GPU).hours * 3600 == pytest.approx(500)
+    assert [forecast.devices(Profile(cpu=cpu)) for cpu in (None, 4)] == [1, 4]
+
+
 def test_finished_trials_take_nothing(store: Store) -> None:
     for seed in (0, 1):
         finish(store, sweep("vq-ema"), f"vq-ema-c512-k8-s{seed}")

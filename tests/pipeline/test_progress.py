@@ -68,14 +68,16 @@ def test_training_that_goes_on_is_followed(tmp_path: Path) -> None:
     assert [event["state"] for event in diary.read(tmp_path)] == ["training", "training"]
 
 
-def test_a_row_goes_through_its_states(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["test", "tune"])
+def test_a_row_goes_through_its_states(split: str, tmp_path: Path) -> None:
     one, events = row(tmp_path), Events(tmp_path)
+    one.trial = TRIAL.model_copy(update={"split": split})
     assert "waiting" in text(one)
     events.state("training")
     events.metrics(20, {"train/bits_per_dim": 7.5, "images_per_second": 105.0})
     one.update(0)
     assert [part in text(one) for part in ("training", "20/100", "105", "7.500")] == [True] * 4
-    events.metrics(20, {"test/bits_per_dim": 7.25})
+    events.metrics(20, {f"{split}/bits_per_dim": 7.25})
     events.metrics(40, {"train/bits_per_dim": 7.0})
     one.update(0)
     assert "7.250" in text(one), "an evaluation is worth more than a later training batch"

@@ -108,15 +108,21 @@ def test_each_trial_is_a_file_that_is_also_its_sweep(root: Path, capsys: pytest.
         assert (made["sweep"], made["numerics"]) == ("sweep", NUMERICS)
 
 
-def test_what_uncommitted_code_computed_is_not_kept(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = next(iter(load_sweep(root / "sweep.yaml").trials().values()))
+@pytest.mark.parametrize("what", ["trained", "evaluated"])
+def test_what_uncommitted_code_computed_is_not_kept(
+    what: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other, *_ = load_sweep(root / "sweep.yaml").trials().values()
     path = Store(root / "store").trial(one.key()) / "results.json"
     found = json.loads(path.read_text())
-    found["evaluation"]["provenance"] = {"commit": "c0ffee-dirty"}
+    made = found if what == "trained" else found["evaluation"]
+    made["provenance"] = {**found["provenance"], "commit": "c0ffee-dirty"}
     path.write_text(json.dumps(found))
+    shutil.rmtree(Store(root / "store").trial(other.key()))
     _, out, _ = run("sweep.yaml", capsys)
-    assert "not kept: gs-soft-c64-k16-s0: it was evaluated by uncommitted code, c0ffee-dirty; commit" in out
-    assert not (root / "pipeline/results" / f"{FULL[0]}.json").exists()
+    assert f"not kept: gs-soft-c64-k16-s0: it was {what} by uncommitted code, c0ffee-dirty; commit" in out
+    assert f"not kept: {FULL[1]}: it did not start" in out
+    assert files(root) == {FULL[2], *PARTIAL, *TUNE}
 
 
 def test_full_partial_and_tuning_never_share_a_table(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
