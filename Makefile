@@ -11,7 +11,7 @@ ON ?= local
 PORT ?= 5000
 OPTIONS := SWEEP ON PORT JOBS PROFILE WAIT BUDGET DRY_RUN RUN TORCH BASE PUSH REGISTRY DATA FRESH TRIAL ARGS PYTHON3
 GIVEN := $(foreach word,$(subst \ ,_,$(MAKEOVERRIDES)),$(if $(findstring =,$(word)),$(firstword $(subst =, ,$(word)))))
-$(foreach word,$(filter-out $(OPTIONS) DVQ_% MLFLOW_% AWS_% KFP_% PIP_% -%,$(GIVEN)),$(error $(word) is no option here; they are $(OPTIONS)))
+$(foreach word,$(filter-out $(OPTIONS) DVQ_% MLFLOW_% AWS_% KFP_% PIP_% -%,$(GIVEN)),$(error $(word) is no option here; they are $(OPTIONS); a variable of the environment stands before make))
 
 .DEFAULT_GOAL := help
 .PHONY: help image base submit-sweep data cancel explain report results replay ui stack-up stack-down test test-services test-docker test-gpu check components release-components findings bench soak golden clean
@@ -87,7 +87,7 @@ release-components: $(READY) ## record what the components take and give, at a r
 
 findings: $(READY) ## the paper's findings in miniature: 36 small trials with seeds and error bars
 	@$(MAKE) --no-print-directory submit-sweep SWEEP=findings
-	@$(if $(filter-out 0,$(DRY_RUN)),:,$(PYTHON) -m pipeline.findings)
+	@$(if $(filter-out 0,$(DRY_RUN))$(if $(filter-out 0,$(WAIT)),,$(filter kfp,$(ON))),:,$(PYTHON) -m pipeline.findings)
 
 bench: $(SERVICES) ## speed against plain versions: training (ARGS="--full", or "--device cuda"), S3, tracking, the image
 	@$(PYTHON) tests/bench/training.py $(ARGS)

@@ -21,6 +21,7 @@ class State:
 
     name: str
     reason: str = ""
+    """of what failed, or of what was interrupted where a machine could not compute"""
     step: int = 0
     """where training would go on, by the trial's checkpoints"""
 
@@ -35,7 +36,7 @@ def state(folder: Path) -> State:
         if event["kind"] == "failure":
             last = State("failed", event["reason"], step)
         elif event["kind"] == "state" or last.name == "new":
-            last = State("interrupted", step=step)
+            last = State("interrupted", event.get("reason", ""), step)
     return last
 
 

@@ -1,8 +1,8 @@
 """What train, evaluate and analyze do with a trial's folder, each going on from what is there.
 
 A failure is data: it is recorded in the trial's events, the step that met it succeeds, the following steps
-leave the trial alone, and the report names it. A machine that cannot compute is none of the trial's: there the step
-fails as well.
+leave the trial alone, and the report names it. A machine that cannot compute is no failure of
+the trial's: it counts as interrupted, and the step fails.
 """
 
 import json
@@ -142,11 +142,13 @@ def _step(folder: Path, name: str) -> Iterator[None]:
     diary.state(name)
     try:
         yield
+    except failures.UnusableError as error:
+        diary.state("interrupted", failures.reason(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(failures.UNUSABLE)
     except Exception as error:
         traceback.print_exc()
         diary.failure(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-        if isinstance(error, failures.UnusableError):
-            sys.exit(failures.UNUSABLE)
 
 
 def _open(model: Path) -> tuple[Trial, bool]:

@@ -16,7 +16,7 @@ SHORT = {
     "lr": "learning_rate",
     "tau": "temperature",
     "beta": "commitment",
-    "VQ-VAE": "vq-ema",
+    "vq-vae": "vq-ema",
     "vqvae": "vq-ema",
     "gumbel-softmax": "gs-soft",
 }
@@ -30,18 +30,23 @@ KINDS = {
     "dict_type": "give lines of 'field: value', with a space after the colon",
     "list_type": "give a list, as in [0, 1, 2]",
     "tuple_type": "give a list of numbers; in a grid a list of such lists",
-    "string_type": "give a word",
+    "string_type": "give a text",
     "too_short": "give at least one",
     "string_pattern_mismatch": "give letters, digits, '_', '.' and '-'",
 }
 """what to do about an error of pydantic's"""
+TRIALS = "give a list of trials, - {estimator: gs-soft, temperature: 0.1}"
+
+
+def meant(word: str) -> str:
+    """The field or estimator that papers write as ``word``, or itself."""
+    return SHORT.get(word) or SHORT.get(word.lower(), word)
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """The known word that was meant, or all that there are."""
-    meant = SHORT.get(word)
-    if meant in known:
-        return f"; did you mean '{meant}'?"
+    if meant(word) in known:
+        return f"; did you mean '{meant(word)}'?"
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
 
@@ -51,14 +56,17 @@ def sentence(error: ValidationError, where: str) -> DvqError:
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
     told = KINDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    if first["loc"] == ("include",):
+        told = TRIALS
     message = told[0].lower() + told[1:]
-    if first["type"].startswith(("int_", "float_")) and _exponent(first["input"]):
-        message += f", {float(first['input']):.0f}; YAML takes 1e3 for a word and 1.0e+3 for a number"
+    if first["type"].startswith("int_") and _exponent(first["input"]):
+        message += f", {float(first['input']):.0f}; YAML takes 1e3 for a word"
     if not field:  # of several fields together, which the message names
         return DvqError(f"{where}: {message}")
     return DvqError(f"{where}: {field} = {first['input']!r}: {message}")
 
 
 def _exponent(given: object) -> bool:
-    """Whether it is a word like 1e3."""
-    return isinstance(given, str) and re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d+", given) is not None
+    """Whether it is a whole number as a word, like 1e3."""
+    form = re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d\d?", given) if isinstance(given, str) else None
+    return form is not None and float(form[0]).is_integer()

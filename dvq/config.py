@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvq import DvqError
-from dvq.advice import nearest, sentence
+from dvq.advice import meant, nearest, sentence
 from dvq.estimators import Estimator
 from dvq.trial import Trial
 
@@ -70,11 +70,13 @@ def _check(cls: type[Trial]) -> None:
 
 def _elsewhere(key: str, cls: type[Trial]) -> str:
     """Whose field ``key`` is, or else which one of ``cls`` was meant."""
-    owners = [name for name, one in estimators().items() if key in one.model_fields]
-    if not owners:
+    field = meant(key)
+    owners = [name for name, one in estimators().items() if field in one.model_fields]
+    if not owners or field in cls.model_fields:
         return nearest(key, list(cls.model_fields))
-    where = f"move it to 'include', to {{estimator: {owners[0]}, {key}: …}}"
-    return f", which is a field of {', '.join(owners)}; {where}"
+    which = "which" if field == key else f"{field}, which"
+    where = f"move it to 'include', to {{estimator: {owners[0]}, {field}: …}}"
+    return f", {which} is a field of {', '.join(owners)}; {where}"
 
 
 def _not_in_the_union(name: str) -> str:
@@ -197,13 +199,12 @@ class Sweep(BaseModel):
 def short_name(one: Trial, at: Point) -> str:
     """``gs-soft-c512-k16-s0``, and behind it whatever else of its key this point of the sweep sets."""
     told = {"estimator", "num_codes", "num_latents", "seed", *one.unkeyed()}
-    return "-".join([one.describe(), *(slug(key, x) for key, x in at.items() if key not in told)])
+    rest = "".join(f"-{key.replace('_', '-')}-{_plain(x)}" for key, x in at.items() if key not in told)
+    return re.sub(r"[^A-Za-z0-9.+-]", "-", one.describe() + rest)
 
 
-def slug(field: str, value: Any) -> str:
-    """A field and its value as they stand in a trial's name: ``code-dim-4``."""
-    plain = "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return re.sub(r"[^A-Za-z0-9.+-]", "-", f"{field}-{plain}")
+def _plain(value: Any) -> str:
+    return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _better(stem: str) -> str:

@@ -215,12 +215,10 @@ def _read(name: str, source: str, scratch: Path, progress: Progress | None) -> d
 def _write(name: str, arrays: dict[str, Images], work: Path) -> None:
     found = fingerprint(arrays)
     if not fingerprints.fits(name, found, shape_of(arrays)):
-        remedy = (
-            "reinstall dvq" if name in fingerprints.FINGERPRINTS else "give the file that make data was given"
-        )
-        raise DvqError(
-            f"{name}: the images have the fingerprint {found} instead of {fingerprints.of(name)}; {remedy}"
-        )
+        if name not in fingerprints.FINGERPRINTS:
+            actual = fingerprints.own(name.partition("@")[0], arrays)
+            raise DvqError(f"{name}: the images are {actual}; give the file that make data was given")
+        raise DvqError(f"{name}: the images have the fingerprint {found}, not its own; reinstall dvq")
     mean, std = statistics(arrays["train_images"])
     train, test = len(arrays["train_images"]), len(arrays["test_images"])
     info = {

@@ -42,9 +42,11 @@ def pick() -> torch.device:
         torch.cuda.set_device(device)
         torch.zeros((), device=device)
     except RuntimeError as error:
+        told = str(error).splitlines()[0].rstrip(".")
+        remedy = "is its driver new enough?" if "driver" in told else "is it free, and whole?"
         raise UnusableError(
             f"torch {torch.__version__}, which is built for CUDA {torch.version.cuda}, cannot use the GPU "
-            f"({str(error).splitlines()[0].rstrip('.')}); is its driver new enough?"
+            f"({told}); {remedy}"
         ) from None
     return device
 

@@ -51,7 +51,7 @@ class _Pass:
 def evaluate(
     model: Model,
     images: NDArray[np.uint8],
-    batch_size: int = 100,
+    batch_size: int | None = None,
     seed: int = 0,
     bound_samples: int = 1,
     training: NDArray[np.uint8] | None = None,
@@ -90,7 +90,7 @@ def evaluate(
     if isinstance(model.latents, Codebooks):
         gathered.usage = torch.zeros(model.latents.codebook.shape[:2], dtype=torch.long, device=device)
     draws = 1 if isinstance(model.latents, Deterministic) else bound_samples
-    for batch in batches(images, batch_size, device):
+    for batch in batches(images, batch_size or model.trial.images_at_once, device):
         v = model.encoder(batch)
         elbos, weights = [], []
         for draw in range(draws):
@@ -117,7 +117,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def fit(model: Model, training: NDArray[np.uint8], batch_size: int = 100, seed: int = 0) -> Model:
+def fit(model: Model, training: NDArray[np.uint8], batch_size: int | None = None, seed: int = 0) -> Model:
     """Fit, in place, what training only follows: batch normalization's statistics, and the prior.
 
     Both trail the weights: the statistics by their running averages, which for GS-Soft, besides, are of mixtures
@@ -129,7 +129,7 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int = 100, seed: 
     Args:
         model: which is in evaluation mode afterwards.
         training: the images (N, H, W, 3) uint8 that it was trained on.
-        batch_size: of the images that are counted.
+        batch_size: of the images that are counted; None: as many as memory is meant for.
         seed: of the draws.
 
     Returns:
@@ -143,7 +143,7 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int = 100, seed: 
     model.eval()
     _fit_normalization(model, training, generator)
     if isinstance(getattr(model.latents, "prior_logits", None), nn.Parameter):
-        _fit_prior(model, training, batch_size, generator)
+        _fit_prior(model, training, batch_size or model.trial.images_at_once, generator)
     return model
 
 

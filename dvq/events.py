@@ -35,8 +35,8 @@ class Events:
         """Wait until all is on the disk."""
         os.fsync(self._file.fileno())
 
-    def state(self, state: str) -> None:
-        self._append(kind="state", state=state, pid=os.getpid())
+    def state(self, state: str, reason: str = "") -> None:
+        self._append(kind="state", state=state, pid=os.getpid(), **({"reason": reason} if reason else {}))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self._append(kind="metrics", step=step, values=values)

@@ -30,6 +30,8 @@ def images(given: Any, trial: "Trial", device: torch.device) -> Tensor:
             (channels, height, width): f"; for channels first: x.{turn}{axes}",
             of_one: "; for one image: x[None]",
         }
+        if channels == 1 and shape[-2:] == (height, width):
+            hints.setdefault(shape[-3:], "; for gray images without channels: x[..., None]")
         raise DvqError(f"images are {_told(found)}: {wanted}{hints.get(shape[-3:], '')}")
     return found.to(device)
 

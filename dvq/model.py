@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 Weigh = Callable[[Tensor], Tensor]
 Images = Tensor | NDArray[np.uint8]
-PIECE = 100 * 32 * 32  # pixels at a time, lest memory grow with their number
 
 
 def _norm(trial: "Trial") -> nn.Module:
@@ -242,19 +241,15 @@ class Model(nn.Module):
     def _device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def _piece(self) -> int:
-        height, width, _ = self.trial.image_shape
-        return max(1, PIECE // (height * width))
-
     def _samples(self, images: Tensor, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Any]]:
         """The images in pieces, and a sample of each."""
         generator = generator or torch.Generator(images.device).manual_seed(0)
-        for piece in images.split(self._piece()):
+        for piece in images.split(self.trial.images_at_once):
             yield piece, self.latents.sample(self.encoder(piece), generator)
 
     def _mean_image(self, vectors: Tensor) -> Tensor:
         values, pieces = torch.arange(VALUES, dtype=vectors.dtype, device=vectors.device), []
-        for piece in vectors.split(self._piece() * self.trial.positions, 1):
+        for piece in vectors.split(self.trial.images_at_once * self.trial.positions, 1):
             p = self.decoder(piece).unflatten(-1, (-1, VALUES)).softmax(-1)  # (B, H·W, 3, 256)
             pieces.append((p @ values).round().to(torch.uint8).unflatten(1, self.trial.image_shape[:2]))
         return torch.cat(pieces)

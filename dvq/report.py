@@ -82,8 +82,8 @@ def page(
         if several
         else "",
         trials=f"<h2>Trials, by bits/dim</h2>{_table(finished, COLUMNS)}" if finished else "",
-        subpixels=" or ".join(
-            sorted({str(math.prod(shape(one["data"]["name"]))) for one in results} or {"3072"})
+        subpixels=str(
+            math.prod(shape(results[0]["data"]["name"] if results else str(sweep.base.get("data"))))
         ),
         figures="".join(_figure(name, pictures[name], results) for name in FIGURES if name in pictures)
         or "<p>No trial finished: there is nothing to draw.</p>",

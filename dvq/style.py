@@ -1,6 +1,7 @@
 """What the pictures share: an estimator's colour, the look of an axis, which trials there is room for, the files; and
 mosaics of reconstructions."""
 
+import re
 import textwrap
 import zlib
 from collections import Counter
@@ -16,7 +17,6 @@ from matplotlib.image import imsave
 from numpy.typing import NDArray
 
 from dvq.analyze import Analysis
-from dvq.config import slug
 from dvq.tables import Result, alike
 from dvq.trial import Trial
 
@@ -122,12 +122,17 @@ def varied(result: Result) -> str:
     """What a result's name tells of its setting beside estimator, C, K and seed: ``code_dim 4, kl_warmup 3000``, with
     spaces at which no line is broken between fields and values."""
     rest = result["name"].partition(f"-s{result['trial']['seed']}-")[2]
-    fields = [
-        f"{field}\N{NO-BREAK SPACE}{value}"
-        for field, value in result["trial"].items()
-        if f"-{slug(field, value)}-" in f"-{rest}-"
-    ]
-    return ", ".join(fields) or rest
+    slugs = sorted((field.replace("_", "-") for field in result["trial"]), key=len, reverse=True)
+    found = list(
+        re.finditer(f"(?:^|-)({'|'.join(slugs)})-", rest)
+    )  # the longest of those that begin at a place
+    if not found or found[0].start():
+        return rest
+    ends = [*(one.start() for one in found[1:]), len(rest)]
+    return ", ".join(
+        f"{one[1].replace('-', '_')}\N{NO-BREAK SPACE}{rest[one.end() : end]}"
+        for one, end in zip(found, ends, strict=True)
+    )
 
 
 def told(label: str) -> str:

@@ -248,12 +248,16 @@ def main() -> int:
         train(make_trial(document["trial"]), load(args.data), args.folder, str(pick()))
     except Interrupted:
         return 128 + signal.SIGTERM
+    except failures.UnusableError as error:
+        Events(args.folder).state("interrupted", failures.reason(error))
+        print(f"error: {error}", file=sys.stderr)
+        return failures.UNUSABLE
     except Exception as error:
         Events(args.folder).failure(failures.reason(error))
         if not isinstance(error, DvqError):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return failures.UNUSABLE if isinstance(error, failures.UnusableError) else 1
+        return 1
     return 0
 
 

@@ -84,7 +84,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=trial.learning_rate, fused=True, capturable=on_gpu
         )
-        recording = on_gpu and os.environ.get("DVQ_RECORD") != "0"  # which changes no number
+        recording = on_gpu and os.environ.get("DVQ_RECORD") != "0"  # whose schedules round otherwise, no more
         self.recorded = Recorded(self) if recording else None
 
     @torch.no_grad()

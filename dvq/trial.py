@@ -140,6 +140,12 @@ class Trial(BaseModel):
         return math.prod(self.grid)
 
     @property
+    def images_at_once(self) -> int:
+        """How many images go through the network at a time in evaluation, lest memory grow with their size."""
+        height, width, _ = self.image_shape
+        return max(1, 100 * 32 * 32 // (height * width))
+
+    @property
     def bits_per_nat(self) -> float:
         """1 / (H·W·3 ln 2), in gray 1 / (H·W ln 2): bits/dim = this · nats an image."""
         return 1 / (math.prod(self.image_shape) * math.log(2))
@@ -179,7 +185,7 @@ class Trial(BaseModel):
 
     @abstractmethod
     def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:
-        """The surrogate and the ELBO's terms for uint8 ``images`` (B, 32, 32, 3) at training step ``step``,
+        """The surrogate and the ELBO's terms for uint8 ``images`` (B, H, W, 3) at training step ``step``,
         which is a number, or a scalar on the device where the step is recorded once and replayed. So nothing
         here may wait for the device (``item()``, ``nonzero()``, a branch on a tensor)."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.store import Store
-from dvq import DvqError, events
+from dvq import DvqError, events, fingerprints
 from dvq.trial import Trial, values
 from pipeline.profile import TRAINS, Profile
 
@@ -122,7 +122,12 @@ def _like(trial: Trial) -> str:
 
 def _guess(trial: Trial, known: Mapping[str, Speed], profile: Profile) -> Speed | None:
     name = trial.estimator
-    like = [speed for shape, speed in known.items() if json.loads(shape)["estimator"] == name]
+    fields = {key: json.loads(key) for key in known}
+    like = [
+        known[key]
+        for key, one in fields.items()
+        if one["estimator"] == name and fingerprints.shape(one["data"]) == trial.image_shape
+    ]
     if name in profile.images_per_second:
         like.append((profile.images_per_second[name], "the profile"))
     return min(like, default=None)

@@ -298,6 +298,7 @@ def test_a_machine_without_its_gpu_fails_the_step_too(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(SystemExit, match=str(failures.UNUSABLE)):
         trials.train("estimator=vq-ema", json.dumps(BASE), prepared, model, "")
+    assert store.state(key).name == "interrupted", "what waits for another machine has not failed"
     assert "sees no GPU" in store.state(key).reason
     monkeypatch.delenv("DVQ_DEVICE")
     trials.train("estimator=vq-ema", json.dumps(BASE), prepared, model, "")

@@ -185,9 +185,7 @@ def test_a_gpu_that_is_wanted_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -
         pick()
 
 
-def test_a_gpu_whose_driver_is_too_old_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The number of GPUs comes from NVML, which answers all the same."""
 
     def old(_: object) -> None:
@@ -202,6 +200,14 @@ def test_a_gpu_whose_driver_is_too_old_is_one_sentence(
     with pytest.raises(
         UnusableError, match=r"cannot use the GPU \(The NVIDIA driver .* 12020\)\); is its driver"
     ):
+        pick()
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(UnusableError, match=r"2\.00 MiB\); is it free, and whole"):
         pick()
 
 

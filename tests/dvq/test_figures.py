@@ -82,6 +82,31 @@ def test_a_setting_is_told_in_the_legend_by_its_fields():
         assert max(map(len, entry.splitlines())) <= 36
 
 
+@pytest.mark.parametrize(
+    ("rest", "said"),
+    [
+        ("temperature-1-code-dim-4", "temperature 1, code_dim 4"),  # 1.0 in the results
+        ("cpu-precision-bfloat16", "cpu_precision bfloat16"),  # and not precision
+        ("final-temperature-0.1-annealing-steps-10000", "final_temperature 0.1, annealing_steps 10000"),
+        ("levels-3-3", "levels 3-3"),
+        ("of-an-older-version", "of-an-older-version"),
+    ],
+)
+def test_no_setting_is_lost_or_invented(rest, said):
+    fields = (
+        "temperature",
+        "final_temperature",
+        "annealing_steps",
+        "steps",
+        "code_dim",
+        "precision",
+        "levels",
+    )
+    one = result("gs-soft", 64, 4, 0, 5.0) | {"name": f"gs-soft-c64-k4-s0-{rest}"}
+    one["trial"] |= dict.fromkeys((*fields, "cpu_precision"), 1.0)
+    assert " ".join(style.varied(one).split()) == said
+
+
 def test_the_papers_numbers_stand_beside_no_other_images():
     results = [one | {"data": {"name": "birds@0123456789abcdef"}} for one in sweep()]
     drawn = figures.figure_1a(results)

@@ -111,6 +111,9 @@ def test_images_of_another_shape_are_trained_on_and_evaluated(point, shape, tmp_
         z = model.encode(judged)
         assert z.shape == (5, *trial.grid, 2)
         assert model.decode(z).shape == judged.shape
+        if shape[-1] == 1:
+            with pytest.raises(DvqError, match=r"; for gray images without channels: x\[..., None\]"):
+                model.encode(judged[..., 0])
         with pytest.raises(DvqError, match=r"; for channels first: x\.transpose"):
             model.encode(judged.transpose(0, 3, 1, 2))
     with torch.no_grad():
@@ -123,6 +126,15 @@ def test_images_of_another_shape_are_trained_on_and_evaluated(point, shape, tmp_
     other = name.replace(f"@{shape[0]}x", f"@{shape[0] + 4}x")
     with pytest.raises(DvqError, match="the trial is of"):
         found.check(config.trial({**point, "data": other}))
+
+
+def test_large_images_go_through_the_network_in_smaller_pieces():
+    """Memory is that of 100 of CIFAR-10's."""
+    sizes = {"64x64x3": 25, "28x28x1": 130, "128x128x3": 6}
+    for shape, count in sizes.items():
+        one = config.trial({"estimator": "gs-soft", "data": f"birds@{shape}-0123456789abcdef"})
+        assert one.images_at_once == count
+    assert config.trial({"estimator": "gs-soft"}).images_at_once == 100
 
 
 @pytest.mark.parametrize(
@@ -234,7 +246,9 @@ def test_other_images_than_those_named_are_refused(birds, tmp_path):
         data.check_source(name, str(birds))
     with pytest.raises(DvqError, match=f"the store has no images {name}; give the file"):
         data.check_source(name, "")
-    with pytest.raises(DvqError, match="instead of 0123456789abcdef; give the file that make data was given"):
+    with pytest.raises(
+        DvqError, match=f"the images are {own.name(str(birds))}; give the file that make data"
+    ):
         data.prepare(name, str(birds), tmp_path / "prepared")
     assert not (tmp_path / "prepared").exists()
     data.check_source(own.name(str(birds)), str(birds))

@@ -285,6 +285,7 @@ def test_a_second_report_replaces_the_first(written):
     page = Page(written.read_text())
     assert "1 of 1 trials not finished" in page.text
     assert "nothing to draw" in page.text
+    assert "(distortion + rate) / (3072 ln 2)" in page.text
     assert not page.all("img")
     assert not list((written.parent / "figures").iterdir())
 

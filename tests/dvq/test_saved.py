@@ -16,6 +16,7 @@ from dvq.evaluate import evaluate
 from dvq.model import Model
 from dvq.provenance import commit
 from dvq.saved import publish, save
+from dvq.trial import Trial
 from tests.sizes import taken
 
 SIZE = {"data": "cifar10-sample", "features": 8, "num_latents": 2, "code_dim": 4}
@@ -75,7 +76,7 @@ def test_many_images_are_taken_in_pieces(estimator, monkeypatch: pytest.MonkeyPa
         one.reconstruct(IMAGES),
         one.bits_per_dim(IMAGES),
     )
-    monkeypatch.setattr("dvq.model.PIECE", 2 * 32 * 32)
+    monkeypatch.setattr(Trial, "images_at_once", 2)
     taken, decode = [], one.decoder.forward
     monkeypatch.setattr(one.decoder, "forward", lambda x: taken.append(x.shape[1] // 64) or decode(x))
     pieces = (

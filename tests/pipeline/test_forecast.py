@@ -107,6 +107,13 @@ def test_others_are_guessed_by_the_slowest_of_their_estimator(store: Store) -> N
     assert (found.guessed, found.unknown) == (3, ())
 
 
+def test_nothing_is_guessed_from_images_of_another_size(store: Store) -> None:
+    finish(store, sweep("vq-ema"), "vq-ema-c512-k8-s0")
+    large = sweep("vq-ema", num_codes=[8], data=["birds@128x128x3-0123456789abcdef"])
+    found = forecast.plan(large.trials(), store, GPU)
+    assert (found.guessed, len(found.unknown)) == (0, 2)
+
+
 def test_a_budget_refuses_what_is_over_it(store: Store) -> None:
     finish(store, sweep("vq-ema"), "vq-ema-c512-k8-s0")
     found = forecast.plan(sweep("vq-ema", seeds=tuple(range(73))).trials(), store, GPU)
