@@ -218,7 +218,8 @@ def _write(name: str, arrays: dict[str, Images], work: Path) -> None:
         if name not in fingerprints.FINGERPRINTS:
             actual = fingerprints.own(name.partition("@")[0], arrays)
             raise DvqError(f"{name}: the images are {actual}; give the file that make data was given")
-        raise DvqError(f"{name}: the images have the fingerprint {found}, not its own; reinstall dvq")
+        right = fingerprints.of(name)
+        raise DvqError(f"{name}: the images have the fingerprint {found} instead of {right}; reinstall dvq")
     mean, std = statistics(arrays["train_images"])
     train, test = len(arrays["train_images"]), len(arrays["test_images"])
     info = {
