@@ -112,7 +112,6 @@ def test_a_finished_trials_numbers_are_on_its_run_and_its_model(
     (run,) = runs()
     for name, value in {
         "bits_per_dim": 7.5,
-        "bits_per_dim_se": 0.25,
         "bound": 7.25,
         "components_95_weighted": 2.5,
     }.items():

@@ -65,7 +65,7 @@ def test_images_of_ones_own_come_from_s3(archive: str, tmp_path: Path) -> None:
     name = own.name(str(tmp_path / "birds.npz"))
     assert datasets.prepare(name, f"{bucket}/{key}", tmp_path / "made")["train"] == 20
     assert datasets.prepare(name, "", tmp_path / "again")["name"] == name  # from the store
-    with pytest.raises(DvqError, match="instead of 0123456789abcdef"):
+    with pytest.raises(DvqError, match="the images are birds@"):
         datasets.prepare("birds@0123456789abcdef", f"{bucket}/{key}", tmp_path / "other")
     store = Store.from_environment()
     assert store
