@@ -51,6 +51,12 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"
 
 
+def plain_name(stem: str, otherwise: str) -> str:
+    """A file's name in small letters, digits and hyphens, as like ``stem`` as can be."""
+    words = re.sub(r"([a-z0-9])([A-Z])", r"\1-\2", stem).lower()
+    return re.sub("[^a-z0-9]+", "-", words).strip("-") or otherwise
+
+
 def sentence(error: ValidationError, where: str) -> DvqError:
     """The first of pydantic's errors; ``where`` begins it."""
     first = error.errors()[0]

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvq import DvqError
-from dvq.advice import meant, nearest, sentence
+from dvq.advice import meant, nearest, plain_name, sentence
 from dvq.estimators import Estimator
 from dvq.trial import Trial
 
@@ -207,12 +207,6 @@ def _plain(value: Any) -> str:
     return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _better(stem: str) -> str:
-    """A sweep's name that is one, as like ``stem`` as can be."""
-    words = re.sub(r"([a-z0-9])([A-Z])", r"\1-\2", stem).lower()
-    return re.sub("[^a-z0-9]+", "-", words).strip("-") or "my-sweep"
-
-
 def load_sweep(path: Path) -> Sweep:
     """The sweep in a YAML file, its name the file's; DvqError for what is wrong with it."""
     try:
@@ -222,8 +216,9 @@ def load_sweep(path: Path) -> Sweep:
     except UnicodeDecodeError:
         raise DvqError(f"sweep file {path}: this is no text in UTF-8; give a YAML file") from None
     if not NAME.match(path.stem):
+        better = plain_name(path.stem, "my-sweep")
         raise DvqError(
-            f"sweep file {path}: a sweep has its file's name; call it {_better(path.stem)}{path.suffix}: small "
+            f"sweep file {path}: a sweep has its file's name; call it {better}{path.suffix}: small "
             "letters, digits and hyphens"
         )
     try:
@@ -236,9 +231,8 @@ def load_sweep(path: Path) -> Sweep:
         ) from None
     if not isinstance(content, dict):
         raise DvqError(f"sweep file {path}: expected 'base:' and 'grid:', each with lines of 'field: value'")
-    content = {
-        key: value for key, value in content.items() if value is not None
-    }  # 'grid:' with nothing under it
+    # a key with nothing under it, 'grid:', is as good as none
+    content = {key: value for key, value in content.items() if value is not None}
     for key in content:
         if key == "name":
             raise DvqError(f"sweep file {path}: a sweep has its file's name; leave 'name' out")

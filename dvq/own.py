@@ -1,6 +1,5 @@
 """Images of one's own, from a file of numpy arrays: checked, and named by their content."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dvq import DvqError, fingerprints
+from dvq.advice import plain_name
 from dvq.cifar10 import Images
 
 WANTED = (
@@ -53,7 +53,7 @@ def name(source: str) -> str:
     stem = Path(source).stem
     called = fingerprints.own(stem, read(source))
     if not fingerprints.OWN.fullmatch(called):
-        better = re.sub("[^a-z0-9]+", "-", stem.lower()).strip("-") or "images"
+        better = plain_name(stem, "images")
         raise DvqError(
             f"DATA={source}: images have their file's name; call it {better}.npz, small letters, digits and hyphens"
         )

@@ -11,16 +11,16 @@ from pipeline.profile import find_profile
 
 def test_what_the_environment_says_to_pip_counts_before_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """As pip has it, whose listing has the environment first."""
-    told = """:env:.index-url='https://env/simple'
-global.index-url='https://file/simple'
-global.extra-index-url='https://a/simple https://b/simple'
-install.extra-index-url='https://c/simple'
+    told = """:env:.index-url='https://env.example.org/simple'
+global.index-url='https://file.example.org/simple'
+global.extra-index-url='https://a.example.org/simple https://b.example.org/simple'
+install.extra-index-url='https://c.example.org/simple'
 global.timeout='60'
 """
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=told))
     assert image.pip_settings() == {
-        "index-url": ["https://env/simple"],
-        "extra-index-url": ["https://c/simple"],
+        "index-url": ["https://env.example.org/simple"],
+        "extra-index-url": ["https://c.example.org/simple"],
     }
 
 
