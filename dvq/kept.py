@@ -1,7 +1,7 @@
 """Results that are kept: a JSON file a trial, and the tables and figures made from these files alone."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ LONGEST = 200
 """characters of a name; a file's name may have 255"""
 TAKEN = ("estimator", "num_codes", "num_latents", "data", "split", "steps")
 """fields that stand elsewhere in a row"""
+DETAILS = ("perplexity", "dead", "minutes", "device", "code", "evaluated by")
+"""columns of the folder's page, which the project's README has no room for"""
 
 PAPERS = """\
 | on all of CIFAR-10, test bits/dim | | source |
@@ -122,7 +124,7 @@ def section(results: Sequence[Result], place: Path) -> str:
     if shown and not kinds["full"]:
         told += f" In partial training, all 10,000 test images ({PARTIAL}):"
     if shown:
-        told += f"\n\n{table(shown, f'{place}/')}"
+        told += f"\n\n{table(shown, f'{place}/', DETAILS)}"
     pictures = "\n".join(f"![{title}]({place}/figures/{name}.png)" for name, title in _titles(shown))
     return f"{PAPERS}\n\n{told}\n\n{pictures}".strip()
 
@@ -134,8 +136,10 @@ def page(results: Sequence[Result], place: Path) -> str:
         "# Results on all of CIFAR-10",
         "Written by `make results SWEEP=…` from the JSON files of this folder. To compute a row again: "
         f"`make submit-sweep SWEEP={place}/<its file> DATA=…`. Bits/dim is the single-sample ELBO of hard "
-        "samples over every image of the split, ± its standard error over images; L_S, VQ-VAE's code length under a "
-        "uniform prior, and the ELBO with normalization and prior fitted to the training images, stand beside it.",
+        "samples over every image of the split, ± its standard error over images. Beside it stand L_S; `fitted`, the "
+        "same with prior and batch normalization's statistics fitted to the training images; and for VQ-VAE and FSQ "
+        "the bits/dim under a `uniform prior`. Minutes are of training, some beside other work on the machine; "
+        "`code` is the commit that trained.",
         f"## The paper's numbers\n\n{PAPERS}",
     ]
     if kinds["full"]:
@@ -157,16 +161,17 @@ def _titles(shown: Sequence[Result]) -> list[tuple[str, str]]:
     return [(name, title) for name, (title, _) in FIGURES.items() if name in there]
 
 
-def table(results: Sequence[Result], place: str) -> str:
+def table(results: Sequence[Result], place: str, without: Collection[str] = ()) -> str:
     """What all trials share in a sentence, then a row a trial, as Markdown, with links to the files in ``place``;
-    columns that would be empty are left out."""
+    the columns ``without`` and those that would be empty are left out."""
     changes = [_changed(one) for one in results]
     shared = _shared(changes) if len(results) > 1 else {}
     rows = [
         _row(one, place, {field: changed[field] for field in changed if field not in shared})
         for one, changed in zip(results, changes, strict=True)
     ]
-    columns = [column for column in rows[0] if any(row[column] not in ("–", "") for row in rows)]
+    kept = [column for column in rows[0] if column not in without]
+    columns = [column for column in kept if any(row[column] not in ("–", "") for row in rows)]
     lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
     told = f"All with {_told(shared)}.\n\n" if shared else ""
     return told + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -194,11 +199,11 @@ def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str
         "steps": f"{fields['steps']:,}",
         "other settings": _told(others),
         "bits/dim": f"{judged['bits_per_dim']:.3f} ± {judged['bits_per_dim_se']:.3f}",
+        "fitted": _number(judged.get("fitted_bits_per_dim"), ".3f"),
         "rate": f"{judged['rate']:.3f}",
         "distortion": f"{judged['distortion']:.3f}",
         "L_S": _number(judged.get("bound"), ".3f"),
-        "bits/dim, uniform prior": _number(uniform, ".3f"),
-        "bits/dim, fitted": _number(judged.get("fitted_bits_per_dim"), ".3f"),
+        "uniform prior": _number(uniform, ".3f"),
         "perplexity": _number(judged.get("perplexity"), ".1f"),
         "dead": _number(judged.get("dead_codes"), "d"),
         "minutes": f"{result['training']['seconds'] / 60:.1f}",

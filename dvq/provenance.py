@@ -11,11 +11,10 @@ def provenance(device: str) -> dict[str, Any]:
     """What decides the numbers beside the configuration: code, library, kernels, machine."""
     import torch
 
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.startswith("cuda")
-        else torch.backends.cpu.get_cpu_capability()
-    )
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = ", ".join(filter(None, (processor(), torch.backends.cpu.get_cpu_capability())))
     return {
         "commit": os.environ.get("DVQ_COMMIT") or commit(),
         "torch": torch.__version__,
@@ -23,6 +22,15 @@ def provenance(device: str) -> dict[str, Any]:
         "device": f"{device} ({name})",
         "threads": torch.get_num_threads(),
     }
+
+
+def processor() -> str:
+    """The processor's model; empty where the system does not name it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
 
 
 def commit() -> str:

@@ -56,6 +56,7 @@ def _row(result: Result) -> Row:
         **{key: evaluation.get(key) for key in ("bits_per_dim", "bits_per_dim_se", "rate", "distortion")},
         **{key: evaluation.get(key) for key in ("fitted_bits_per_dim", "bound", "perplexity", "dead_codes")},
         "name": result["name"],
+        "key": result.get("key"),
         "components_95": analysis.get("components_95_mean"),
         "components_95_weighted": analysis.get("components_95_weighted_mean"),
         "images_per_second": result["training"].get("images_per_second"),

@@ -98,7 +98,7 @@ class Trial(BaseModel):
     evaluation are float32, and so are the logits of a 1×1 head"""
     cpu_precision: Literal["bfloat16", "float32"] = "float32"
     """the same on a CPU. bfloat16 is for one with AMX (Intel's since Sapphire Rapids: ``amx_bf16`` in /proc/cpuinfo)
-    or AVX512-BF16 (AMD's since Zen 4: ``avx512_bf16``), and many feature maps, where it is two to three times as
+    or AVX512-BF16 (AMD's since Zen 4: ``avx512_bf16``), and many feature maps, where it is 1.8 to 2.9 times as
     fast; elsewhere it is slower. Here the logits are rounded to it too, which moves the likelihood by less than 1e-4
     bits/dim"""
 
