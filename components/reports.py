@@ -92,15 +92,19 @@ def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
 
 def _note(description: str, results: list[dict[str, Any]], failures: dict[str, str]) -> str:
     """What the sweep is in the first line, and its table, as Markdown."""
-    from dvq.tables import SETTINGS, certificate, rows, settings, shown
+    from dvq.tables import SETTINGS, certificate, filled, rows, settings, shown
 
     columns = ("name", "bits_per_dim", "fitted_bits_per_dim", "rate", "distortion")
     lines = ["| trial | bits/dim | fitted | rate | distortion |", "|" + " --- |" * len(columns)]
     lines += [f"| {' | '.join(shown(row, key) for key in columns)} |" for row in rows(results, {})]
     if several := settings(results):
-        heads = [heading for heading, _ in SETTINGS.values()]
-        lines += ["", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
-        lines += [f"| {' | '.join(shown(row, key) for key in SETTINGS)} |" for row in several]
+        kept = filled(several, SETTINGS)
+        lines += [
+            "",
+            f"| {' | '.join(heading for heading, _ in kept.values())} |",
+            "|" + " --- |" * len(kept),
+        ]
+        lines += [f"| {' | '.join(shown(row, key) for key in kept)} |" for row in several]
     label = f"{results[0]['data']['label']}, certificate `{certificate(results)}`" if results else ""
     label = " ".join(filter(None, (description, label and f"On {label}")))
     failed = [f"- {name} is not finished: {reason}" for name, reason in failures.items()]

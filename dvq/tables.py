@@ -36,8 +36,16 @@ COLUMNS = {
 SETTINGS = {
     "name": ("setting", ""),
     "seeds": ("seeds", "d"),
-    **{key: COLUMNS[key] for key in ("bits_per_dim", "fitted_bits_per_dim", "rate", "distortion")},
+    "bits_per_dim": COLUMNS["bits_per_dim"],
+    "above": ("above lowest", "+.3f"),
+    "fitted_bits_per_dim": COLUMNS["fitted_bits_per_dim"],
+    "fitted_above": ("above it, fitted", "+.3f"),
+    **{key: COLUMNS[key] for key in ("rate", "distortion", "perplexity")},
+    "dead_codes": ("dead", ".0f"),
 }
+MEANS = [key for key in SETTINGS if key in COLUMNS and key != "name"]
+INTERVAL = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""half a 95% interval of a mean over 2, 3, … 10 trainings, in its standard errors (Student's t); less for more"""
 
 
 def rows(results: Sequence[Result], failures: Mapping[str, str]) -> list[Row]:
@@ -57,6 +65,7 @@ def _row(result: Result) -> Row:
         **{key: evaluation.get(key) for key in ("fitted_bits_per_dim", "bound", "perplexity", "dead_codes")},
         "name": result["name"],
         "key": result.get("key"),
+        "trial": trial,
         "components_95": analysis.get("components_95_mean"),
         "components_95_weighted": analysis.get("components_95_weighted_mean"),
         "images_per_second": result["training"].get("images_per_second"),
@@ -91,37 +100,68 @@ def best(results: Sequence[Result]) -> Result | None:
 
 
 def settings(results: Sequence[Result]) -> list[Row]:
-    """A row a setting that was trained with several seeds, sorted by bits/dim: ``name``, ``seeds``, the means over
-    seeds of ``bits_per_dim``, ``fitted_bits_per_dim``, ``rate`` and ``distortion``, and with ``_se`` behind the
-    names of the first two the standard errors of these means over trainings. None where a training has no such
-    number, or it is not finite."""
-    made = []
-    for group in alike(results, "seed"):
-        if len(group) == 1:
-            continue
-        trial = group[0]["trial"]
-        size = f"-k{trial['num_latents']}"
-        row: Row = {
-            "name": group[0]["name"].replace(f"{size}-s{trial['seed']}", size, 1),
-            "seeds": len(group),
-        }
-        for key in ("bits_per_dim", "fitted_bits_per_dim", "rate", "distortion"):
-            found = np.array([one["evaluation"].get(key, math.nan) for one in group])
-            row[key] = float(found.mean())
-            if key.endswith("bits_per_dim"):
-                row[f"{key}_se"] = float(found.std(ddof=1)) / math.sqrt(len(found))
-        made.append(_finite(row))
-    return sorted(made, key=_bits)
+    """A row a setting that was trained with several seeds, sorted by bits/dim.
+
+    It holds ``name``, ``seeds``, the means of ``MEANS`` over the seeds, and the means over the ``pairs`` of trainings
+    with the same seed by which bits/dim and its fitted form are ``above`` and ``fitted_above`` those of the first
+    row; ``_se`` behind a mean's name is its standard error over trainings. None where a training has no such number,
+    it is not finite, or there is one pair alone.
+    """
+    groups = [group for group in alike(results, "seed") if len(group) > 1]
+    made = sorted(((_setting(group), group) for group in groups), key=lambda one: _bits(one[0]))
+    return [_finite(row | _above(group, made[0][1])) for row, group in made]
+
+
+def _setting(group: Sequence[Result]) -> Row:
+    trial, table = group[0]["trial"], [_row(one) for one in group]
+    size = f"-k{trial['num_latents']}"
+    row: Row = {
+        "name": group[0]["name"].replace(f"{size}-s{trial['seed']}", size, 1),
+        "seeds": len(group),
+        **{key: trial.get(key) for key in ("num_codes", "num_latents")},
+    }
+    for key in MEANS:
+        row |= _mean(key, [math.nan if one[key] is None else one[key] for one in table])
+    return _finite(row)
+
+
+def _above(group: Sequence[Result], lowest: Sequence[Result]) -> Row:
+    """How far a setting is from the ``lowest``, training by training of the same seed."""
+    ours, theirs = ({one["trial"]["seed"]: one["evaluation"] for one in found} for found in (group, lowest))
+    pairs = [] if group is lowest else [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+    row: Row = {"pairs": len(pairs)}
+    for name, key in (("above", "bits_per_dim"), ("fitted_above", "fitted_bits_per_dim")):
+        row |= _mean(name, [one.get(key, math.nan) - other.get(key, math.nan) for one, other in pairs])
+    return row
+
+
+def _mean(name: str, found: Sequence[float]) -> Row:
+    """The mean, and its standard error; of fewer than two numbers None."""
+    if len(found) < 2:
+        return {name: None, f"{name}_se": None}
+    return {name: float(np.mean(found)), f"{name}_se": float(np.std(found, ddof=1)) / math.sqrt(len(found))}
+
+
+def told_apart(row: Row) -> bool:
+    """Whether a setting's bits/dim are above the lowest beyond a 95% interval of their difference."""
+    if row["above"] is None:
+        return False
+    return bool(abs(row["above"]) > INTERVAL[min(row["pairs"], 10) - 2] * row["above_se"])
+
+
+def filled(found: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """The columns in which some row has something."""
+    return {key: one for key, one in columns.items() if any(row[key] is not None for row in found)}
 
 
 def shown(row: Row, key: str) -> str:
-    """A number of a trial or a setting as the tables print it: with its standard error if it has one, dead codes
-    with how many codes there are."""
-    value = row[key]
+    """A number of a trial or a setting as the tables print it: bits/dim with their standard error if they have one,
+    dead codes with how many codes there are."""
+    value, form = row[key], (SETTINGS if "seeds" in row else COLUMNS)[key][1]
     if value is None:
         return "–"
-    text = format(value, (COLUMNS.get(key) or SETTINGS[key])[1])
-    if row.get(f"{key}_se") is not None:
+    text = format(value, form)
+    if form.endswith(".3f") and row.get(f"{key}_se") is not None:
         text += f" ± {row[f'{key}_se']:.3f}"
     if key == "dead_codes" and row["num_codes"] is not None:
         text += f"/{row['num_codes'] * row['num_latents']}"

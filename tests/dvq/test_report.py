@@ -149,13 +149,15 @@ def test_settings_are_means_over_seeds_with_the_error_of_trainings(sweep):
     assert best["bits_per_dim"] == pytest.approx(7.05)
     assert best["bits_per_dim_se"] == pytest.approx(0.05)
     assert worst["bits_per_dim_se"] == pytest.approx(0.2 / 3**0.5)
-    assert [tables.shown(worst, key) for key in tables.SETTINGS] == [
+    assert [tables.shown(worst, key) for key in tables.filled([best, worst], tables.SETTINGS)] == [
         "gs-soft-c16-k4",
         "3",
         "7.400 ± 0.115",
-        "–",
-        "0.250",
-        "6.950",
+        "+0.250 ± 0.050",  # of seeds 0 and 1, which both have
+        "0.250 ± 0.000",
+        "6.950 ± 0.000",
+        "7.5",
+        "3/64",
     ]
     page = report.page(smoke(), results, {}, {})
     assert (
@@ -163,6 +165,45 @@ def test_settings_are_means_over_seeds_with_the_error_of_trainings(sweep):
     )
     results[0]["evaluation"]["bits_per_dim"] = math.nan
     assert [one["bits_per_dim"] for one in tables.settings(results)] == [best["bits_per_dim"], None]
+
+
+def seeds(results, *bits):
+    """The trainings of each setting, by their bits/dim for seeds 0, 1, …"""
+    made = []
+    for one, values in zip(results, bits, strict=True):
+        for seed, value in enumerate(values):
+            made.append(copy.deepcopy(one))
+            made[-1]["trial"]["seed"], made[-1]["evaluation"]["bits_per_dim"] = seed, value
+    return made
+
+
+def test_settings_are_compared_seed_by_seed(sweep):
+    """Seeds of one number that differ much, settings that differ little, and always: pairs show it, means hide it."""
+    made = seeds(sweep[0], (7.0, 7.5, 8.0), (7.1, 7.61, 8.1), (7.3, 7.4, 8.2))
+    lowest, near, noisy = rows = tables.settings(made)
+    assert (lowest["above"], lowest["pairs"]) == (None, 0)
+    assert (near["above"], near["above_se"]) == pytest.approx((0.31 / 3, 0.01 / 3))
+    assert near["bits_per_dim_se"] > 0.25
+    assert (noisy["above"], noisy["above_se"]) == pytest.approx((0.4 / 3, 0.12018504))
+    assert [*map(tables.told_apart, rows)] == [False, True, False]
+    page = Page(report.page(smoke(), made, {}, {})).text
+    assert "lowest mean over seeds: gs-soft-c16-k4, 7.500 ± 0.289 bits/dim" in page
+    assert "1 of 2 other settings cannot be told from it (95%)" in page
+    assert tables.settings(made[:3])[0]["above"] is None
+
+
+@pytest.mark.parametrize(("pairs", "half"), [(2, 12.71), (3, 4.30), (10, 2.26), (40, 2.26)])
+def test_an_interval_is_wider_for_fewer_trainings(pairs, half):
+    row = {"pairs": pairs, "above_se": 0.01}
+    assert not tables.told_apart(row | {"above": 0.0099 * half})
+    assert tables.told_apart(row | {"above": 0.0101 * half})
+
+
+def test_sizes_that_all_rows_share_are_said_once(written):
+    page = Page(written.read_text())
+    assert "All with K 4, seed 0, steps 200." in page.text
+    assert {"C", "bits/dim"} <= {text.strip() for text in re.findall(r"<button>(.*?)<", written.read_text())}
+    assert not re.search(r"<button>(K|seed|steps)<", written.read_text())
 
 
 def test_the_certificate_holds_names_and_exact_numbers_only(sweep):
@@ -187,9 +228,9 @@ def test_the_certificate_holds_names_and_exact_numbers_only(sweep):
 
 
 def _columns(results):
-    """Those of the table in which a trial has something."""
-    rows = tables.rows(results, {})
-    return [key for key in tables.COLUMNS if any(row[key] is not None for row in rows)]
+    """Those of the table in which a trial has something, but for the sizes that all share."""
+    shared = ("num_latents", "seed", "steps")
+    return [key for key in tables.filled(tables.rows(results, {}), tables.COLUMNS) if key not in shared]
 
 
 def test_the_page_names_every_trial_and_failure_and_what_it_was_made_from(written, sweep):
@@ -264,8 +305,15 @@ def test_everything_is_escaped(sweep):
 
 def test_a_cell_is_sorted_by_its_exact_value(written, sweep):
     values = [cell["data-value"] for cell in Page(written.read_text()).all("td")]
-    at = _columns(sweep[0]).index("bits_per_dim")
-    assert values[at :: len(_columns(sweep[0]))] == ["6.9", "7.0", "7.2"]
+    columns = _columns(sweep[0])
+    assert values[columns.index("bits_per_dim") :: len(columns)] == ["6.9", "7.0", "7.2"]
+    dead = [float(share) for share in values[columns.index("dead_codes") :: len(columns)]]
+    assert dead == [3 / 1024, 3 / 64, 3 / 64]
+    assert [cell.get("title") for cell in Page(written.read_text()).all("td")][:: len(columns)] == [
+        "key gs-soft256",
+        "key vq-ema16",
+        "key gs-soft16",
+    ]
 
 
 def test_the_table_is_written_as_json(written, sweep):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,24 @@ def test_several_seeds_are_told_by_their_mean(seeds: list[int], tmp_path: Path) 
     assert ("means over seeds" in text) == (len(seeds) > 1)
     if len(seeds) > 1:
         told = [line.split() for line in text.partition("means over seeds")[2].splitlines()]
-        assert told[2][:8] == ["gs-soft-c512-k8", "3", "7.100", "±", "0.058", "6.900", "±", "0.058"]
+        assert told[3] == ["gs-soft-c512-k8", "3", "7.100", "±", "0.058", "–", "6.900", "±", "0.058"]
+
+
+def test_settings_are_told_by_their_differences(tmp_path: Path) -> None:
+    sweep = SWEEP.model_copy(
+        update={"seeds": [0, 1], "grid": {"estimator": ["vq-ema"], "num_codes": [16, 32]}}
+    )
+    finish(Store(tmp_path), sweep.trials())
+    for key in [one.key() for name, one in sweep.trials().items() if "c32" in name]:
+        path = Store(tmp_path).trial(key) / "results.json"
+        found = json.loads(path.read_text())
+        found["evaluation"]["bits_per_dim"] += 0.5 + found["trial"]["seed"] / 100
+        path.write_text(json.dumps(found))
+    out = io.StringIO()
+    conclusion.show(sweep, sweep.trials(), Store(tmp_path), Console(file=out, width=80, force_terminal=True))
+    lines = re.sub(r"\x1b\[\d*m", "", out.getvalue()).partition("means over seeds")[2].splitlines()
+    assert "+0.505 ± 0.005" in lines[4]
+    assert max(map(len, lines)) <= 80
 
 
 def test_what_interruptions_cost_is_told_where_there_were_some() -> None:
