@@ -5,7 +5,22 @@ this layer's own modules, in the one image of the release; compiled, it is ``com
 which any other pipeline can load.
 """
 
-from dvq import __version__
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dvq import DvqError, __version__
 
 IMAGE = f"dvq:{__version__}"
 """The image that every component runs in."""
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """What is wrong with what a component was given, or with a trial, ends it with one sentence and exit status 1; a
+    traceback is for bugs."""
+    try:
+        yield
+    except DvqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -8,7 +8,7 @@ from components import tracking
 from components.store import Store
 from components.tracking import TrialRun
 from dvq import DvqError
-from dvq.config import Sweep
+from dvq.config import Sweep, read_sweep
 
 if TYPE_CHECKING:
     from dvq.analyze import Analysis
@@ -27,7 +27,7 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
     store = Store.from_environment()
     if store is None:
         raise DvqError("report: DVQ_STORE is not set; a report is made from the results in a store")
-    sweep = Sweep.model_validate_json(sweep_json)
+    sweep = read_sweep(sweep_json)
     results, analyses, failures = gather(sweep, store)
     pictures = _pictures(results, store)
     path = write(store.report(sweep.name), sweep, results, analyses, failures, pictures)

@@ -130,11 +130,16 @@ def _value(word: str) -> Any:
 
 
 def point(text: str) -> Point:
-    """The inverse of :func:`overrides`; DvqError where the quotes are not closed."""
+    """The inverse of :func:`overrides`; DvqError where the quotes are not closed, or a word sets nothing."""
     try:
         items = shlex.split(text)
     except ValueError as error:
         raise DvqError(f"trial '{text}': {error}") from None
+    for item in items:
+        if not re.match(r"\w+=", item):
+            raise DvqError(
+                f"trial '{text}': '{item}' sets no field; write estimator=gs-soft num_codes=512 seed=0"
+            )
     return {key: _value(word) for key, _, word in (item.partition("=") for item in items)}
 
 
@@ -205,6 +210,14 @@ def short_name(one: Trial, at: Point) -> str:
 
 def _plain(value: Any) -> str:
     return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def read_sweep(text: str) -> Sweep:
+    """The sweep in the JSON that components take; DvqError for what is wrong with it."""
+    try:
+        return Sweep.model_validate_json(text)
+    except ValidationError as error:
+        raise sentence(error, "sweep") from None
 
 
 def load_sweep(path: Path) -> Sweep:

@@ -46,13 +46,23 @@ class Data:
         end = self.info["train"] - (self.info["tune"] if split == "tune" else 0)
         return self.arrays["train_images"][:end], self.arrays["train_labels"][:end]
 
+    def fits(self, trial: "Trial") -> bool:
+        """Whether these are the images that the trial names."""
+        return fingerprints.fits(trial.data, self.info["fingerprint"], shape_of(self.arrays))
+
     def check(self, trial: "Trial") -> None:
         """DvqError unless these are the images that the trial names."""
-        if not fingerprints.fits(trial.data, self.info["fingerprint"], shape_of(self.arrays)):
+        if not self.fits(trial):
             name = self.info["name"]
             raise DvqError(
                 f"the trial is of {trial.data}, and these images are {name}; give it 'data': '{name}'"
             )
+
+    def check_shape(self, trial: "Trial") -> None:
+        """DvqError unless a model of the trial takes these images."""
+        if shape_of(self.arrays) != trial.image_shape:
+            one, other = ("×".join(map(str, size)) for size in (trial.image_shape, shape_of(self.arrays)))
+            raise DvqError(f"the model takes images of {one}, and {self.info['name']} are of {other}")
 
     def evaluation(self, split: Split) -> tuple[Images, Images]:
         """The images and labels to evaluate on: the test set, or for ``tune`` those held out of training."""

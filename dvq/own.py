@@ -43,7 +43,7 @@ def read(source: str) -> dict[str, Images]:
     return arrays | {name: arrays[name][order] for name in ("train_images", "train_labels")}
 
 
-def name(source: str) -> str:
+def name(source: str | Path) -> str:
     """What a sweep calls the images in a file: ``birds@0123456789abcdef`` for those in ``birds.npz``, or, of another
     shape than CIFAR-10's, ``digits@28x28x1-0123456789abcdef``.
 
@@ -51,7 +51,7 @@ def name(source: str) -> str:
         DvqError: as :func:`read`; or the file's own name is none for images.
     """
     stem = Path(source).stem
-    called = fingerprints.own(stem, read(source))
+    called = fingerprints.own(stem, read(str(source)))
     if not fingerprints.OWN.fullmatch(called):
         better = plain_name(stem, "images")
         raise DvqError(

@@ -46,14 +46,13 @@ def readme(name: str, component: Any) -> str:
     spec = component.component_spec
     told = docstring_parser.parse(component.python_func.__doc__)
     described = {one.arg_name: one.description or "" for one in told.params}
-    returned = (told.returns and told.returns.description) or ""
     lines = [f"Version {interfaces.version(name)}.", "", "| input | type | |", "| --- | --- | --- |"]
     for key, one in (spec.inputs or {}).items():
         default = f"; default `{one.default!r}`" if one.optional else ""
         lines.append(f"| `{key}` | {_kind(one.type)}{default} | {_line(described[key])} |")
     lines += ["", "| output | type | |", "| --- | --- | --- |"]
     for key, one in (spec.outputs or {}).items():
-        lines.append(f"| `{key}` | {_kind(one.type)} | {_line(described.get(key, returned))} |")
+        lines.append(f"| `{key}` | {_kind(one.type)} | {_line(one.description or '')} |")
     table = "\n".join(lines)
     return TABLES.sub(lambda found: f"{found[1]}\n{table}\n{found[2]}", text)
 

@@ -58,15 +58,17 @@ def sweep_pipeline(
     @dsl.pipeline(name="trials")
     def trials(items: list[str], data: Input[Dataset], base: str, experiment: str) -> None:
         with dsl.ParallelFor(items, parallelism=jobs) as trial:
-            trained = task(train, trial=trial, base=base, data=data, experiment=experiment)
+            trained = task(
+                train, trial=trial, base=base, data=data, experiment=experiment, record_failure=True
+            )
             model = trained.outputs["model"]
-            evaluated = task(evaluate, data=data, model=model)
-            evaluation = evaluated.outputs["evaluation"]
-            task(analyze, data=data, model=model, evaluation=evaluation, experiment=experiment)
+            evaluated = task(evaluate, data=data, model=model, record_failure=True)
+            judged = {"data": data, "model": model, "evaluation": evaluated.outputs["evaluation"]}
+            task(analyze, **judged, experiment=experiment, record_failure=True)
 
     @dsl.pipeline(name=NAME, pipeline_config=dsl.PipelineConfig(ttl_seconds_after_finished=ttl))
     def dvq_sweep(sweep: str, base: str, data_name: str, source: str, experiment: str) -> None:
-        items = task(plan, sweep=sweep, **({"limit": limit} if limit else {}))
+        items = task(plan, sweep=sweep, experiment=experiment, **({"limit": limit} if limit else {}))
         data = task(prepare_data, name=data_name, source=source)
         all_trials = trials(items=items.output, data=data.output, base=base, experiment=experiment)
         task(report, sweep=sweep).after(all_trials).ignore_upstream_failure()

@@ -13,18 +13,25 @@ def analyze(
     evaluation: Input[Metrics],
     analysis: Output[Artifact],
     experiment: str = "",
+    record_failure: bool = False,
 ):
     """Principal components of the codebooks, as figures and numbers; then the trial's results are complete.
 
     Args:
-        data: a prepared dataset.
+        data: what evaluate was given.
         model: what train made.
         evaluation: what evaluate made.
-        analysis: results.json, analysis.npz, pictures.npz and figures/.
         experiment: the MLflow experiment to track in; empty for none.
+        record_failure: whether a trial's failure is only recorded in the store, as in a sweep, whose report names it;
+            else the task fails.
+
+    Returns:
+        analysis: results.json, analysis.npz, pictures.npz and figures/.
     """
     from pathlib import Path
 
-    from components import trials
+    from components import judging, sentences
 
-    trials.analyze(Path(data.path), Path(model.path), Path(evaluation.path), Path(analysis.path), experiment)
+    paths = (Path(one.path) for one in (data, model, evaluation, analysis))
+    with sentences():
+        judging.analyze(*paths, experiment, record_failure)

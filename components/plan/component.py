@@ -6,20 +6,22 @@ from components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def plan(sweep: str, limit: int = 0) -> list[str]:
+def plan(sweep: str, limit: int = 0, experiment: str = "") -> list[str]:
     """The sweep's trials that the store does not have finished, each as what it sets over the sweep's base.
 
     Args:
         sweep: the sweep as JSON (``dvq.config.Sweep``).
         limit: at most so many, those that failed before at the end; 0 for all.
+        experiment: the MLflow experiment in which a finished trial must be complete too; empty for none.
 
     Returns:
-        one text a trial: ``estimator=gs-soft num_codes=512 seed=0``.
+        Output: one text a trial: ``estimator=gs-soft num_codes=512 seed=0``.
     """
-    from components import trials
-    from dvq.config import Sweep, overrides
+    from components import sentences, trials
+    from dvq.config import overrides, read_sweep
 
-    checked = Sweep.model_validate_json(sweep)
-    points = trials.unfinished(checked, limit)
+    with sentences():
+        checked = read_sweep(sweep)
+        points = trials.unfinished(checked, limit, experiment)
     print(f"{len(points)} of {len(checked.points())} trials to do now")
     return [overrides(point) for point in points]

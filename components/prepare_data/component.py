@@ -7,19 +7,23 @@ from components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def prepare_data(name: str, source: str, data: Output[Dataset]):
+def prepare_data(name: str, data: Output[Dataset], source: str = ""):
     """The dataset as uint8 arrays; prepared once a store.
 
     Args:
         name: "cifar10", "cifar10-sample", which is bundled, or what make data calls images of your own.
-        source: cifar-10-python.tar.gz or a folder that holds it or its batches, an address of it
+        source: the launcher's DATA: cifar-10-python.tar.gz or a folder that holds it or its batches, an address of it
             (https://…, s3://bucket/key), or "" for the official one; the file of your own images (a path or
             s3://…), or "" if the store has them; the sample needs none.
+
+    Returns:
         data: train_images.npy, train_labels.npy, test_images.npy, test_labels.npy and data.json.
     """
     from pathlib import Path
 
-    from components import datasets
+    from components import datasets, sentences
 
-    info = datasets.prepare(name, source, Path(data.path))
-    data.metadata.update({key: info[key] for key in ("label", "fingerprint", "train", "tune", "test")})
+    with sentences():
+        info = datasets.prepare(name, source, Path(data.path))
+    told = ("name", "label", "fingerprint", "train", "tune", "test")
+    data.metadata.update({key: info[key] for key in told})

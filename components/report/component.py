@@ -12,10 +12,13 @@ def report(sweep: str, page: Output[HTML]):
 
     Args:
         sweep: the sweep as JSON (``dvq.config.Sweep``).
+
+    Returns:
         page: the page.
     """
     from pathlib import Path
 
-    from components import reports
+    from components import reports, sentences
 
-    reports.report(sweep, Path(page.path))
+    with sentences():
+        reports.report(sweep, Path(page.path))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import dvq
-from components import reports, trials
+from components import judging, reports, trials
 from components.folder import begin
 from components.store import Store
 from dvq import checkpoint, data, events
@@ -96,8 +96,8 @@ def test_an_old_interrupted_trial_goes_on_and_finishes(
     known = [event for event in events.read(folder) if event["kind"] == "metrics"]
     train(one, data.load(prepared), folder)
     assert f"going on from step {step}" in capsys.readouterr().out
-    trials.evaluate(prepared, folder / "model", tmp_path / "evaluation")
-    trials.analyze(prepared, folder / "model", tmp_path / "evaluation", tmp_path / "analysis", "")
+    judging.evaluate(prepared, folder / "model", tmp_path / "evaluation")
+    judging.analyze(prepared, folder / "model", tmp_path / "evaluation", tmp_path / "analysis", "")
     assert store.state(one.key()).name == "finished"
     points = [event for event in events.read(folder) if event["kind"] == "metrics"]
     assert points[: len(known)] == known
@@ -110,8 +110,8 @@ def main(folder: Path) -> None:
         prepared, out = Path(scratch) / "data", Path(scratch)
         data.prepare("cifar10-sample", "", prepared)
         trials.train("estimator=gs-soft steps=10", json.dumps(BASE), prepared, out / "model", "")
-        trials.evaluate(prepared, out / "model", out / "evaluation")
-        trials.analyze(prepared, out / "model", out / "evaluation", out / "analysis", "")
+        judging.evaluate(prepared, out / "model", out / "evaluation")
+        judging.analyze(prepared, out / "model", out / "evaluation", out / "analysis", "")
         one = trial(BASE | INTERRUPTED)
         begin(Store(folder).trial(one.key()), one, one.describe())
         path = Store(folder).trial(one.key())

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components import reports, tracking, trials
+from components import judging, reports, sentences, tracking, trials
 from components.folder import State, begin, read_json, state, write_json
 from components.store import Store
-from dvq import data, events, failures, goodput
+from dvq import DvqError, data, events, failures, goodput
 from dvq.config import Sweep, trial
 from dvq.fingerprints import FINGERPRINTS
 from dvq.model import Model
@@ -50,10 +50,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return found
 
 
-def run(overrides: str, prepared: Path, out: Path) -> dict[str, Any]:
-    trials.train(overrides, json.dumps(BASE), prepared, out / "model", "")
-    numbers = trials.evaluate(prepared, out / "model", out / "evaluation")
-    trials.analyze(prepared, out / "model", out / "evaluation", out / "analysis", "")
+def run(overrides: str, prepared: Path, out: Path, record: bool = True) -> dict[str, Any]:
+    trials.train(overrides, json.dumps(BASE), prepared, out / "model", "", record)
+    numbers = judging.evaluate(prepared, out / "model", out / "evaluation", record)
+    judging.analyze(prepared, out / "model", out / "evaluation", out / "analysis", "", record)
     return numbers
 
 
@@ -78,21 +78,118 @@ def test_a_trial_becomes_results(store: Store, prepared: Path, tmp_path: Path) -
     assert states == ["training", "evaluating", "analyzing", "finished"]
 
 
-def test_a_trial_is_not_judged_by_other_images(store: Store, prepared: Path, tmp_path: Path) -> None:
+def others(prepared: Path, folder: Path) -> Path:
+    """A dataset of the same shape: its labels are others."""
+    data.link(prepared, folder)
+    about = json.loads((folder / "data.json").read_text())
+    (folder / "data.json").unlink()
+    about |= {"name": "birds@" + "0" * 16, "fingerprint": "0" * 64, "label": "birds"}
+    (folder / "data.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_a_model_is_judged_by_other_images_apart_from_its_trial(
+    store: Store, prepared: Path, tmp_path: Path
+) -> None:
     """Their numbers would stay under its key."""
-    other = tmp_path / "other"
-    data.link(prepared, other)
-    about = json.loads((other / "data.json").read_text())
-    (other / "data.json").unlink()
-    (other / "data.json").write_text(
-        json.dumps(about | {"name": "birds@" + "0" * 16, "fingerprint": "0" * 64})
+    other, model = others(prepared, tmp_path / "other"), tmp_path / "model"
+    trials.train("estimator=vq-ema", json.dumps(BASE), prepared, model, "")
+    key = trial({**BASE, "estimator": "vq-ema"}).key()
+    for when in ("before", "after"):  # its own are judged
+        numbers = judging.evaluate(other, model, tmp_path / when)
+        assert numbers["bits_per_dim"] > 0
+        assert "fitted_bits_per_dim" not in numbers, "it is not trained on these"
+        assert store.has(key, "evaluation.json") == (when == "after")
+        judging.analyze(other, model, tmp_path / when, tmp_path / f"analysis-{when}", "")
+        results = read_json(tmp_path / f"analysis-{when}" / "results.json") or {}
+        assert results["data"]["label"] == "birds"
+        assert "fitted_bits_per_dim" in judging.evaluate(prepared, model, tmp_path / "own")
+        assert store.state(key).name == "interrupted"
+    with pytest.raises(
+        DvqError, match=r"the evaluation is of images 0000000000000000…, and the data are cifar10-sample"
+    ):
+        judging.analyze(prepared, model, tmp_path / "before", tmp_path / "analysis", "")
+    assert not store.has(key, "results.json")
+
+
+def test_other_weights_do_not_get_the_trials_numbers(store: Store, prepared: Path, tmp_path: Path) -> None:
+    first = run("estimator=vq-ema", prepared, tmp_path)
+    one = trial({**BASE, "estimator": "vq-ema"})
+    before = (store.trial(one.key()) / "evaluation.json").read_bytes()
+    save(Model(one), tmp_path / "mine")
+    numbers = judging.evaluate(prepared, tmp_path / "mine", tmp_path / "evaluation")
+    assert numbers["bits_per_dim"] != first["bits_per_dim"]
+    assert (store.trial(one.key()) / "evaluation.json").read_bytes() == before
+    with pytest.raises(DvqError, match="holds no whole prepared dataset"):
+        judging.evaluate(tmp_path / "nowhere", tmp_path / "model", tmp_path / "evaluation")
+
+
+def test_images_of_another_shape_are_refused(prepared: Path, tmp_path: Path) -> None:
+    save(
+        Model(trial({**BASE, "estimator": "vq-ema", "data": "digits@8x8x1-" + "0" * 16})), tmp_path / "model"
     )
-    trials.train("estimator=vq-ema", json.dumps(BASE), prepared, tmp_path / "model", "")
-    trials.evaluate(other, tmp_path / "model", tmp_path / "evaluation")
-    trials.analyze(other, tmp_path / "model", tmp_path / "evaluation", tmp_path / "analysis", "")
-    failed = store.state(trial({**BASE, "estimator": "vq-ema"}).key())
-    assert failed.name == "failed"
-    assert "the trial is of cifar10-sample, and these images are birds@0000000000000000" in failed.reason
+    with pytest.raises(DvqError, match=r"the model takes images of 8×8×1, and cifar10-sample are of 32×32×3"):
+        judging.evaluate(prepared, tmp_path / "model", tmp_path / "evaluation")
+
+
+@pytest.mark.parametrize("with_store", [True, False])
+def test_a_failure_fails_its_step_unless_a_sweep_records_it(
+    with_store: bool, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else somebody's pipeline would be green, and its metrics empty."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store") if with_store else "")
+    diverges = ("estimator=gs-soft learning_rate=1e30", json.dumps(BASE), prepared, tmp_path / "model", "")
+    with pytest.raises(DvqError, match="training diverged: at step "):
+        trials.train(*diverges)
+    with pytest.raises(DvqError, match="it has no weights, for its training failed"):
+        judging.evaluate(prepared, tmp_path / "model", tmp_path / "evaluation")
+    with pytest.raises(DvqError, match="there is no evaluation of the model"):
+        judging.analyze(prepared, tmp_path / "model", tmp_path / "evaluation", tmp_path / "analysis", "")
+    trials.train("estimator=gs-soft", json.dumps(BASE), prepared, tmp_path / "model", "")
+    monkeypatch.setattr("dvq.evaluate.evaluate", lambda *_, **__: 1 / 0)
+    with pytest.raises(DvqError, match="evaluating: ZeroDivisionError"):
+        judging.evaluate(prepared, tmp_path / "model", tmp_path / "evaluation")
+    if not with_store:
+        with pytest.raises(DvqError, match="training diverged"):  # nothing could record it
+            trials.train(*diverges, record=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "base", "says"),
+    [
+        ("estimator=vq-ema", "{", r"base: this is no JSON \(.*\); give an object of fields, or \{\}"),
+        ("estimator=vq-ema", "[1]", r"base: \[1\] is no JSON object"),
+        (
+            '{"estimator": "vq-ema"}',
+            "{}",
+            r"'\{estimator:' sets no field; write estimator=gs-soft num_codes=512",
+        ),
+        ("gs-soft, seed 0", "{}", r"'gs-soft,' sets no field"),
+    ],
+)
+def test_what_is_wrong_with_a_trial_is_one_sentence(
+    overrides: str, base: str, says: str, prepared: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DvqError, match=says):
+        trials.train(overrides, base, prepared, tmp_path / "model", "")
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_is_no_model_is_said(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(DvqError, match=r"no model here: trial.json is missing; give what train made"):
+        judging.evaluate(prepared, prepared, tmp_path / "evaluation")
+    with pytest.raises(DvqError, match="limit = -1: give how many"):
+        trials.unfinished(Sweep(name="s", base={"estimator": "vq-ema"}), -1)
+
+
+def test_a_component_ends_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, sentences():
+        raise DvqError("what is wrong; what to do")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: what is wrong; what to do\n"
+    with pytest.raises(ZeroDivisionError), sentences():
+        raise ZeroDivisionError
 
 
 @pytest.mark.usefixtures("store")
@@ -103,7 +200,7 @@ def test_a_trial_is_judged_by_its_splits_images_and_fitted_to_those_it_was_train
     monkeypatch.setattr("dvq.evaluate.evaluate", lambda *given, **more: asked.append((given, more)) or {})
     one = trial({**BASE, "estimator": "vq-ema", "split": "tune", "bound_samples": 3})
     save(Model(one), tmp_path / "model")
-    trials.evaluate(prepared, tmp_path / "model", tmp_path / "evaluation")
+    judging.evaluate(prepared, tmp_path / "model", tmp_path / "evaluation")
     ((_, judged), more), images = asked[0], data.load(prepared).arrays["train_images"]
     assert more["bound_samples"] == 3
     np.testing.assert_array_equal(judged, images[1800:])
@@ -144,9 +241,10 @@ def test_a_finished_trial_that_its_experiment_lacks_is_in_the_plan(
     begin(store.trial(one.key()), one, "x")
     write_json(store.trial(one.key()) / "results.json", {})
     tracking.remember(store.trial(one.key()), "another")
-    assert trials.unfinished(sweep) == sweep.points()
+    assert trials.unfinished(sweep, experiment="s") == sweep.points()
+    assert trials.unfinished(sweep) == [], "where nothing is to be tracked"
     tracking.remember(store.trial(one.key()), "s")
-    assert trials.unfinished(sweep) == []
+    assert trials.unfinished(sweep, experiment="s") == []
 
 
 def test_a_longer_trial_goes_on_from_a_shorter_one(store: Store, prepared: Path, tmp_path: Path) -> None:
@@ -194,7 +292,7 @@ def test_what_is_wrong_with_a_shorter_trial_is_the_longer_ones_failure(
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copytree", changes)
-        trials.train("estimator=vq-ema steps=8", json.dumps(BASE), prepared, tmp_path / "model", "")
+        trials.train("estimator=vq-ema steps=8", json.dumps(BASE), prepared, tmp_path / "model", "", True)
     assert "changed while it was copied" in state(long).reason
     assert not (long / "trial.json").exists()
     run("estimator=vq-ema steps=8", prepared, tmp_path / "again")
@@ -224,7 +322,7 @@ def test_a_number_that_is_not_finite_is_no_metric_and_no_champion(
     assert crowned == [second]
 
     write_json(store.trial(first) / "evaluation.json", results["evaluation"])
-    numbers = trials.evaluate(prepared, tmp_path / "0" / "model", tmp_path / "evaluation")
+    numbers = judging.evaluate(prepared, tmp_path / "0" / "model", tmp_path / "evaluation")
     assert "distortion" in numbers
     assert "bits_per_dim" not in numbers
 
@@ -244,11 +342,20 @@ def test_a_folder_of_another_format_is_refused(store: Store, prepared: Path, tmp
 def test_without_a_store_the_artifacts_are_complete(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("DVQ_STORE", raising=False)
-    numbers = run("estimator=vq-ema", prepared, tmp_path)
-    results = json.loads((tmp_path / "analysis" / "results.json").read_text(encoding="utf-8"))
-    assert results["evaluation"]["bits_per_dim"] == numbers["bits_per_dim"]
-    assert (tmp_path / "model" / "model.safetensors").exists()
+    """All that the results in a store hold: the name that tells trials apart and the curves too."""
+    point, found = "estimator=vq-ema learning_rate=0.002 evaluate_every=2", []
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for place in ("", str(tmp_path / "store")):
+        monkeypatch.setenv("DVQ_STORE", place)
+        out = tmp_path / f"out{place and '-store'}"
+        numbers = run(point, prepared, out)
+        results = json.loads((out / "analysis" / "results.json").read_text(encoding="utf-8"))
+        assert results["evaluation"]["bits_per_dim"] == numbers["bits_per_dim"]
+        assert (out / "model" / "model.safetensors").exists()
+        found.append({key: results[key] for key in ("name", "key", "evaluation", "curves", "analysis")})
+    assert found[0] == found[1]
+    assert found[0]["name"] == "vq-ema-c4-k2-s0-learning-rate-0.002"
+    assert len(found[0]["curves"]) == 2
 
 
 def test_a_trial_that_raises_is_a_failure_with_its_reason(
@@ -304,7 +411,7 @@ def test_a_machine_without_its_gpu_fails_the_step_too(
     trials.train("estimator=vq-ema", json.dumps(BASE), prepared, model, "")
     monkeypatch.setenv("DVQ_DEVICE", "cuda")
     with pytest.raises(SystemExit, match=str(failures.UNUSABLE)):
-        trials.evaluate(prepared, model, out)
+        judging.evaluate(prepared, model, out)
     assert "sees no GPU" in store.state(key).reason
 
 

@@ -89,7 +89,8 @@ def test_a_component_imports_only_kfp_at_its_top() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["pipeline.submit", "pipeline.explain", "components.remote", "components.trials"]
+    "module",
+    ["pipeline.submit", "pipeline.explain", "components.remote", "components.trials", "components.judging"],
 )
 def test_no_seconds_are_spent_on_imports(module: str) -> None:
     slow = {"boto3", "kfp", "matplotlib", "mlflow", "torch"}

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from components import bucket as objects
-from components import mirror, remote, reports, s3, trials
+from components import judging, mirror, remote, reports, s3, trials
 from components.folder import State
 from components.remote import RemoteStore
 from components.store import Store
@@ -95,8 +95,8 @@ def machine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteStore:
 
 def run(point: str, prepared: Path, out: Path) -> None:
     trials.train(point, json.dumps(BASE), prepared, out / "model", "")
-    trials.evaluate(prepared, out / "model", out / "evaluation")
-    trials.analyze(prepared, out / "model", out / "evaluation", out / "analysis", "")
+    judging.evaluate(prepared, out / "model", out / "evaluation")
+    judging.analyze(prepared, out / "model", out / "evaluation", out / "analysis", "")
 
 
 def numbers(results: dict[str, Any] | None) -> dict[str, Any]:
@@ -148,9 +148,9 @@ def test_each_step_may_be_on_another_machine(
     store.look([KEY])
     assert store.state(KEY) == State("interrupted", step=12)
     machine(tmp_path / "two", monkeypatch)
-    trials.evaluate(prepared, tmp_path / "model", tmp_path / "evaluation")
+    judging.evaluate(prepared, tmp_path / "model", tmp_path / "evaluation")
     machine(tmp_path / "three", monkeypatch)
-    trials.analyze(prepared, tmp_path / "model", tmp_path / "evaluation", tmp_path / "analysis", "")
+    judging.analyze(prepared, tmp_path / "model", tmp_path / "evaluation", tmp_path / "analysis", "")
     assert finished(tmp_path / "four", monkeypatch) == undisturbed
     monkeypatch.setattr(subprocess, "Popen", None)  # nothing is trained again
     run(POINT, prepared, tmp_path / "again")

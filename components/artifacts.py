@@ -1,0 +1,93 @@
+"""From a trial's folder to its model's artifact, and back.
+
+A step works in the trial's folder in the store, so that others find what it does. Where there is no store, or it was
+given other weights or images than the trial's, it works in a folder that is removed afterwards: under a trial's key
+nothing is kept that is not the trial's.
+"""
+
+import filecmp
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from components.folder import read_json, write_json
+from components.store import Store, Work
+from dvq import DvqError
+from dvq.config import trial as make_trial
+from dvq.data import Data
+from dvq.trial import Trial, values
+
+CARRIED = ("events", "images")
+RUN = "run.json"
+"""of the artifact: the trial.json of the trial's folder, its name and attempt"""
+
+
+def give(folder: Path, trial: Trial, model: Path) -> None:
+    """Make the model's artifact: ``trial.json``, the weights if there are any, and how training went, unless there is
+    a store, in which the following steps find it."""
+    model.mkdir(parents=True, exist_ok=True)
+    if (folder / "model").exists():
+        shutil.copytree(folder / "model", model, dirs_exist_ok=True)
+    else:
+        write_json(model / "trial.json", values(trial))
+    if Store.from_environment() is None and (folder / "trial.json").exists():
+        shutil.copy(folder / "trial.json", model / RUN)
+        for part in CARRIED:
+            if (folder / part).exists():
+                shutil.copytree(folder / part, model / part, dirs_exist_ok=True)
+
+
+def fail(reason: str, record: bool) -> None:
+    """Fail the step for a trial's failure, unless it is to ``record`` and there is a store that has it."""
+    if reason and not (record and Store.from_environment()):
+        raise DvqError(reason)
+
+
+def opened(model: Path) -> tuple[Trial, bool]:
+    """The trial of a model's artifact, and whether it was trained (rather than failed)."""
+    fields = read_json(model / "trial.json")
+    if fields is None:
+        raise DvqError(f"{model}: no model here: trial.json is missing; give what train made")
+    return make_trial(fields, where=str(model)), (model / "model.safetensors").exists()
+
+
+@contextmanager
+def working(trial: Trial) -> Iterator[Work]:
+    """Work on the trial's folder in the store; without a store, in one that is removed afterwards."""
+    store = Store.from_environment()
+    if store is None:
+        with tempfile.TemporaryDirectory(prefix="dvq-trial-") as folder:
+            yield Work(Path(folder))
+    else:
+        with store.working(trial.key()) as work:
+            yield work
+
+
+@contextmanager
+def working_on(trial: Trial, data: Data, model: Path) -> Iterator[Work]:
+    """Work on what the store has of ``trial``, if ``model`` and ``data`` are its own; else apart from it, in a folder
+    with what the artifact tells of its training."""
+    store = Store.from_environment()
+    if store and data.fits(trial):
+        store.look([trial.key()])
+        if store.has(trial.key(), "model"):
+            with store.working(trial.key()) as work:
+                if _same(work.folder / "model", model):
+                    yield work
+                    return
+    with tempfile.TemporaryDirectory(prefix="dvq-trial-") as scratch:
+        folder = Path(scratch)
+        for part in CARRIED:
+            if (model / part).exists():
+                shutil.copytree(model / part, folder / part)
+        shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns(RUN, *CARRIED))
+        if (model / RUN).exists():
+            shutil.copy(model / RUN, folder / "trial.json")
+        yield Work(folder)
+
+
+def _same(one: Path, other: Path) -> bool:
+    weights = (one / "model.safetensors", other / "model.safetensors")
+    return all(path.exists() for path in weights) and filecmp.cmp(*weights, shallow=False)

@@ -1,0 +1,175 @@
+"""What evaluate and analyze do with a trained model, each going on from what is there."""
+
+import math
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from components.artifacts import fail, opened, working, working_on
+from components.folder import FORMAT, read_json, state, write_json
+from components.tracking import TrialRun
+from dvq import DvqError, events, failures
+from dvq.data import Data, load
+from dvq.events import Events
+from dvq.trial import Trial, values
+
+
+@contextmanager
+def _step(folder: Path, name: str) -> Iterator[None]:
+    diary = Events(folder)
+    diary.state(name)
+    try:
+        yield
+    except failures.UnusableError as error:
+        diary.state("interrupted", failures.reason(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(failures.UNUSABLE)
+    except Exception as error:
+        traceback.print_exc()
+        diary.failure(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def evaluate(data: Path, model: Path, evaluation: Path, record: bool = False) -> dict[str, Any]:
+    """Evaluate the model on every image of the trial's split; ``evaluation`` gets the result, and the store too if
+    these are the trial's own images. For others, which have the same shape, there is no ``fitted_bits_per_dim``.
+
+    Returns:
+        the numbers among it that are finite.
+
+    Raises:
+        DvqError: no model, or no images that it takes; unless failures are recorded, why there is no result.
+    """
+    trial, trained = opened(model)
+    result, reason = None, "" if trained else f"{model}: it has no weights, for its training failed"
+    if trained:
+        images = load(data)
+        images.check_shape(trial)
+        with working_on(trial, images, model) as work:
+            result = read_json(work.folder / "evaluation.json")
+            if result is None:
+                with _step(work.folder, "evaluating"):
+                    result = _evaluate(images, model, trial)
+                    write_json(work.folder / "evaluation.json", result)
+                reason = "" if result else state(work.folder).reason
+    evaluation.parent.mkdir(parents=True, exist_ok=True)
+    write_json(evaluation, result or {})
+    fail(reason, record)
+    return {
+        name: value
+        for name, value in (result or {}).items()
+        if isinstance(value, int | float)
+        and math.isfinite(value)  # NaN is no JSON, which a cluster's KFP refuses
+    }
+
+
+def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:
+    from dvq import device
+    from dvq import load as load_model
+    from dvq.evaluate import evaluate as judge
+    from dvq.provenance import provenance
+
+    device.keep_memory()
+    place = device.pick()
+    judged, split = load_model(model).to(place), trial.split
+    seen = images.training(split)[0] if images.fits(trial) else None
+    found = judge(judged, images.evaluation(split)[0], bound_samples=trial.bound_samples, training=seen)
+    made_by = provenance(str(place))  # it may be another than trained it
+    return {"split": split, **found, "provenance": {**made_by, "data": images.info["fingerprint"]}}
+
+
+def analyze(
+    data: Path, model: Path, evaluation: Path, analysis: Path, experiment: str, record: bool = False
+) -> None:
+    """Analyze the codebooks and publish the trial's results, last of all; ``analysis`` gets all that is made.
+
+    Raises:
+        DvqError: no model, or an evaluation of other images; unless failures are recorded, why there are no results.
+    """
+    trial, trained = opened(model)
+    judged = read_json(evaluation)
+    if not (trained and judged):
+        if record:
+            with working(trial) as work:
+                TrialRun(work.folder, experiment).sync()
+        analysis.mkdir(parents=True, exist_ok=True)
+        fail(f"{evaluation}: there is no evaluation of the model, for training or evaluation failed", record)
+        return
+    images = load(data)
+    images.check_shape(trial)
+    of = judged.get("provenance", {}).get("data", images.info["fingerprint"])
+    if of != images.info["fingerprint"]:
+        raise DvqError(
+            f"the evaluation is of images {of[:16]}…, and the data are {images.info['name']}; give the same"
+        )
+    reason = ""
+    with working_on(trial, images, model) as work:
+        folder = work.folder
+        if not (folder / "results.json").exists():
+            with _step(folder, "analyzing"):
+                _analyze(images, model, judged, folder, read_json(folder / "trial.json") or {})
+            if (folder / "results.json").exists():
+                Events(folder).state("finished")
+            else:
+                reason = state(folder).reason
+        analysis.mkdir(parents=True, exist_ok=True)
+        for name in ("results.json", "analysis.npz", "pictures.npz"):
+            if (folder / name).exists():
+                shutil.copy(folder / name, analysis / name)
+        if (folder / "figures").exists():
+            shutil.copytree(folder / "figures", analysis / "figures", dirs_exist_ok=True)
+        if images.fits(trial):
+            TrialRun(folder, experiment).sync()
+    fail(reason, record)
+
+
+def _analyze(
+    data: Data, model_path: Path, judged: dict[str, Any], folder: Path, document: dict[str, Any]
+) -> None:
+    import numpy as np
+
+    from dvq import figures, pictures, style
+    from dvq import load as load_model
+    from dvq.analyze import analyze as analyze_codebooks
+
+    model = load_model(model_path)
+    training = read_json(model_path / "training.json") or {}
+    results = {
+        "format": FORMAT,
+        "name": document.get("name", model.trial.describe()),
+        "key": model.trial.key(),
+        "trial": values(model.trial),
+        "data": data.info,
+        "provenance": training.pop("provenance", {}),
+        "training": training,
+        "evaluation": judged,
+        "curves": _curves(folder, f"{model.trial.split}/"),
+        "probe": _curves(folder, "probe/"),
+    }
+    title = f"{results['name']}, {data.info['label']}"
+    seen = pictures.take(model, data.evaluation(model.trial.split)[0])
+    seen.save(folder / "pictures.npz")
+    drawn = {"pictures": pictures.of_trial(seen, title)}
+    if "usage" in judged:
+        found = analyze_codebooks(model.latents.codebook.detach().numpy(), np.asarray(judged["usage"]))
+        found.save(folder / "analysis.npz")
+        drawn["explained_variance"] = figures.explained_variance(found, title)
+        drawn["codebooks"] = figures.codebooks_3d(found, title)
+        results["analysis"] = found.summary()
+    for name, figure in drawn.items():
+        style.save_png(figure, folder / "figures" / f"{name}.png")
+    write_json(folder / "results.json", results)
+
+
+def _curves(folder: Path, prefix: str) -> list[dict[str, float]]:
+    """What was measured along training under names that begin with ``prefix``, from the events."""
+    points = []
+    for event in events.read(folder):
+        numbers = event.get("values", {})
+        found = {name.removeprefix(prefix): x for name, x in numbers.items() if name.startswith(prefix)}
+        if found:
+            points.append({"step": event["step"], **found})
+    return points
