@@ -77,7 +77,7 @@ def _copy(shorter: Path, folder: Path) -> None:
     for part in ("checkpoints", "images", "events"):
         if (shorter / part).exists():
             try:
-                shutil.copytree(shorter / part, folder / part, ignore=shutil.ignore_patterns(".partial-*"))
+                shutil.copytree(shorter / part, folder / part, ignore=shutil.ignore_patterns(".*"))
             except shutil.Error as error:
                 raise DvqError(_because(shorter, [str(why) for *_, why in error.args[0]])) from None
 

@@ -41,30 +41,22 @@ def write(folder: Path, step: int, tensors: "dict[str, Tensor]", about: dict[str
     """
     from safetensors.torch import save
 
-    final = folder / "checkpoints" / f"{step:09d}"
-    partial = final.with_name(f".partial-{final.name}")
+    path = folder / "checkpoints" / f"{step:09d}"
     content = save(tensors)
     digest = hashlib.sha256(content).hexdigest()
     document = {"format": FORMAT, "step": step, "sha256": digest, **about}
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / "state.safetensors").write_bytes(content)
-        (partial / "checkpoint.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        for path in partial.iterdir():
-            disk.sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        disk.sync(final.parent)
+        with disk.whole(path) as partial:
+            (partial / "state.safetensors").write_bytes(content)
+            (partial / "checkpoint.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise DvqError(
-            f"checkpoint of step {step} cannot be written to {final.parent} ({error.strerror}); the last one "
+            f"checkpoint of step {step} cannot be written to {path.parent} ({error.strerror}); the last one "
             "is kept, and training goes on from it when there is room"
         ) from None
     for old in steps(folder)[:-KEPT]:
-        shutil.rmtree(final.with_name(f"{old:09d}"), ignore_errors=True)
-    return final
+        shutil.rmtree(path.with_name(f"{old:09d}"), ignore_errors=True)
+    return path
 
 
 def steps(folder: Path) -> list[int]:

@@ -88,10 +88,8 @@ def kmeans(v: Tensor, codes: int, generator: Generator, iterations: int = 10) ->
     order = torch.stack([torch.randperm(n, generator=generator, device=v.device)[:codes] for _ in range(k)])
     centers = v.gather(1, order.unsqueeze(-1).expand(-1, -1, d))
     for _ in range(iterations):
-        # one codebook at a time, for (N, C) distances may be a gigabyte
-        nearest = torch.stack(
-            [torch.cdist(*pair).argmin(-1) for pair in zip(v, centers, strict=True)]
-        )  # (K, N)
+        # (K, N), one codebook at a time, for (N, C) distances may be a gigabyte
+        nearest = torch.stack([torch.cdist(*pair).argmin(-1) for pair in zip(v, centers, strict=True)])
         sums = code_sums(v, nearest, codes)
         counts = torch.zeros_like(centers[..., 0]).scatter_add_(1, nearest, torch.ones_like(v[..., 0]))
         centers = torch.where(counts.unsqueeze(-1) > 0, sums / counts.clamp(min=1).unsqueeze(-1), centers)

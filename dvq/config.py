@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvq import DvqError
 from dvq.advice import meant, nearest, plain_name, sentence
-from dvq.estimators import Estimator
+from dvq.estimators import ESTIMATORS
 from dvq.trial import Trial
 
 Point = dict[str, Any]
@@ -41,10 +41,8 @@ class _Loader(yaml.SafeLoader):
 
 def estimators() -> dict[str, type[Trial]]:
     """Every estimator's configuration by its name; DvqError for a class that has none of its own."""
-    union = get_args(Estimator)[0]
-    classes: Sequence[type[Trial]] = get_args(union) or (union,)
     found: dict[str, type[Trial]] = {}
-    for cls in classes:
+    for cls in ESTIMATORS:
         _check(cls)
         name = next(iter(get_args(cls.model_fields["estimator"].annotation)), None)
         if name is None or name in found:
@@ -58,7 +56,7 @@ def estimators() -> dict[str, type[Trial]]:
 
 
 def _check(cls: type[Trial]) -> None:
-    """DvqError for a class in the union that is no estimator yet."""
+    """DvqError for a class in the list that is no estimator yet."""
     if not (isinstance(cls, type) and issubclass(cls, Trial)):
         raise DvqError(f"{cls.__module__}: {cls.__name__} is no Trial; derive it from a class of dvq.trial")
     if cls.__abstractmethods__:
@@ -79,11 +77,11 @@ def _elsewhere(key: str, cls: type[Trial]) -> str:
     return f", {which} is a field of {', '.join(owners)}; {where}"
 
 
-def _not_in_the_union(name: str) -> str:
+def _not_in_the_list(name: str) -> str:
     """What to do where the estimator's file is written and not named yet; empty where there is none."""
     file = Path(__file__).parent / "estimators" / f"{name.replace('-', '_')}.py"
     return (
-        f"; {file.name} is there: name its class in the union in dvq/estimators/__init__.py"
+        f"; {file.name} is there: name its class in the list in dvq/estimators/__init__.py"
         if file.exists()
         else ""
     )
@@ -96,7 +94,7 @@ def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
     if name is None:
         raise DvqError(f"{where}: no estimator is named; known: {', '.join(sorted(known))}")
     if not isinstance(name, str) or name not in known:
-        hint = _not_in_the_union(str(name)) or nearest(str(name), list(known))
+        hint = _not_in_the_list(str(name)) or nearest(str(name), list(known))
         raise DvqError(f"{where}: unknown estimator '{name}'{hint}")
     cls = known[name]
     for key, value in values.items():

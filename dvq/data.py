@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +22,11 @@ import numpy.typing as npt
 from dvq import DvqError, cifar10, disk, fingerprints, own
 from dvq.cifar10 import Images, Progress
 from dvq.fingerprints import ARRAYS, FORMAT, fingerprint, shape_of
-
-if TYPE_CHECKING:
-    from dvq.trial import Trial
+from dvq.trial import Split, Trial
 
 SAMPLE = Path(__file__).parent / "sample" / "cifar10-sample.npz"
 HELD_OUT = 10
 """one training image in so many, the last ones, is held out by the split ``tune``"""
-Split = Literal["test", "tune"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,11 @@ class Data:
         end = self.info["train"] - (self.info["tune"] if split == "tune" else 0)
         return self.arrays["train_images"][:end], self.arrays["train_labels"][:end]
 
-    def fits(self, trial: "Trial") -> bool:
+    def fits(self, trial: Trial) -> bool:
         """Whether these are the images that the trial names."""
-        return fingerprints.fits(trial.data, self.info["fingerprint"], shape_of(self.arrays))
+        return fingerprints.fits(trial.data, self.info["fingerprint"], self.arrays)
 
-    def check(self, trial: "Trial") -> None:
+    def check(self, trial: Trial) -> None:
         """DvqError unless these are the images that the trial names."""
         if not self.fits(trial):
             name = self.info["name"]
@@ -58,7 +55,7 @@ class Data:
                 f"the trial is of {trial.data}, and these images are {name}; give it 'data': '{name}'"
             )
 
-    def check_shape(self, trial: "Trial") -> None:
+    def check_shape(self, trial: Trial) -> None:
         """DvqError unless a model of the trial takes these images."""
         if shape_of(self.arrays) != trial.image_shape:
             one, other = ("×".join(map(str, size)) for size in (trial.image_shape, shape_of(self.arrays)))
@@ -102,7 +99,7 @@ def is_prepared(name: str, folder: Path) -> bool:
         found = load(folder)
     except DvqError:
         return False
-    return fingerprints.fits(name, str(found.info.get("fingerprint")), shape_of(found.arrays))
+    return fingerprints.fits(name, str(found.info.get("fingerprint")), found.arrays)
 
 
 def check_source(name: str, source: str) -> None:
@@ -224,7 +221,7 @@ def _read(name: str, source: str, scratch: Path, progress: Progress | None) -> d
 
 def _write(name: str, arrays: dict[str, Images], work: Path) -> None:
     found = fingerprint(arrays)
-    if not fingerprints.fits(name, found, shape_of(arrays)):
+    if not fingerprints.fits(name, found, arrays):
         if name not in fingerprints.FINGERPRINTS:
             actual = fingerprints.own(name.partition("@")[0], arrays)
             raise DvqError(f"{name}: the images are {actual}; give the file that make data was given")

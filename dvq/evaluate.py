@@ -63,7 +63,7 @@ def evaluate(
 
         L_S = log (1/S) Σ_s p(x, z_s) / q(z_s|x),
 
-    one draw at a time, so that memory does not grow with S. VQ-VAE's and FSQ's q is certain: their L_S is their ELBO.
+    one draw at a time, so that memory does not grow with S. Of a deterministic q (VQ-VAE, FSQ) it is the ELBO.
 
     With ``training``, the images that the model was trained on, also the ELBO of the model that :func:`fit` makes
     of it.
@@ -95,7 +95,7 @@ def evaluate(
         elbos, weights = [], []
         for draw in range(draws):
             sample = model.latents.sample(v, more if draw else first)
-            distortion = model.distortions(sample.vectors, batch)
+            distortion = model.channel_distortions(sample.vectors, batch)
             if draw == 0:
                 gathered.add(sample, distortion)
             nll = distortion.sum(1).double()
@@ -103,12 +103,7 @@ def evaluate(
             weights.append(-nll - per_image(sample.log_ratio, len(batch)))
         gathered.draws.append(torch.stack(elbos))
         gathered.bounds.append(math.log(draws) - torch.stack(weights).logsumexp(0))
-    result = _summary(gathered, bound_samples, model.trial)
-    if gathered.usage is not None:
-        usage = gathered.usage.double()
-        frequencies = usage / usage.sum(1, keepdim=True)
-        gain = torch.xlogy(usage, frequencies).sum() - (usage * model.latents.log_prior().double()).sum()
-        result["rate_least"] = result["rate"] - gain.item() / len(images) * model.trial.bits_per_nat
+    result = _summary(gathered, bound_samples, model)
     if training is not None:
         fitted = fit(copy.deepcopy(model), training, batch_size, seed)
         result["fitted_bits_per_dim"] = evaluate(fitted, images, batch_size, seed)["bits_per_dim"]
@@ -183,7 +178,8 @@ def _fit_prior(
     model.latents.prior_logits.copy_(counts.log())
 
 
-def _summary(gathered: _Pass, bound_samples: int, trial: Trial) -> dict[str, Any]:
+def _summary(gathered: _Pass, bound_samples: int, model: Model) -> dict[str, Any]:
+    trial = model.trial
     distortions, rates = (
         torch.cat(terms).double() * trial.bits_per_nat for terms in (gathered.distortions, gathered.rates)
     )
@@ -201,6 +197,9 @@ def _summary(gathered: _Pass, bound_samples: int, trial: Trial) -> dict[str, Any
     if gathered.usage is not None:
         k, c = gathered.usage.shape
         result["rate_uniform"] = trial.positions * k * math.log(c) * trial.bits_per_nat
+        usage, log_prior = gathered.usage.double(), model.latents.log_prior().double()
+        gain = torch.xlogy(usage, usage / usage.sum(1, keepdim=True)).sum() - (usage * log_prior).sum()
+        result["rate_least"] = result["rate"] - gain.item() / len(rate) * trial.bits_per_nat
         result |= usage_summary(gathered.usage.cpu().numpy())
     return result
 

@@ -253,6 +253,5 @@ def _codebooks(figure: Figure, panels: Any, analysis: Analysis) -> None:
         )
     bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels[: len(analysis.norms)], shrink=0.7).ax
     bar.set_title("norm", size=8)
-    figure.set_layout_engine(
-        "constrained", rect=(0.01, 0, 0.95, 0.985)
-    )  # else the bars' numbers may be cut off
+    # else the bars' numbers may be cut off
+    figure.set_layout_engine("constrained", rect=(0.01, 0, 0.95, 0.985))

@@ -27,10 +27,9 @@ def begin(folder: Path, step: int) -> None:
     lost = [event for event in points if event["step"] > step]
     if lost:
         kept = [event["time"] for event in points if event["step"] <= step]
-        began = [
-            event["time"] for event in told if event.get("state") == "training"
-        ]  # not while it lay still
         found["steps_lost"] += lost[-1]["step"] - step
+        # not while it lay still
+        began = [event["time"] for event in told if event.get("state") == "training"]
         found["seconds_lost"] += max(0.0, lost[-1]["time"] - max([*kept, *began], default=lost[0]["time"]))
     found["attempts"] += 1
     disk.replace(folder / "goodput.json", json.dumps(found))

@@ -1,18 +1,16 @@
 """What a trained model is given, checked: other images or codes would be an error deep inside, or wrong numbers."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dvq import DvqError
-
-if TYPE_CHECKING:
-    from dvq.trial import Trial
+from dvq.trial import Discrete, Trial
 
 
-def images(given: Any, trial: "Trial", device: torch.device) -> Tensor:
+def images(given: Any, trial: Trial, device: torch.device) -> Tensor:
     """The images as a uint8 tensor on ``device``; DvqError if they are none of the shape of the trial's."""
     found = _tensor(given, "images")
     height, width, channels = of_one = trial.image_shape
@@ -36,11 +34,16 @@ def images(given: Any, trial: "Trial", device: torch.device) -> Tensor:
     return found.to(device)
 
 
-def codes(given: Any, trial: "Trial", device: torch.device) -> Tensor:
-    """The codes (B, H/4, W/4, K) as an int64 tensor on ``device``; DvqError if ``trial`` has no such codes."""
-    count = getattr(trial, "num_codes", None)
-    if count is None:
+def discrete(trial: Trial) -> Discrete:
+    """The trial; DvqError if its latent variables are continuous."""
+    if not isinstance(trial, Discrete):
         raise DvqError(f"a {trial.estimator} model has no codes: its latent variables are continuous")
+    return trial
+
+
+def codes(given: Any, trial: Trial, device: torch.device) -> Tensor:
+    """The codes (B, H/4, W/4, K) as an int64 tensor on ``device``; DvqError if ``trial`` has no such codes."""
+    count = discrete(trial).num_codes
     found = _tensor(given, "codes")
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise DvqError(f"codes are {_told(found)}: give integers, as encode does")

@@ -10,9 +10,9 @@ import numpy as np
 from dvq import NUMERICS, DvqError, disk
 from dvq import report as reports
 from dvq.analyze import Analysis
-from dvq.config import short_name, trial
+from dvq.config import estimators, short_name, trial
 from dvq.report import FIGURES
-from dvq.style import ESTIMATORS, partial, style
+from dvq.style import partial, style
 from dvq.trial import Discrete, Stochastic, Trial
 
 Result = dict[str, Any]
@@ -26,7 +26,7 @@ TAKEN = ("estimator", "num_codes", "num_latents", "data", "split", "steps")
 DETAILS = ("perplexity", "dead", "minutes", "device", "code", "evaluated by")
 """columns of the folder's page, which the project's README has no room for"""
 
-PAPERS = """\
+PUBLISHED = """\
 | on all of CIFAR-10, test bits/dim | | source |
 | --- | --- | --- |
 | GS-Soft, C = 512 | 4.61 | the paper |
@@ -66,12 +66,11 @@ def _rounded(numbers: Any) -> Any:
 
 def load(folder: Path) -> list[Result]:
     """All results that are kept, by estimator, K, C and what else they differ in."""
-    order = {known: at for at, known in enumerate(ESTIMATORS)}
+    order = list(estimators())
 
-    def place(result: Result) -> tuple[Any, ...]:
+    def place(result: Result) -> tuple[int, int, int]:
         fields = result["trial"]
-        at = order.get(fields["estimator"], len(order))
-        return at, fields["estimator"], fields["num_latents"], fields.get("num_codes", 0)
+        return order.index(fields["estimator"]), fields["num_latents"], fields.get("num_codes", 0)
 
     return sorted(map(_read, sorted(folder.glob("*.json"))), key=place)
 
@@ -126,7 +125,7 @@ def section(results: Sequence[Result], place: Path) -> str:
     if shown:
         told += f"\n\n{table(shown, f'{place}/', DETAILS)}"
     pictures = "\n".join(f"![{title}]({place}/figures/{name}.png)" for name, title in _titles(shown))
-    return f"{PAPERS}\n\n{told}\n\n{pictures}".strip()
+    return f"{PUBLISHED}\n\n{told}\n\n{pictures}".strip()
 
 
 def page(results: Sequence[Result], place: Path) -> str:
@@ -140,7 +139,7 @@ def page(results: Sequence[Result], place: Path) -> str:
         "same with prior and batch normalization's statistics fitted to the training images; and for VQ-VAE and FSQ "
         "the bits/dim under a `uniform prior`. Minutes are of training, some beside other work on the machine; "
         "`code` is the commit that trained.",
-        f"## The paper's numbers\n\n{PAPERS}",
+        f"## The paper's numbers\n\n{PUBLISHED}",
     ]
     if kinds["full"]:
         parts.append(f"## Trained in full: all 10,000 test images\n\n{table(kinds['full'], '')}")
@@ -190,8 +189,9 @@ def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str
     """A trial's cells by their columns."""
     fields, judged, provenance = result["trial"], result["evaluation"], result["provenance"]
     one = trial(fields)
-    certain = isinstance(one, Discrete) and not isinstance(one, Stochastic)  # its rate is −log p of its code
-    uniform = judged["distortion"] + judged["rate_uniform"] if certain else None
+    # of a deterministic code, whose rate is −log p(z)
+    deterministic = isinstance(one, Discrete) and not isinstance(one, Stochastic)
+    uniform = judged["distortion"] + judged["rate_uniform"] if deterministic else None
     return {
         "estimator": style(fields["estimator"])[0],
         "C": str(fields.get("num_codes", "–")),

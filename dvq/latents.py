@@ -4,7 +4,7 @@ Shapes: B images, P = 64 positions, N = B·P, K latent variables a position, C c
 code. The codebooks come first, (K, N, ·), as their batched products want it.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -13,9 +13,7 @@ from dvq.codes import look_up
 from dvq.draws import fast_reinmax, fast_score, inverse_draw, plain_reinmax, plain_score
 from dvq.posterior import categorical_kl, logits_of
 from dvq.relaxation import fast_relax, plain_relax
-
-if TYPE_CHECKING:
-    from dvq.trial import Discrete, LearnedCodes, Stochastic, Trial
+from dvq.trial import Discrete, LearnedCodes, Stochastic, Trial
 
 
 class Sample(NamedTuple):
@@ -36,9 +34,10 @@ def per_image(terms: Tensor, images: int) -> Tensor:
     return terms.unflatten(-1, (images, -1)).sum((-3, -1))
 
 
-def normal_codes(trial: "LearnedCodes") -> Tensor:
-    """Codebooks (K, C, D) of draws from N(0, σ²)."""
-    return torch.randn(trial.num_latents, trial.num_codes, trial.code_dim) * trial.codebook_sigma()
+def normal_codes(trial: LearnedCodes, scale: float = 1.0) -> Tensor:
+    """Codebooks (K, C, D) of draws from N(0, σ²), σ as ``codebook_std`` says for logits of this ``scale``."""
+    sigma = trial.codebook_std or (16 / (trial.code_dim * scale)) ** 0.5
+    return torch.randn(trial.num_latents, trial.num_codes, trial.code_dim) * sigma
 
 
 class Codebooks(nn.Module):
@@ -49,7 +48,7 @@ class Codebooks(nn.Module):
     codebook: Tensor
     prior_logits: Tensor
 
-    def __init__(self, trial: "Discrete", codebook: Tensor, trained: bool) -> None:
+    def __init__(self, trial: Discrete, codebook: Tensor, trained: bool) -> None:
         super().__init__()
         prior = torch.zeros(trial.num_latents, trial.num_codes)
         if trained:
@@ -87,8 +86,8 @@ class Codebooks(nn.Module):
 class Categorical(Codebooks):
     """The stochastic posterior q(z|x) = Cat(softmax l), l = −s‖v − M[k, c]‖²."""
 
-    def __init__(self, trial: "Stochastic") -> None:
-        super().__init__(trial, normal_codes(trial), trained=True)
+    def __init__(self, trial: Stochastic) -> None:
+        super().__init__(trial, normal_codes(trial, trial.distance_scale), trained=True)
         self.scale = trial.distance_scale
         self.plain = False
         """whether to compute the equations as they stand, where there is a faster form"""
@@ -98,7 +97,7 @@ class Categorical(Codebooks):
         return logits_of(v, self.codebook, self.scale)
 
     def relax(
-        self, v: Tensor, temperature: "float | Tensor", hard: bool, generator: Generator
+        self, v: Tensor, temperature: float | Tensor, hard: bool, generator: Generator
     ) -> tuple[Tensor, Tensor]:
         """What the decoder sees of a Gumbel-Softmax sample, (K, N, D), and the rate [nats], summed over all."""
         if self.plain:
@@ -148,7 +147,7 @@ class Baselined(Categorical):
     variance: Tensor
     begun: Tensor
 
-    def __init__(self, trial: "Stochastic", decay: float) -> None:
+    def __init__(self, trial: Stochastic, decay: float) -> None:
         super().__init__(trial)
         self.decay = decay
         width = trial.num_latents * trial.code_dim
@@ -173,7 +172,7 @@ class Baselined(Categorical):
             self.mean.lerp_(rest.mean(), weight)
             self.variance.lerp_(rest.var(correction=0), weight)
             self.begun.fill_(1)
-        return signal, (w - self.mean.clone() - baseline).square()
+        return signal, (w - self.mean - baseline).square()
 
 
 class Normal(nn.Module):
@@ -182,7 +181,7 @@ class Normal(nn.Module):
     encodings = 2
     like: Tensor
 
-    def __init__(self, trial: "Trial") -> None:
+    def __init__(self, trial: Trial) -> None:
         super().__init__()
         self.shape = trial.num_latents, trial.code_dim
         self.register_buffer("like", torch.zeros(()), persistent=False)

@@ -5,7 +5,7 @@ Bayesian Deep Learning), section 3; the residual blocks are those of van den Oor
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,22 +15,20 @@ from torch import Tensor, nn
 from dvq import DvqError, inputs
 from dvq.latents import per_image
 from dvq.likelihood import VALUES, plain_nll, tiled_nll
-
-if TYPE_CHECKING:
-    from dvq.trial import Trial
+from dvq.trial import Trial
 
 Weigh = Callable[[Tensor], Tensor]
 Images = Tensor | NDArray[np.uint8]
 
 
-def _norm(trial: "Trial") -> nn.Module:
+def _norm(trial: Trial) -> nn.Module:
     return nn.BatchNorm2d(trial.features) if trial.normalization == "batch" else nn.Identity()
 
 
 class Residual(nn.Module):
     """h + 1×1(ReLU(3×3(ReLU(h))))."""
 
-    def __init__(self, trial: "Trial") -> None:
+    def __init__(self, trial: Trial) -> None:
         super().__init__()
         f, bias = trial.features, trial.normalization == "none"
         self.body = nn.Sequential(
@@ -58,7 +56,7 @@ class _Network(nn.Module):
 class Encoder(_Network):
     """Images (B, H, W, 3) uint8 → v (K, N, D): two 4×4 convolutions of stride 2, then residual blocks."""
 
-    def __init__(self, trial: "Trial", encodings: int) -> None:
+    def __init__(self, trial: Trial, encodings: int) -> None:
         super().__init__()
         f, bias = trial.features, trial.normalization == "none"
         self.num_latents, self.positions = trial.num_latents, trial.positions
@@ -74,9 +72,8 @@ class Encoder(_Network):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        x = (
-            images.to(next(self.parameters()).dtype).div_(127.5).sub_(1).permute(0, 3, 1, 2)
-        )  # (B, 3, H, W), stored NHWC
+        x = images.to(next(self.parameters()).dtype).div_(127.5).sub_(1)
+        x = x.permute(0, 3, 1, 2)  # (B, 3, H, W), stored NHWC
         with self.autocast(x):
             v: Tensor = self.body(x).permute(0, 2, 3, 1).to(x.dtype)  # (B, H/4, W/4, K·D)
         return v.reshape(len(images) * self.positions, self.num_latents, -1).transpose(0, 1)  # (K, N, D)
@@ -85,7 +82,7 @@ class Encoder(_Network):
 class Decoder(_Network):
     """Code vectors (K, N, D) → 256 logits for each sub-pixel, by the encoder mirrored."""
 
-    def __init__(self, trial: "Trial") -> None:
+    def __init__(self, trial: Trial) -> None:
         super().__init__()
         f, bias = trial.features, trial.normalization == "none"
         self.grid, logits = trial.grid, trial.image_shape[-1] * VALUES
@@ -146,7 +143,7 @@ class Model(nn.Module):
     integers (B, H/4, W/4, K), values 0 to C − 1. Of CIFAR-10: (B, 32, 32, 3) and (B, 8, 8, K).
     """
 
-    def __init__(self, trial: "Trial") -> None:
+    def __init__(self, trial: Trial) -> None:
         super().__init__()
         self.trial = trial
         latents: Any = trial.latents()
@@ -176,7 +173,7 @@ class Model(nn.Module):
         return total, nll.sum(1)
 
     @torch.no_grad()
-    def distortions(self, vectors: Tensor, images: Tensor) -> Tensor:
+    def channel_distortions(self, vectors: Tensor, images: Tensor) -> Tensor:
         """−log p(x|z) of each image and colour channel [nats]: (K, N, D), (B, H, W, 3) → (B, 3)."""
         return self.decoder.nll(vectors, images, None)[1]
 
@@ -194,16 +191,9 @@ class Model(nn.Module):
         Raises:
             DvqError: other images, or a model whose latent variables are continuous.
         """
-        found = [
-            sample.codes
-            for _, sample in self._samples(inputs.images(images, self.trial, self._device()), generator)
-            if sample.codes is not None
-        ]
-        if not found:
-            raise DvqError(
-                f"a {self.trial.estimator} model has no codes: its latent variables are continuous"
-            )
-        return torch.cat(found, 1).T.unflatten(0, (-1, *self.trial.grid))
+        inputs.discrete(self.trial)
+        codes = torch.cat([sample.codes for _, sample in self._samples(images, generator)], 1)
+        return codes.T.unflatten(0, (-1, *self.trial.grid))
 
     @torch.no_grad()
     def decode(self, codes: Tensor | NDArray[np.integer]) -> Tensor:
@@ -218,8 +208,8 @@ class Model(nn.Module):
     @torch.no_grad()
     def reconstruct(self, images: Images, generator: torch.Generator | None = None) -> Tensor:
         """``decode(encode(images))``, of continuous latent variables too: uint8 (B, H, W, 3) → the same."""
-        samples = self._samples(inputs.images(images, self.trial, self._device()), generator)
-        return torch.cat([self._mean_image(sample.vectors) for _, sample in samples])
+        pieces = [self._mean_image(sample.vectors) for _, sample in self._samples(images, generator)]
+        return torch.cat(pieces)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -233,18 +223,19 @@ class Model(nn.Module):
     def bits_per_dim(self, images: Images, generator: torch.Generator | None = None) -> Tensor:
         """(distortion + rate) / (H·W·3 ln 2) of each image, by one hard sample: uint8 (B, H, W, 3) → (B,)."""
         nats = [
-            self.distortions(sample.vectors, piece).sum(1) + per_image(sample.rate, len(piece))
-            for piece, sample in self._samples(inputs.images(images, self.trial, self._device()), generator)
+            self.channel_distortions(sample.vectors, piece).sum(1) + per_image(sample.rate, len(piece))
+            for piece, sample in self._samples(images, generator)
         ]
         return torch.cat(nats) * self.trial.bits_per_nat
 
     def _device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def _samples(self, images: Tensor, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Any]]:
-        """The images in pieces, and a sample of each."""
-        generator = generator or torch.Generator(images.device).manual_seed(0)
-        for piece in images.split(self.trial.images_at_once):
+    def _samples(self, images: Images, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Any]]:
+        """The images, checked, in pieces, and a sample of each."""
+        checked = inputs.images(images, self.trial, self._device())
+        generator = generator or torch.Generator(checked.device).manual_seed(0)
+        for piece in checked.split(self.trial.images_at_once):
             yield piece, self.latents.sample(self.encoder(piece), generator)
 
     def _mean_image(self, vectors: Tensor) -> Tensor:

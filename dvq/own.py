@@ -90,9 +90,7 @@ def _arrays(source: str) -> dict[str, npt.NDArray[Any]]:
             found = {key: file[key] for key in file.files}
     except OSError as error:
         raise DvqError(f"DATA={source}: cannot be read ({error.strerror or error})") from None
-    except (
-        Exception
-    ):  # of what a damaged or another file is made, zip, zlib, tokenize and numpy each say otherwise
+    except Exception:  # zip, zlib, tokenize and numpy each say otherwise what is wrong
         raise DvqError(
             f"DATA={source}: this is no whole file that numpy.savez writes; give one with {WANTED}"
         ) from None

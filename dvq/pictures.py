@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Images = NDArray[np.uint8]
 COLUMNS = 16
+"""images side by side in a picture"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,14 @@ def take(model: "Model", images: Images) -> Pictures:
     return Pictures(first, reconstructed.cpu().numpy(), model.sample(len(first)).cpu().numpy())
 
 
+def mosaic(images: Images, reconstructions: Images, scale: int = 3) -> Images:
+    """Images (N, H, W, 3 or 1) side by side above their reconstructions, a pixel ``scale`` wide and high."""
+    rows = np.stack([in_colour(images), in_colour(reconstructions)])  # (2, N, H, W, 3)
+    apart = np.pad(rows, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
+    whole = np.concatenate(apart.transpose(0, 2, 1, 3, 4).reshape(2, apart.shape[2], -1, 3))
+    return whole[:-1, :-1].repeat(scale, axis=0).repeat(scale, axis=1)
+
+
 @look
 def of_trial(pictures: Pictures, title: str) -> Figure:
     """The images, their reconstructions and the samples of one trial."""
@@ -71,9 +80,8 @@ def of_sweep(results: Sequence[Result], pictures: Mapping[str, Pictures]) -> Fig
 def _draw(figure: Figure, rows: Sequence[tuple[str, Images]]) -> None:
     """Images (N, H, W, 3) side by side, a row of the figure each, behind its label."""
     for axes, (label, images) in zip(figure.subplots(len(rows)), rows, strict=True):
-        apart = np.pad(
-            in_colour(images), ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255
-        )  # (N, H, W + 2, 3)
+        # (N, H, W + 2, 3)
+        apart = np.pad(in_colour(images), ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)
         axes.imshow(apart.transpose(1, 0, 2, 3).reshape(images.shape[1], -1, 3), interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)

@@ -4,25 +4,21 @@ It is the paper's thesis as two numbers along training: relaxations pay with bia
 variance that grows with the number of latent variables.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
 
 from dvq.latents import Categorical
+from dvq.model import Model
 from dvq.trial import Stochastic
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from dvq.model import Model
 
 LOOKED_AT = 4  # images, with one latent variable of each enumerated
 
 
 @torch.no_grad()
-def probe(model: "Model", images: Tensor, draws: int, generator: Generator, step: int) -> dict[str, float]:
+def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: int) -> dict[str, float]:
     """Bias and variance of the surrogate's gradient by the posterior's logits l, against the ELBO's.
 
         variance = E‖g − E g‖² / ‖E g‖², over all latent variables of the images;
@@ -71,7 +67,7 @@ def probe(model: "Model", images: Tensor, draws: int, generator: Generator, step
 
 
 @contextmanager
-def _seen_logits(latents: Categorical) -> "Iterator[list[Tensor]]":
+def _seen_logits(latents: Categorical) -> Iterator[list[Tensor]]:
     """The logits that the estimator's loss makes, kept for their gradient."""
     seen: list[Tensor] = []
     make, plain = latents.logits, latents.plain
@@ -88,21 +84,21 @@ def _seen_logits(latents: Categorical) -> "Iterator[list[Tensor]]":
         del latents.logits  # the class's method is seen again
 
 
-def _gradient(model: "Model", images: Tensor, generator: Generator, step: int) -> Tensor:
+def _gradient(model: Model, images: Tensor, generator: Generator, step: int) -> Tensor:
     with torch.enable_grad(), _seen_logits(model.latents) as seen:
         loss = model.trial.loss(model, images, generator, step)
         return torch.autograd.grad(len(images) * loss.surrogate, seen[0])[0]
 
 
 def _reference(
-    model: "Model",
+    model: Model,
     image: Tensor,
     logits: Tensor,
     k: int,
     p: int,
     draws: int,
     generator: Generator,
-    weight: "float | Tensor",
+    weight: float | Tensor,
 ) -> Tensor:
     """The gradient of the ELBO, its KL by its ``weight`` in warm-up, by logits[k, p], with z[k, p] summed out:
     (1, H, W, 3), (K, P, C) → (C,)."""
@@ -111,7 +107,7 @@ def _reference(
     for _ in range(draws):
         vectors = latents.vectors(latents.draw(logits, generator)).repeat(1, codes, 1)  # (K, C·P, D)
         vectors[k, p::positions] = latents.codebook[k]
-        distortion += model.distortions(vectors, image.expand(codes, -1, -1, -1)).sum(1) / draws
+        distortion += model.channel_distortions(vectors, image.expand(codes, -1, -1, -1)).sum(1) / draws
     log_q = logits[k, p].log_softmax(-1)  # finite where q is 0
     q, cost = log_q.exp(), distortion + weight * (log_q - latents.log_prior()[k])
     return q * (cost - (q * cost).sum())

@@ -35,14 +35,11 @@ def processor() -> str:
 
 def commit() -> str:
     """The code's version, as git describes it; "unknown" where there is no git, or no repository of this code."""
-    here = (
-        "ls-files",
-        "--error-unmatch",
-        Path(__file__).name,
-    )  # an environment may lie in another repository
+    file = Path(__file__)
+    here = ("ls-files", "--error-unmatch", file.name)  # an environment may lie in another repository
     try:
         for ask in (here, ("describe", "--always", "--dirty", "--abbrev=12")):
-            command = ["git", "-C", str(Path(__file__).parent), *ask]
+            command = ["git", "-C", str(file.parent), *ask]
             told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

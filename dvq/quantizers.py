@@ -1,20 +1,16 @@
-"""Latent variables of one certain code: the nearest, as VQ-VAE has it, or that of rounding, as FSQ.
+"""Latent variables with a deterministic code: the nearest, as VQ-VAE has it, or that of rounding, as FSQ.
 
 Shapes are those of :mod:`dvq.latents`.
 """
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
 
 from dvq.codes import code_sums, largest
+from dvq.estimators.fsq import FSQ
 from dvq.latents import Codebooks, Sample, normal_codes
 from dvq.posterior import Logits, tiles
-
-if TYPE_CHECKING:
-    from dvq.estimators.fsq import FSQ
-    from dvq.trial import LearnedCodes
+from dvq.trial import LearnedCodes
 
 
 class Deterministic(Codebooks):
@@ -42,7 +38,7 @@ class Nearest(Deterministic):
     counts: Tensor
     sums: Tensor
 
-    def __init__(self, trial: "LearnedCodes", decay: float, trained: bool) -> None:
+    def __init__(self, trial: LearnedCodes, decay: float, trained: bool) -> None:
         super().__init__(trial, normal_codes(trial), trained)
         self.decay, self.trained = decay, trained
         self.register_buffer("counts", torch.ones(trial.num_latents, trial.num_codes))  # N
@@ -71,8 +67,8 @@ class Nearest(Deterministic):
         """
         n = torch.zeros_like(self.counts).scatter_add_(1, codes, torch.ones_like(codes, dtype=v.dtype))
         self.counts.lerp_(n, 1 - self.decay)
-        self.sums.lerp_(code_sums(v, codes, self.counts.shape[1]), 1 - self.decay)
         if not self.trained:
+            self.sums.lerp_(code_sums(v, codes, self.counts.shape[1]), 1 - self.decay)
             total = self.counts.sum(1, keepdim=True)
             smoothed = (self.counts + self.EPSILON) / (total + self.counts.shape[1] * self.EPSILON) * total
             self.codebook.copy_(self.sums / smoothed.unsqueeze(-1))
@@ -110,7 +106,7 @@ class Rounded(Deterministic):
     width: Tensor
     offset: Tensor
 
-    def __init__(self, trial: "FSQ") -> None:
+    def __init__(self, trial: FSQ) -> None:
         levels = torch.tensor(trial.levels)  # L, (D,)
         weights = levels.cumprod(0) // levels
         digits = torch.arange(trial.num_codes).unsqueeze(-1) // weights % levels  # (C, D)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dvq.randomness import minibatch, noise_seed
+
 if TYPE_CHECKING:
     from dvq.trainer import Trainer
 
@@ -45,8 +47,6 @@ class Recorded:
 
     def feed(self, step: int) -> None:
         """Put the images' places, the noise's seed and the number of ``step`` where the recorded step reads them."""
-        from dvq.trainer import minibatch, noise_seed
-
         trial = self.trainer.trial
         if not self.first <= step < self.first + len(self.block):
             size = (trial.batch_size, len(self.images), trial.seed)

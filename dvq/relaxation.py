@@ -9,9 +9,8 @@ from torch import Generator, Tensor
 from dvq.codes import code_sums, largest, look_up
 from dvq.posterior import SMALLEST, Logits, categorical_kl, posterior_gradients, tiles, weigh
 
-SHARP = (
-    0.5  # temperatures under this make powers of y that leave float32's range, unless divided by the largest
-)
+SHARP = 0.5
+"""temperatures under this make powers of y that leave float32's range, unless divided by the largest"""
 
 Noise = Generator | np.random.Generator
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,10 @@ def save(model: Model, folder: Path) -> None:
 
 
 def publish(model: Model, summary: dict[str, Any], folder: Path) -> None:
-    """Write model/ under another name, sync, and rename it: it is there whole or not at all. One that is there, of
-    fewer steps or the same, gives way."""
-    partial, earlier = folder / "model.partial", folder / "model.earlier"
-    for left in (partial, earlier):
-        shutil.rmtree(left, ignore_errors=True)
-    save(model, partial)
-    (partial / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    for path in (*partial.iterdir(), partial):
-        disk.sync(path)
-    if (folder / "model").exists():
-        (folder / "model").rename(earlier)
-    partial.rename(folder / "model")
-    disk.sync(folder)
-    shutil.rmtree(earlier, ignore_errors=True)
+    """Write model/, whole or not at all; one that is there, of fewer steps or the same, gives way."""
+    with disk.whole(folder / "model") as partial:
+        save(model, partial)
+        (partial / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 def load(path: str | Path) -> Model:
@@ -58,8 +47,8 @@ def load(path: str | Path) -> Model:
     Raises:
         DvqError: there is no model, it is damaged, or nothing knows the address.
     """
-    scheme, address, _ = str(path).partition(":/")
-    folder = Path(_fetch(scheme, str(path)) if address else path)
+    scheme, separator, _ = str(path).partition(":/")
+    folder = Path(_fetch(scheme, str(path)) if separator else path)
     for name in ("trial.json", "model.safetensors"):
         if not (folder / name).is_file():
             inside = (folder / "model" / name).is_file()

@@ -1,5 +1,4 @@
-"""What the pictures share: an estimator's colour, the look of an axis, which trials there is room for, the files; and
-mosaics of reconstructions."""
+"""What the pictures share: an estimator's colour, the look of an axis, which trials there is room for, the files."""
 
 import re
 import textwrap
@@ -23,7 +22,7 @@ from dvq.trial import Trial
 Analyses = Mapping[str, Analysis]
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; the markers say it once more.
-ESTIMATORS = {
+STYLES = {
     "gs-soft": ("GS-Soft", "#0072b2", "o"),
     "gs-hard": ("GS-Hard", "#56b4e9", "s"),
     "reinmax": ("ReinMax", "#882255", "p"),
@@ -39,7 +38,7 @@ MARKERS = ("*", "8", ">", "h")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 MOST_GROUPS = len(DASHES)
-PAPERS = {name: Trial.model_fields[name].default for name in ("steps", "features")}
+FULL = {name: Trial.model_fields[name].default for name in ("steps", "features")}
 look = rc_context(
     {
         "axes.axisbelow": True,
@@ -62,12 +61,12 @@ look = rc_context(
 def style(estimator: str) -> tuple[str, str, str]:
     """(label, colour, marker) of an estimator, the same in every figure."""
     at, colour = divmod(zlib.crc32(estimator.encode()) % (len(OTHERS) * len(MARKERS)), len(OTHERS))
-    return ESTIMATORS.get(estimator, (estimator, OTHERS[colour], MARKERS[at]))
+    return STYLES.get(estimator, (estimator, OTHERS[colour], MARKERS[at]))
 
 
 def partial(trial: Mapping[str, Any]) -> bool:
     """Whether a trial was trained for fewer than 100,000 steps, or in a smaller network than the paper's."""
-    return any(trial.get(name, least) < least for name, least in PAPERS.items())
+    return any(trial.get(name, least) < least for name, least in FULL.items())
 
 
 def notice(results: Sequence[Result]) -> str:
@@ -123,9 +122,8 @@ def varied(result: Result) -> str:
     spaces at which no line is broken between fields and values."""
     rest = result["name"].partition(f"-s{result['trial']['seed']}-")[2]
     slugs = sorted((field.replace("_", "-") for field in result["trial"]), key=len, reverse=True)
-    found = list(
-        re.finditer(f"(?:^|-)({'|'.join(slugs)})-", rest)
-    )  # the longest of those that begin at a place
+    # the longest of those that begin at a place
+    found = list(re.finditer(f"(?:^|-)({'|'.join(slugs)})-", rest))
     if not found or found[0].start():
         return rest
     ends = [*(one.start() for one in found[1:]), len(rest)]
@@ -163,24 +161,6 @@ def legend(figure: Figure, handles: Iterable[Artist], title: str = "") -> None:
 def in_colour(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Images (N, H, W, 3) as they are, gray ones (N, H, W, 1) in three equal channels."""
     return np.broadcast_to(images, (*images.shape[:-1], 3))
-
-
-def reconstructions(
-    images: NDArray[np.uint8], reconstructed: NDArray[np.uint8], scale: int = 3
-) -> NDArray[np.uint8]:
-    """A mosaic of uint8 images (N, H, W, 3 or 1), 16 to a row: each row of originals above its reconstructions,
-    every pixel ``scale`` pixels wide and high."""
-    if images.shape != reconstructed.shape:
-        raise ValueError(f"reconstructions: {images.shape} images and {reconstructed.shape} reconstructions")
-    n, height, width, _ = images.shape
-    columns = min(n, 16)
-    rows = -(-n // columns)
-    tiles = np.full((rows * columns, 2, height + 1, width + 1, 3), 255, np.uint8)
-    tiles[:n, 0, :height, :width] = in_colour(images)
-    tiles[:n, 1, :height, :width] = in_colour(reconstructed)
-    tiles = tiles.reshape(rows, columns, 2, height + 1, width + 1, 3).transpose(0, 2, 3, 1, 4, 5)
-    mosaic = tiles.reshape(rows * 2 * (height + 1), columns * (width + 1), 3)[:-1, :-1]
-    return mosaic.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 @look

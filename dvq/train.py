@@ -17,21 +17,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvq import DvqError, checkpoint, failures, goodput
-from dvq import events as diary
+from dvq import DvqError, checkpoint, events, failures, goodput
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
 from dvq.device import keep_memory, pick
 from dvq.evaluate import evaluate
 from dvq.events import Events
 from dvq.model import Model
+from dvq.pictures import COLUMNS, mosaic
 from dvq.probe import probe
 from dvq.provenance import provenance
+from dvq.randomness import noise_seed
 from dvq.saved import publish
-from dvq.trainer import Trainer, noise_seed
+from dvq.style import save_png
+from dvq.trainer import Trainer
 from dvq.trial import Trial
-
-SHOWN = 16  # images in a picture of reconstructions
 
 
 class Interrupted(BaseException):
@@ -61,16 +61,15 @@ class Training:
 
     def __init__(self, trial: Trial, data: Data, folder: Path, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        torch.set_flush_denormal(
-            True
-        )  # under 1e-38, as hopeless codes' weights are, a number costs a CPU 100
+        # a number under 1e-38, as hopeless codes' weights are, costs a CPU as much as 100 others
+        torch.set_flush_denormal(True)
         keep_memory()
         self.trial, self.folder = trial, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.provenance = provenance(device)  # when training ends, git may be at another version
         found = checkpoint.latest(folder, trial.family(), lambda told: print(told, flush=True))
         goodput.begin(folder, found.step if found else 0)
-        diary.truncate(folder, found.about["events"] if found else {})
+        events.truncate(folder, found.about["events"] if found else {})
         self.events = Events(folder)
         self.events.state("training")
         self.judged, _ = data.evaluation(trial.split)
@@ -81,13 +80,13 @@ class Training:
         self.stopping = self.looking = False
         if found:
             self._go_on(found)
-        self.events_before = diary.sizes(folder)
+        self.events_before = events.sizes(folder)
         self.saved = self.done if found else None
         self.saved_at = self.since = time.perf_counter()
 
     def _go_on(self, found: checkpoint.Checkpoint) -> None:
         self.trainer.restore(found.tensors)
-        self.terms = [terms.to(self.trainer.device) for terms in found.tensors.get("terms", ())]
+        self.terms = [terms.to(self.trainer.device) for terms in found.tensors["terms"]]
         self.done, self.seconds = found.step, found.about["seconds"]
         self.seconds_at_point = found.about["seconds_at_point"]
         print(f"going on from step {self.done}", flush=True)
@@ -134,10 +133,9 @@ class Training:
     def _checkpoint(self) -> None:
         if self.saved == self.done:  # stopped right after one was due
             return
-        tensors = self.trainer.state()
-        if self.terms:
-            tensors["terms"] = torch.stack(self.terms).cpu()
-            curve_point(tensors["terms"], self.done - 1, self.trial)  # nothing that diverged is ever kept
+        terms = torch.stack(self.terms).cpu()
+        curve_point(terms, self.done - 1, self.trial)  # nothing that diverged is ever kept
+        tensors = self.trainer.state() | {"terms": terms}
         self._clock()
         about = {
             "family": self.trial.family(),
@@ -162,23 +160,24 @@ class Training:
         if not (point or evaluation):
             return
         self.looking = True
-        if point and self.terms:
+        if point:
             self._point()
         if evaluation:
             self._clock()
-            _evaluate(self.trainer.model, self.trial, self.judged, self.folder, self.events, self.done)
-            _probe(self.trainer, self.events, self.done - 1)
-            self.since = time.perf_counter()
+            try:
+                _evaluate(self.trainer.model, self.trial, self.judged, self.folder, self.events, self.done)
+                _probe(self.trainer, self.events, self.done - 1)
+            finally:
+                self.since = time.perf_counter()
         self.looking = False
         if point:
-            self.terms = []
-        self.events_before = diary.sizes(self.folder)
+            self.terms, self.seconds_at_point = [], self.seconds
+        self.events_before = events.sizes(self.folder)
 
     def _point(self) -> None:
         values = curve_point(torch.stack(self.terms).cpu(), self.done - 1, self.trial)
         self._clock()
         speed = len(self.terms) * self.trial.batch_size / (self.seconds - self.seconds_at_point)
-        self.seconds_at_point = self.seconds
         named = {f"train/{name}": value for name, value in values.items()}
         self.events.metrics(self.done, named | {"images_per_second": speed})
 
@@ -212,30 +211,28 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
 
 
 def _evaluate(
-    model: Model, trial: Trial, judged: NDArray[np.uint8], folder: Path, events: Events, step: int
+    model: Model, trial: Trial, judged: NDArray[np.uint8], folder: Path, diary: Events, step: int
 ) -> None:
     """Evaluate on all evaluation images, and draw some reconstructions."""
-    from dvq.style import reconstructions, save_png
-
     result = evaluate(model, judged)
     told = ("bits_per_dim", "distortion", "rate", "perplexity", "dead_codes", "rate_least")
-    events.metrics(step, {f"{trial.split}/{name}": result[name] for name in told if name in result})
-    shown = torch.from_numpy(np.array(judged[:SHOWN])).to(next(model.parameters()).device)
+    diary.metrics(step, {f"{trial.split}/{name}": result[name] for name in told if name in result})
+    shown = np.asarray(judged[:COLUMNS])
     model.eval()
-    picture = reconstructions(shown.cpu().numpy(), model.reconstruct(shown).cpu().numpy())
+    picture = mosaic(shown, model.reconstruct(shown).cpu().numpy())
     model.train()
     path = Path("images") / f"reconstructions-{step:08d}.png"
     (folder / "images").mkdir(exist_ok=True)
     save_png(picture, folder / path)
-    events.image(step, "reconstructions", str(path))
+    diary.image(step, "reconstructions", str(path))
 
 
-def _probe(trainer: Trainer, events: Events, step: int) -> None:
+def _probe(trainer: Trainer, diary: Events, step: int) -> None:
     """Bias and variance of the gradient on the minibatch of ``step``, where the trial asks for it."""
     draws = getattr(trainer.trial, "probe_draws", 0)
     if draws:
         generator = torch.Generator(trainer.device).manual_seed(noise_seed(trainer.trial.seed, step, 1))
-        events.metrics(step + 1, probe(trainer.model, trainer.minibatch(step), draws, generator, step))
+        diary.metrics(step + 1, probe(trainer.model, trainer.minibatch(step), draws, generator, step))
 
 
 def main() -> int:

@@ -1,6 +1,5 @@
 """One step of training: the minibatch, the noise, the model and its optimizer."""
 
-import functools
 import math
 import os
 from collections.abc import Iterator
@@ -13,38 +12,9 @@ from torch import Tensor
 from dvq import DvqError
 from dvq.codes import kmeans
 from dvq.model import Model
+from dvq.randomness import minibatch, noise
 from dvq.recorded import Recorded
 from dvq.trial import LearnedCodes, Loss, Trial
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(images: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits the images."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(images)
-
-
-def minibatch(step: int, batch_size: int, images: int, seed: int) -> NDArray[np.int64]:
-    """The images of step 0, 1, …: consecutive pieces of the epochs' permutations laid end to end.
-
-    A function of the step alone, so that a run can go on from any step. No image is ever dropped: a
-    minibatch may hold the end of one epoch and the beginning of the next.
-    """
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = places // images
-    parts = [
-        permutation(images, seed, epoch)[places[epochs == epoch] % images] for epoch in np.unique(epochs)
-    ]
-    return np.concatenate(parts)
-
-
-def noise_seed(seed: int, step: int, *stream: int) -> int:
-    """Likewise the seed of a step's random numbers, or of another ``stream`` of them: a function of these alone."""
-    return int(np.random.SeedSequence([seed, step, *stream]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def noise(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """The random numbers of a step."""
-    return torch.Generator(device).manual_seed(noise_seed(seed, step))
 
 
 def checked(loss: object, estimator: str) -> Loss:
@@ -133,7 +103,7 @@ class Trainer:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from what :meth:`state` gave, bit for bit."""
         self.model.load_state_dict(
-            {name.removeprefix("model."): t for name, t in state.items() if name[0] == "m"}
+            {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
         )
         for i, parameter in enumerate(self.model.parameters()):
             for name in ("step", "exp_avg", "exp_avg_sq"):

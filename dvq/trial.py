@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     Step = int | Tensor
 
+Split = Literal["test", "tune"]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -63,7 +64,7 @@ class Trial(BaseModel):
     data: DataName = "cifar10"
     """cifar10, cifar10-sample, or as ``make data`` names images of one's own, ``birds@0123456789abcdef``, or
     ``digits@28x28x1-0123456789abcdef`` where they are not of 32×32 in colour"""
-    split: Literal["test", "tune"] = "test"
+    split: Split = "test"
     """test: train on all training images, evaluate on the test images. tune: train without the images held
     out of the training set and evaluate on those; every choice is made here, never on test images."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -221,11 +222,6 @@ class LearnedCodes(Discrete):
     codebook_init: Literal["normal", "kmeans"] = "normal"
     """kmeans: the codebooks begin at the clusters of the first minibatches' encodings, so that no code is dead
     from the start; the encodings' spread then decides that of the logits"""
-
-    def codebook_sigma(self) -> float:
-        """σ of the codebooks' initialization [units of v]."""
-        scale = getattr(self, "distance_scale", 1.0)
-        return self.codebook_std or float((16 / (self.code_dim * scale)) ** 0.5)
 
 
 class Stochastic(Warmed, LearnedCodes):

@@ -1,12 +1,8 @@
 """The estimators: one file each, holding its frozen configuration and its loss.
 
-To add one, write its file and name it in the union below. The files import torch where they compute, not
+To add one, write its file and name it in the list below. The files import torch where they compute, not
 where they are read: a configuration must be checked in milliseconds.
 """
-
-from typing import Annotated
-
-from pydantic import Field
 
 from dvq.estimators.fsq import FSQ
 from dvq.estimators.gaussian import Gaussian
@@ -17,9 +13,6 @@ from dvq.estimators.reinmax import ReinMax
 from dvq.estimators.vimco import VIMCO
 from dvq.estimators.vq_ema import VQEMA
 from dvq.estimators.vq_loss import VQLoss
+from dvq.trial import Trial
 
-Estimator = Annotated[
-    GSSoft | GSHard | ReinMax | VIMCO | NVIL | VQEMA | VQLoss | FSQ | Gaussian,
-    Field(discriminator="estimator"),
-]
-"""Every estimator, told apart by the field ``estimator``."""
+ESTIMATORS: list[type[Trial]] = [GSSoft, GSHard, ReinMax, VIMCO, NVIL, VQEMA, VQLoss, FSQ, Gaussian]

@@ -68,15 +68,11 @@ class VIMCO(Stochastic):
 
         vectors = model.latents.vectors(codes.transpose(0, 1).flatten(1))  # (K, S·N, D)
         repeated, B = images.repeat(len(codes), 1, 1, 1), len(images)
-        found: dict[str, Tensor] = {}
-
-        def weigh(nll: "Tensor") -> "Tensor":
-            found["w"] = log_ratio - nll.view(-1, B)
-            return found["w"].softmax(0).flatten()
-
         if self.backward == "all":
-            weighted, nll = model.distortion(vectors, repeated, weigh)
-            w = found["w"]
+            weighted, nll = model.distortion(
+                vectors, repeated, lambda nll: (log_ratio - nll.view(-1, B)).softmax(0).flatten()
+            )
+            w = log_ratio - nll.view(-1, B)
         else:
             with torch.no_grad():
                 nll = model.distortion(vectors, repeated)[1]

@@ -18,7 +18,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from training import SIZES, USUAL, case, ceiling, chosen_device, device_name, flops, seconds
 
-from dvq.trainer import Trainer, noise
+from dvq.randomness import noise
+from dvq.trainer import Trainer
 
 KINDS = {
     "optimizer": ("Optimizer.",),

@@ -1,10 +1,10 @@
 """Trials and sweeps from text: what is right comes through, what is wrong is one sentence."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pytest
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, model_validator
 
 import dvq
 from dvq import DvqError, config
@@ -210,7 +210,7 @@ class Yes(GSSoft):
 def test_an_estimator_without_a_name_of_its_own_takes_no_others_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(config, "Estimator", Annotated[GSSoft | Nameless, Field(discriminator="estimator")])
+    monkeypatch.setattr(config, "ESTIMATORS", [GSSoft, Nameless])
     with pytest.raises(
         DvqError, match=r"Nameless has no name of its own, and 'gs-soft' is GSSoft's; give it one"
     ):
@@ -218,13 +218,13 @@ def test_an_estimator_without_a_name_of_its_own_takes_no_others_place(
 
 
 def test_a_field_of_an_estimator_can_be_a_yes_or_no(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "Estimator", Annotated[GSSoft | Yes, Field(discriminator="estimator")])
+    monkeypatch.setattr(config, "ESTIMATORS", [GSSoft, Yes])
     assert trial({"estimator": "yes", "halve": True}).changed() == {"halve": True}
     assert trial({"estimator": "yes", "twice": True}).changed() == {"twice": True}
 
 
 def test_what_fields_are_not_together_is_told_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "Estimator", Annotated[GSSoft | Yes, Field(discriminator="estimator")])
+    monkeypatch.setattr(config, "ESTIMATORS", [GSSoft, Yes])
     with pytest.raises(DvqError, match=r"^here: halve and twice are both set; set one$"):
         trial({"estimator": "yes", "halve": True, "twice": True}, where="here")
 
@@ -243,7 +243,7 @@ class Lossless(Discrete):
 def test_what_is_no_estimator_yet_is_one_sentence(
     cls: Any, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config, "Estimator", Annotated[GSSoft | cls, Field()])
+    monkeypatch.setattr(config, "ESTIMATORS", [GSSoft, cls])
     with pytest.raises(DvqError, match=says):
         trial(GS)
 

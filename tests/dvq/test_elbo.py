@@ -137,7 +137,7 @@ def test_the_bound_and_its_spread_are_those_of_several_draws() -> None:
     v, x = model.encoder(torch.from_numpy(some)), torch.from_numpy(some)
     first, more = (torch.Generator().manual_seed(seed) for seed in range(2))
     samples = [model.latents.sample(v, noise) for noise in (first, more, more)]
-    nll = torch.stack([model.distortions(one.vectors, x).sum(1) for one in samples])
+    nll = torch.stack([model.channel_distortions(one.vectors, x).sum(1) for one in samples])
     rate, ratio = (
         torch.stack([term.unflatten(1, (3, -1)).sum((0, 2)) for term in terms])
         for terms in zip(*((one.rate, one.log_ratio) for one in samples), strict=True)

@@ -54,7 +54,7 @@ class Toy(nn.Module):
         log_p = self.decoder(vectors.transpose(0, 1).flatten(1)).unflatten(1, (3, VALUES)).log_softmax(-1)
         return -log_p.gather(-1, images.flatten(1).long().unsqueeze(-1)).squeeze(-1)  # (B, 3)
 
-    def distortions(self, vectors: Tensor, images: Tensor) -> Tensor:
+    def channel_distortions(self, vectors: Tensor, images: Tensor) -> Tensor:
         return self.channels(vectors, images).detach()
 
     def distortion(

@@ -214,7 +214,7 @@ def test_few_groups_are_all_shown_many_one_an_estimator():
 def test_an_unknown_estimator_has_its_own_fixed_colour():
     assert style.style("rloo") == style.style("rloo")
     assert style.style("rloo")[0] == "rloo"
-    assert len({style.style(name)[1] for name in style.ESTIMATORS}) == len(style.ESTIMATORS)
+    assert len({style.style(name)[1] for name in style.STYLES}) == len(style.STYLES)
 
 
 def test_figure_1b_shows_all_codes_beside_the_used():
@@ -292,25 +292,6 @@ def test_figures_of_one_trial(shape, tmp_path):
             assert imread(tmp_path / "figures" / "one.png").shape[2] == 4
     panels = [axes for axes in figure.axes if axes.name == "3d"]
     assert len(panels) == min(16, shape[0])
-
-
-def test_a_mosaic_holds_each_image_above_its_reconstruction(tmp_path):
-    rng = np.random.default_rng(0)
-    images, reconstructed = rng.integers(0, 256, (2, 20, 32, 32, 3), dtype=np.uint8)
-    mosaic = style.reconstructions(images, reconstructed, scale=3)
-    assert mosaic.shape == (3 * (4 * 33 - 1), 3 * (16 * 33 - 1), 3)
-    small = mosaic[1::3, 1::3]
-    np.testing.assert_array_equal(mosaic, small.repeat(3, 0).repeat(3, 1))
-    np.testing.assert_array_equal(small[:32, 33:65], images[1])
-    np.testing.assert_array_equal(small[33:65, 33:65], reconstructed[1])
-    np.testing.assert_array_equal(small[66:98, 3 * 33 : 3 * 33 + 32], images[19])
-    np.testing.assert_array_equal(small[99:131, 3 * 33 : 3 * 33 + 32], reconstructed[19])
-    assert (small[66:, 4 * 33 :] == 255).all()
-    style.save_png(mosaic, tmp_path / "images" / "mosaic.png")
-    read = imread(tmp_path / "images" / "mosaic.png")[..., :3]
-    np.testing.assert_array_equal(np.round(read * 255).astype(np.uint8), mosaic)
-    with pytest.raises(ValueError, match="20, 32"):
-        style.reconstructions(images, reconstructed[:1])
 
 
 def test_fields_that_change_no_number_tell_no_trials_apart():

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 
-from dvq import pictures
+from dvq import pictures, style
 from dvq.config import trial
 from dvq.model import Model
 from dvq.pictures import Pictures
@@ -59,3 +60,19 @@ def test_trials_without_pictures_are_left_out():
     results = sweep(sizes=(16,), seeds=(0,))
     found = rows(pictures.of_sweep(results, {results[1]["name"]: Pictures(plain(1), plain(2), plain(3))}))
     assert [label.partition("\n")[0] for label in found] == ["images", *2 * ["VQ-VAE, EMA, C = 16, K = 4"]]
+
+
+def test_a_mosaic_holds_each_image_above_its_reconstruction(tmp_path):
+    rng = np.random.default_rng(0)
+    images, reconstructed = rng.integers(0, 256, (2, 5, 32, 28, 3), dtype=np.uint8)
+    mosaic = pictures.mosaic(images, reconstructed, scale=3)
+    assert mosaic.shape == (3 * (2 * 33 - 1), 3 * (5 * 29 - 1), 3)
+    small = mosaic[1::3, 1::3]
+    np.testing.assert_array_equal(mosaic, small.repeat(3, 0).repeat(3, 1))
+    np.testing.assert_array_equal(small[:32, 29:57], images[1])
+    np.testing.assert_array_equal(small[33:, 4 * 29 :], reconstructed[4])
+    assert (small[32] == 255).all()
+    assert (small[:, 28] == 255).all()
+    style.save_png(mosaic, tmp_path / "images" / "mosaic.png")
+    read = imread(tmp_path / "images" / "mosaic.png")[..., :3]
+    np.testing.assert_array_equal(np.round(read * 255).astype(np.uint8), mosaic)

@@ -45,7 +45,7 @@ TINY: dict[str, Any] = {
     "evaluate_every": 10,
     "checkpoint_every": 4,
 }
-WRITES = {"checkpoint": "checkpoints/.partial-*", "publish": "model.partial"}
+WRITES = {"checkpoint": "checkpoints/.partial-*", "publish": ".partial-model"}
 MOMENTS = ("any", "checkpoint", "any", "publish")
 processes = multiprocessing.get_context("forkserver")
 
@@ -290,6 +290,25 @@ def test_the_seconds_of_training_are_its_steps(tmp_path: Path, prepared: Path, c
     assert (summary["seconds"], summary["images_per_second"]) == (20.0, 4.0)
     speeds = [event["values"]["images_per_second"] for event in events.read(folder) if "values" in event]
     assert speeds == [4.0] * 3
+
+
+def test_an_evaluation_that_is_cut_off_is_no_training(
+    tmp_path: Path, prepared: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trial({**TINY, "steps": 10, "log_every": 5, "evaluate_every": 5, "checkpoint_every": 100})
+    training = Training(one, load(prepared), tmp_path, "cpu", 1)
+
+    def cut_off(*_: Any) -> None:
+        clock[0] += 1000.0
+        training.stop()
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):  # noqa: PT012
+        patch.setattr("dvq.train._evaluate", cut_off)
+        training.run()
+    assert checkpoint.steps(tmp_path) == [5]
+    assert train(one, load(prepared), tmp_path)["seconds"] == 10.0
+    speeds = [event["values"]["images_per_second"] for event in events.read(tmp_path) if "values" in event]
+    assert speeds == [4.0] * 2
 
 
 def test_a_checkpoint_is_due_after_its_seconds_whatever_the_steps(

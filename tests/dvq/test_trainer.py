@@ -10,7 +10,8 @@ import torch
 from dvq import DvqError, failures
 from dvq.config import trial
 from dvq.estimators.gs_soft import GSSoft
-from dvq.trainer import Trainer, checked, minibatch, noise_seed
+from dvq.randomness import minibatch, noise_seed
+from dvq.trainer import Trainer, checked
 from dvq.trial import Loss
 
 IMAGES = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)

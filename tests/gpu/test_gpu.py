@@ -13,7 +13,8 @@ import torch
 from dvq import data, events
 from dvq.config import estimators, trial
 from dvq.evaluate import evaluate
-from dvq.trainer import Trainer, noise
+from dvq.randomness import noise
+from dvq.trainer import Trainer
 from dvq.trial import Trial, values
 from tests.sizes import taken
 

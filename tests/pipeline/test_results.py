@@ -217,18 +217,6 @@ def test_figures_leave_partial_training_out_or_say_it(
     assert "None of our models has been trained in full yet.\n<!--" in (root / "README.md").read_text()
 
 
-def test_an_estimator_without_a_look_of_its_own_is_kept_too(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run("sweep.yaml", capsys)
-    (least, *_) = there = kept.load(root / results.FOLDER)
-    known = {name: look for name, look in kept.ESTIMATORS.items() if name != least["trial"]["estimator"]}
-    monkeypatch.setattr(kept, "ESTIMATORS", known)
-    found = kept.load(root / results.FOLDER)
-    assert sorted(one["name"] for one in found) == sorted(one["name"] for one in there)
-    assert found[-1]["trial"]["estimator"] == least["trial"]["estimator"]
-
-
 def test_figures_name_what_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     monkeypatch.setattr(report, "draw", lambda _, found, *__: drawn.extend(one["name"] for one in found))
