@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from dvq.analyze import Analysis, Floats
-from dvq.style import Analyses, Group, legend, look, new_figure, shown, style, told, varied
+from dvq.style import Analyses, Group, counted, legend, look, new_figure, shown, style, told, varied
 from dvq.tables import Result, alike
 
 PAPER = {
@@ -119,9 +119,12 @@ def _paper(axes: Axes) -> None:
 def figure_1b(results: Sequence[Result], analyses: Analyses) -> Figure:
     """Fraction of the codebooks' variance against the number of principal components: the mean and the range
     over codebooks (and seeds), of all codes and weighted by usage."""
-    figure = new_figure("Variance of the codes that principal components explain", results, 10, 4.2)
-    panels = figure.subplots(1, 2, sharey=True)
     groups = _analyzed(results, analyses)
+    title = counted(
+        "Variance of the codes that principal components explain", len(groups), _discrete(results)
+    )
+    figure = new_figure(title, results, 10, 4.2)
+    panels = figure.subplots(1, 2, sharey=True)
     widths = np.linspace(3.0, 1.2, max(2, len(groups)))  # so that curves that coincide are all seen
     for (group, found), width in zip(groups, widths, strict=False):
         drawn = {"color": group.colour, "ls": group.dashes, "marker": group.marker, "label": group.label}
@@ -145,10 +148,13 @@ def explained_variance(analysis: Analysis, title: str) -> Figure:
 
 
 def _analyzed(results: Sequence[Result], analyses: Analyses) -> list[tuple[Group, list[Analysis]]]:
-    """The groups that are shown, with the analyses that there are; continuous latents have none."""
-    named = [(group, [result["name"] for result in group.results]) for group in shown(results)]
-    found = [(group, [analyses[name] for name in names if name in analyses]) for group, names in named]
-    return [(group, some) for group, some in found if some]
+    """The groups that are shown of those that have analyses, with these; continuous latents have none."""
+    groups = shown([result for result in results if result["name"] in analyses])
+    return [(group, [analyses[result["name"]] for result in group.results]) for group in groups]
+
+
+def _discrete(results: Sequence[Result]) -> list[Result]:
+    return [result for result in results if "num_codes" in result["trial"]]
 
 
 def _explained(axes: Axes, explained: Floats, **drawn: Any) -> None:
@@ -170,10 +176,11 @@ def _explained_axes(panels: Sequence[Axes]) -> None:
 def figure_1c(results: Sequence[Result]) -> Figure:
     """Distortion against rate along training: a curve a trial with an arrow to its second evaluation and a
     large mark at its last; on a grey diagonal bits/dim, their sum, is the same."""
-    figure = new_figure("Rate and distortion along training", results, 10, 5)
+    groups = shown(results)
+    figure = new_figure(counted("Rate and distortion along training", len(groups), results), results, 10, 5)
     axes = figure.subplots()
     axes.grid(False)
-    for group in shown(results):
+    for group in groups:
         for number, result in enumerate(group.results):
             points = np.array([(point["rate"], point["distortion"]) for point in result["curves"]])
             drawn: dict[str, Any] = {"color": group.colour, "marker": group.marker}
@@ -213,7 +220,8 @@ def figure_2(results: Sequence[Result], analyses: Analyses) -> Figure:
     columns = min(MOST_COLUMNS, max((len(found[0].norms) for _, found in rows), default=1))
     size = min(2.25, 11 / columns)  # inches a panel
     width, height = max(10, 1 + size * columns), 0.6 + (size + 0.1) * len(rows)
-    figure = new_figure("The codes on their first three principal components", results, width, height)
+    title = counted("The codes on their first three principal components", len(rows), _discrete(results))
+    figure = new_figure(title, results, width, height)
     panels = figure.subplots(max(1, len(rows)), columns, squeeze=False, subplot_kw={"projection": "3d"})
     for row, (group, found) in zip(panels, rows, strict=False):
         _codebooks(figure, row, found[0])

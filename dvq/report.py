@@ -30,8 +30,9 @@ from dvq.tables import (
 )
 
 CHOICE = (
-    " Only one setting of each estimator is drawn, for the sweep has more than six: C = 64 and K = 16 as in the "
-    "paper if it is there, else the largest C and K; of several such settings the sweep's first."
+    " Not every setting is drawn, for the sweep has more than six: one of each estimator (of VQ-VAE one of each "
+    "gradient), at C = 64 and K = 16 as in the paper if it is there, and of several the one of lowest mean bits/dim; "
+    "then the lowest of the rest, until they are six."
 )
 PAPER = " Grey lines and the star are the paper's numbers."
 SIZES = ("num_codes", "num_latents", "seeds", "seed", "steps")

@@ -198,17 +198,64 @@ def test_every_sweep_figure_says_what_cannot_be_compared(field, value, says):
         assert "not comparable" not in "".join(words(draw(comparable)))
 
 
-def test_few_groups_are_all_shown_many_one_an_estimator():
+def test_few_groups_are_all_shown():
     assert [group.label for group in style.shown(sweep())] == [
         f"{name}, C = {codes}, K = 4" for name in ("GS-Soft", "VQ-VAE, EMA") for codes in (16, 64, 256)
     ]
     assert [len(group.results) for group in style.shown(sweep())] == [2] * 6
     looks = {(group.colour, str(group.dashes)) for group in style.shown(sweep())}
     assert len(looks) == 6
-    papers = style.shown(sweep(sizes=(16, 64, 256), latents=(8, 16)))
-    assert [group.label for group in papers] == ["GS-Soft, C = 64, K = 16", "VQ-VAE, EMA, C = 64, K = 16"]
-    largest = style.shown(sweep(sizes=(16, 64, 256), latents=(4, 8)))
-    assert [group.label for group in largest] == ["GS-Soft, C = 256, K = 8", "VQ-VAE, EMA, C = 256, K = 8"]
+
+
+def chosen(results):
+    """The settings that are shown, told by estimator, C and K, and by the rest of their names."""
+    return [
+        " ".join(group.label.replace("\N{NO-BREAK SPACE}", " ").split()) for group in style.shown(results)
+    ]
+
+
+def test_of_many_groups_each_estimators_lowest_is_shown_and_then_the_lowest():
+    """The mean over seeds counts: GS-Soft's C = 256 has the lowest training of all, and the highest mean."""
+    many = [*sweep(latents=(8,)), result("fsq", 64, 8, 0, 9.0), result("gaussian", None, 8, 0, 8.0)]
+    many[4]["evaluation"]["bits_per_dim"] = 1.0
+    many[5]["evaluation"]["bits_per_dim"] = 99.0
+    told = ["GS-Soft, C = 16, K = 8", "GS-Soft, C = 64, K = 8", "VQ-VAE, EMA, C = 16, K = 8"]
+    told += ["VQ-VAE, EMA, C = 64, K = 8", "FSQ, C = 64, K = 8", "Gaussian VAE, K = 8"]
+    assert chosen(many) == told
+    assert sorted(chosen(many[::-1])) == sorted(told)
+
+
+def test_of_many_groups_those_of_the_papers_size_are_shown():
+    """Of two of them that of lowest bits/dim; and with six estimators and more nothing else."""
+    every = list(style.ESTIMATORS)[:7]
+    many = sweep(estimators=every, sizes=(16, 64), latents=(8, 16), seeds=(0,))
+    assert chosen(many) == [f"{style.style(name)[0]}, C = 64, K = 16" for name in every]
+    many += [result("gs-soft", 64, 16, 0, 5.01, temperature=2.0)]
+    assert "GS-Soft, C = 64, K = 16, temperature 2.0" in chosen(many)
+    assert "GS-Soft, C = 64, K = 16" not in chosen(many)
+
+
+def test_each_of_an_estimators_gradients_is_shown():
+    many = sweep(estimators=list(style.ESTIMATORS)[:7], sizes=(16,), seeds=(0,))
+    many += [result("vq-ema", 16, 4, 0, 9.0, gradient="rotation")]
+    assert chosen(many)[-1] == "VQ-VAE, EMA, C = 16, K = 4, gradient rotation"
+    assert len(chosen(many)) == 8
+
+
+def test_the_figures_say_how_many_settings_they_leave_out():
+    many = [*sweep(sizes=(16, 64, 256, 512)), result("gaussian", None, 4, 0, 5.0)]
+    found = analyses(many[:-1])
+    assert figures.figure_1c(many).get_suptitle() == "Rate and distortion along training: 6 of 9 settings"
+    for draw in (figures.figure_1b, figures.figure_2):
+        assert draw(many, found).get_suptitle().endswith(": 6 of 8 settings"), "the Gaussian has no codes"
+    assert not [text for text in words(figures.figure_1c(sweep())) if "settings" in text]
+
+
+def test_where_codebooks_are_kept_of_some_the_figures_of_codebooks_show_them():
+    many = sweep(sizes=(16, 64, 128, 256, 512))
+    found = analyses([one for one in many if one["trial"]["num_codes"] == 512])
+    said = [f"{name}, C = 512, K = 4" for name in ("GS-Soft", "VQ-VAE, EMA")]
+    assert legend(figures.figure_1b(many, found)) == said
 
 
 def test_an_unknown_estimator_has_its_own_fixed_colour():

@@ -59,3 +59,11 @@ def test_trials_without_pictures_are_left_out():
     results = sweep(sizes=(16,), seeds=(0,))
     found = rows(pictures.of_sweep(results, {results[1]["name"]: Pictures(plain(1), plain(2), plain(3))}))
     assert [label.partition("\n")[0] for label in found] == ["images", *2 * ["VQ-VAE, EMA, C = 16, K = 4"]]
+
+
+def test_the_pictures_say_how_many_settings_they_leave_out():
+    results = sweep(sizes=(16, 32, 64, 128), seeds=(0,))
+    made = {one["name"]: Pictures(plain(1), plain(2), plain(3)) for one in results}
+    figure = pictures.of_sweep(results, made)
+    assert len(figure.axes) == 1 + 2 * 6
+    assert "Reconstructions, and samples of the prior: 6 of 8 settings" in words(figure)
