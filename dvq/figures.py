@@ -4,6 +4,7 @@ Results are the contents of ``results.json`` files, in the sweep's order; analys
 Everything is drawn on ``matplotlib.figure.Figure`` objects, which belong to no window and no global state.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +18,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from dvq.analyze import Analysis, Floats
-from dvq.style import Analyses, Group, counted, legend, look, new_figure, shown, style, told, varied
-from dvq.tables import Result, alike
+from dvq.curves import Curve, curves, mean, spread
+from dvq.style import Analyses, Group, counted, legend, look, new_figure, shown, style
+from dvq.tables import Result
 
 PAPER = {
     "VQ-VAE, best C: 4.81": 4.81,
@@ -40,27 +42,25 @@ def papers(results: Sequence[Result]) -> dict[str, float]:
 
 @look
 def figure_1a(results: Sequence[Result]) -> Figure:
-    """Bits/dim against C: the mean over seeds and their range, a curve an estimator and a panel a K, and the
-    paper's numbers as marks, where they are of the same images. Where a sweep varies other fields too, each setting
-    is a thin curve."""
+    """Bits/dim against C: the mean over seeds and their range, a curve a setting (or an estimator, if those are
+    many) and a panel a K, and the paper's numbers as marks, where they are of the same images. Marks at the same C
+    stand side by side."""
     trials = [result["trial"] for result in results]
     paper = papers(results)
-    sizes = sorted({trial["num_latents"] for trial in trials})
+    found = curves(results)
+    sizes = sorted({curve.num_latents for curve in found})
     least = min(result["evaluation"]["bits_per_dim"] for result in results)
     apart = least > max(paper.values(), default=least) + APART
     figure = new_figure("Bits/dim against codebook size", results, max(10, 4.8 + 2.6 * len(sizes)), 4.6)
     rows: dict[str, Any] = {"nrows": 2, "height_ratios": [3, 1]} if apart else {}
     panels = figure.subplots(ncols=len(sizes), squeeze=False, sharex=True, sharey="row", **rows)
+    apart_by = _codes_axis(panels[0, 0], found, [PAPER_CODES] * bool(paper))
     for column, latents in zip(panels.T, sizes, strict=True):
-        _sizes(column[0], [result for result in results if result["trial"]["num_latents"] == latents])
+        _sizes(column[0], [curve for curve in found if curve.num_latents == latents], apart_by)
         if paper:
             _paper(column[-1])
         column[0].set_title(f"K = {latents}")
         column[-1].set_xlabel("C, codes in a codebook")
-    ticks = sorted({*([PAPER_CODES] * bool(paper)), *(t["num_codes"] for t in trials if "num_codes" in t)})
-    panels[0, 0].set_xscale("log", base=2)
-    panels[0, 0].set_xticks(ticks, labels=[str(tick) for tick in ticks])
-    panels[0, 0].xaxis.set_minor_locator(NullLocator())
     panels[-1, 0].set_ylabel("bits/dim,\nthe paper")
     panels[0, 0].set_ylabel(f"{' and '.join(sorted({trial['split'] for trial in trials}))} bits/dim")
     drawn = [artist for axes in panels.flat for artist in axes.get_legend_handles_labels()[0]]
@@ -71,41 +71,33 @@ def figure_1a(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _curves(results: Sequence[Result]) -> list[list[Result]]:
-    """The results in lists that differ in C and the seed. FSQ's levels make C, so that they are one curve too, unless
-    some of them make the same."""
-    made = {(str(t["levels"]), t["num_codes"]) for t in (one["trial"] for one in results) if "levels" in t}
-    one_each = len({codes for _, codes in made}) == len(made)
-    return alike(results, "seed", "num_codes", *(["levels"] if one_each else []))
+def _codes_axis(axes: Axes, found: Sequence[Curve], others: Sequence[int]) -> float:
+    """Makes the axis of the curves' C and ``others``; how many octaves are to be between marks at the same C, so that
+    their bars are all seen."""
+    ticks = sorted({*others, *(codes for curve in found for codes in curve.points if codes)})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(ticks[0] / math.sqrt(2), ticks[-1] * math.sqrt(2))
+    return min(0.02 * (math.log2(ticks[-1] / ticks[0]) + 1), 0.4 / len(found))
 
 
-def _sizes(axes: Axes, results: Sequence[Result]) -> None:
-    curves = _curves(results)
-    settings = Counter(curve[0]["trial"]["estimator"] for curve in curves)
-    for curve in curves:
-        many = settings[curve[0]["trial"]["estimator"]]
-        label, colour, marker = style(curve[0]["trial"]["estimator"])
-        rest = f" ({many} settings)" if many > 1 else f", {varied(curve[0])}".rstrip(", ")
-        label = told(label + rest)
-        width, size = (0.8, 3) if many > 1 else (1.8, 5.5)
-        points: dict[int, list[Result]] = {}
-        for result in curve:
-            points.setdefault(result["trial"].get("num_codes", 0), []).append(result["evaluation"])
-        codes, found = zip(*sorted(points.items()), strict=True)
-        means = [float(np.mean([one["bits_per_dim"] for one in seeds])) for seeds in found]
-        if 0 in points:  # a continuous latent variable has no C
-            axes.axhline(means[0], color=colour, lw=width, label=label)
+def _sizes(axes: Axes, found: Sequence[Curve], apart_by: float) -> None:
+    there = Counter(codes for curve in found for codes in curve.points)
+    seen: Counter[int] = Counter()
+    for curve in found:
+        means = [mean(seeds) for seeds in curve.points.values()]
+        low, high = zip(*map(spread, curve.points.values()), strict=True)
+        drawn: dict[str, Any] = {"color": curve.colour, "ls": curve.dashes, "lw": 1.8, "label": curve.label}
+        if 0 in curve.points:  # a continuous latent variable has no C
+            axes.axhline(means[0], **drawn)
+            axes.axhspan(low[0], high[0], color=curve.colour, alpha=0.12, lw=0)
             continue
-        axes.plot(codes, means, color=colour, marker=marker, ms=size, lw=width, label=label)
-        low, high = zip(*map(_spread, found), strict=True)
-        axes.vlines(codes, low, high, color=colour, lw=3, alpha=0.4)
-
-
-def _spread(seeds: Sequence[Result]) -> tuple[float, float]:
-    """The range of bits/dim over seeds; of a single one ± its standard error over images."""
-    bits = [one["bits_per_dim"] for one in seeds]
-    error = 0.0 if len(bits) > 1 else seeds[0].get("bits_per_dim_se", 0.0)
-    return min(bits) - error, max(bits) + error
+        at = [codes * 2 ** (apart_by * (seen[codes] - (there[codes] - 1) / 2)) for codes in curve.points]
+        seen.update(curve.points.keys())
+        drawn |= {"mfc": "white"} if curve.fill == "none" else {"fillstyle": curve.fill, "mfcalt": "white"}
+        axes.plot(at, means, marker=curve.marker, **drawn)
+        axes.vlines(at, low, high, color=curve.colour, lw=3, alpha=0.4, zorder=1.9)
 
 
 def _paper(axes: Axes) -> None:

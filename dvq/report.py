@@ -47,7 +47,9 @@ FIGURES = {
     "figure_1a": (
         "Figure 1(a): bits/dim against C",
         "Single-sample ELBO of each trained model over every image of the split: the mean over seeds, and "
-        "their range as a bar; of a single seed the bar is ± the standard error over the images.",
+        "their range as a bar, of a continuous latent variable as a band; of a single seed it is ± the standard "
+        "error over the images. What is at the same C stands side by side. Where there are more than six settings "
+        "beside C and K, each estimator's lowest mean at each C is drawn, which the legend says.",
     ),
     "figure_1b": (
         "Figure 1(b): how many dimensions the codes use",

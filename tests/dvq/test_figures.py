@@ -126,11 +126,13 @@ def test_figure_1a_is_the_mean_and_range_over_seeds():
     assert [axes.get_title() for axes in figure.axes] == ["K = 4", "K = 8"]
     axes = figure.axes[0]
     gs, vq = curves(axes)
-    assert gs.get_xdata() == pytest.approx([16, 64, 256])
+    assert gs.get_xdata() * vq.get_xdata() == pytest.approx(np.square([16, 64, 256])), "side by side"
+    assert vq.get_xdata() / gs.get_xdata() == pytest.approx(np.full(3, 2**0.1))
     assert gs.get_ydata() == pytest.approx([5.066, 5.114, 5.306])
     assert [gs.get_color(), vq.get_color()] == [style.style(name)[1] for name in ("gs-soft", "vq-ema")]
     ranges = axes.collections[0].get_segments()
-    assert ranges[2] == pytest.approx(np.array([[256, 5.256], [256, 5.356]]))
+    assert ranges[2][:, 0] == pytest.approx(gs.get_xdata()[[2, 2]])
+    assert ranges[2][:, 1] == pytest.approx([5.256, 5.356])
     assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == (
         "log",
         "C, codes in a codebook",
@@ -171,14 +173,57 @@ def test_results_far_above_the_papers_have_axes_of_their_own():
     assert ours.get_ylim()[0] > 6
 
 
-def test_continuous_latents_are_a_line_and_other_fields_are_settings():
-    both = [result("gaussian", None, 4, 0, 4.9)]
-    both += [result("gs-soft", c, 4, 0, 5.0, temperature=t) for c in (16, 64) for t in (0.5, 1)]
+def test_continuous_latents_are_a_line_with_the_range_over_seeds():
+    both = [result("gaussian", None, 4, seed, 4.9 + seed / 10) for seed in (0, 1)]
+    both += [result("gs-soft", codes, 4, 0, 5.0) for codes in (16, 64)]
+    axes = figures.figure_1a(both).axes[0]
+    line, gs = curves(axes)
+    assert line.get_ydata() == pytest.approx([4.95, 4.95])
+    (band,) = axes.patches
+    assert [band.get_y(), band.get_y() + band.get_height()] == pytest.approx([4.9, 5.0])
+    assert gs.get_xdata() == pytest.approx([16, 64]), "what is alone at its C stands there"
+
+
+def test_an_estimators_settings_are_curves_that_differ_in_look_and_label():
+    several = [result("gs-soft", c, 4, 0, 5.0 + t, temperature=t) for c in (16, 64) for t in (0.5, 1)]
+    figure = figures.figure_1a(several)
+    told = ["GS-Soft, temperature 0.5", "GS-Soft, temperature 1"]
+    assert [entry.replace("\N{NO-BREAK SPACE}", " ") for entry in legend(figure)[:2]] == told
+    one, other = curves(figure.axes[0])
+    assert (one.get_color(), one.get_marker()) == (other.get_color(), other.get_marker())
+    assert one.get_linestyle() != other.get_linestyle()
+    assert (one.get_markerfacecolor(), other.get_markerfacecolor()) == (one.get_color(), "white")
+    assert [line.get_ydata()[0] for line in (one, other)] == pytest.approx([5.5, 6.0])
+
+
+def test_of_more_than_six_settings_each_estimators_lowest_at_each_size_is_drawn():
+    """At C = 16 that of temperature 3, at C = 64 that of temperature 1: by the mean over seeds."""
+    bits = {(16, t): 5.0 - t / 10 for t in (1, 2, 3)} | {(64, t): 5.0 + t / 10 for t in (1, 2, 3)}
+    many = [
+        result(name, codes, 4, seed, found + seed / 100, temperature=t)
+        for name in ("gs-soft", "gs-hard")
+        for (codes, t), found in bits.items()
+        for seed in (0, 1)
+    ]
+    many[2]["evaluation"]["bits_per_dim"] = 1.0  # one lucky training
+    many[3]["evaluation"]["bits_per_dim"] = 99.0
+    assert len(legend(figures.figure_1a(many[: len(many) // 2]))) == 3 + 5, "three are few enough"
+    both = [*many, result("vimco", 16, 4, 0, 5.0)]
     figure = figures.figure_1a(both)
-    assert legend(figure)[:2] == ["Gaussian VAE", "GS-Soft (2 settings)"]
-    line, *settings = curves(figure.axes[0])
-    assert line.get_ydata() == pytest.approx([4.9, 4.9])
-    assert [list(one.get_xdata()) for one in settings] == [[16, 64], [16, 64]]
+    assert legend(figure)[:3] == [
+        *(f"{name}, lowest of 3 settings" for name in ("GS-Soft", "GS-Hard")),
+        "VIMCO",
+    ]
+    for line in list(curves(figure.axes[0]))[:2]:
+        assert line.get_ydata() == pytest.approx([4.705, 5.105])
+
+
+def test_levels_that_differ_along_a_curve_are_not_its_name():
+    some = [
+        result("fsq", 4, 4, 0, 5.0, levels=[2, 2], commitment=1),
+        result("fsq", 9, 4, 0, 5.0, levels=[3, 3], commitment=1),
+    ]
+    assert legend(figures.figure_1a(some))[0].replace("\N{NO-BREAK SPACE}", " ") == "FSQ, commitment 1"
 
 
 @pytest.mark.parametrize(
