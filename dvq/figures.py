@@ -167,31 +167,47 @@ def _explained_axes(panels: Sequence[Axes]) -> None:
 @look
 def figure_1c(results: Sequence[Result]) -> Figure:
     """Distortion against rate along training: a curve a trial with an arrow to its second evaluation and a
-    large mark at its last; on a grey diagonal bits/dim, their sum, is the same."""
+    large mark at its last; faint, to a hollow mark, the same under the best prior of the codes; on a grey
+    diagonal bits/dim, their sum, is the same."""
     groups = shown(results)
     figure = new_figure(counted("Rate and distortion along training", len(groups), results), results, 10, 5)
     axes = figure.subplots()
     axes.grid(False)
-    for group in groups:
-        for number, result in enumerate(group.results):
-            points = np.array([(point["rate"], point["distortion"]) for point in result["curves"]])
-            drawn: dict[str, Any] = {"color": group.colour, "marker": group.marker}
-            label = "_" if number else group.label  # "_" stays out of the legend
-            axes.plot(*points.T, ls=group.dashes, lw=1.2, ms=2.5, label=label, **drawn)
-            axes.plot(*points[-1], ms=9, mec="white", label="_", **drawn)
-            arrow = {"arrowstyle": "-|>", "color": group.colour, "mutation_scale": 14, "lw": 0}
-            axes.annotate("", points[:2][-1], points[0], arrowprops=arrow)
+    axes.margins(y=0.1)  # room for the diagonals' numbers
+    lagging = [_training(axes, group, result["curves"]) for group in groups for result in group.results]
     _diagonals(axes)
     axes.set(xlabel="rate [bits/dim]", ylabel="distortion [bits/dim]")
-    hint = "large mark: end of training\ngrey: equal bits/dim"
-    legend(figure, axes.get_legend_handles_labels()[0], hint)
+    hint = "large mark: end of training\n"
+    hint += "faint, hollow: rate if the prior were\nthe best for the codes\n" if any(lagging) else ""
+    handles = [
+        Line2D([], [], color=one.colour, ls=one.dashes, lw=1.2, marker=one.marker, ms=6, label=one.label)
+        for one in groups
+    ]
+    legend(figure, handles, f"{hint}grey: equal bits/dim")
     return figure
+
+
+def _training(axes: Axes, group: Group, curve: Sequence[Result]) -> bool:
+    """The path of one trial; whether the rate under the best prior is known, and drawn."""
+    points = np.array([(point["rate"], point["distortion"]) for point in curve])
+    drawn: dict[str, Any] = {"color": group.colour, "marker": group.marker}
+    axes.plot(*points.T, ls=group.dashes, lw=1.2, ms=2.5, **drawn)
+    axes.plot(*points[-1], ms=9, mec="white", **drawn)
+    arrow = {"arrowstyle": "-|>", "color": group.colour, "mutation_scale": 14, "lw": 0}
+    axes.annotate("", points[:2][-1], points[0], arrowprops=arrow)
+    if not all("rate_least" in point for point in curve):
+        return False
+    least = np.array([(point["rate_least"], point["distortion"]) for point in curve])
+    axes.plot(*least.T, color=group.colour, ls=group.dashes, lw=1, alpha=0.4)
+    axes.plot(*least[-1], ms=6, mfc="white", mew=1, **drawn)
+    return True
 
 
 def _diagonals(axes: Axes) -> None:
     """Lines of constant rate + distortion, each with its number where it leaves the frame."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     small: dict[str, Any] = {"color": "0.4", "size": 8, "bbox": {"fc": "white", "ec": "none", "pad": 0}}
+    small["zorder"] = 1.5  # under the trials' paths
     ticks = np.asarray(MaxNLocator(8).tick_values(left + bottom, right + top))
     digits = next(n for n in range(9) if np.allclose(ticks.round(n), ticks))
     for bits in ticks:

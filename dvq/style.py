@@ -55,6 +55,7 @@ look = rc_context(
         "grid.color": "0.9",
         "legend.fontsize": 9,
         "legend.frameon": False,
+        "legend.handlelength": 3.2,
         "lines.markersize": 5.5,
         "savefig.dpi": 150,
     }

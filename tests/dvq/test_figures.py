@@ -347,6 +347,30 @@ def test_figure_1c_goes_through_the_evaluations_and_ends_in_a_mark():
     assert len(legend(figure)) == 2  # a label an estimator, whatever the seeds
 
 
+def test_figure_1c_shows_the_rate_under_the_best_prior_too():
+    """The trained prior follows the codes' frequencies, so that its rate falls where the codes tell more."""
+    results = sweep(estimators=("vq-ema",), sizes=(16,), seeds=(0,))
+    assert "best" not in "".join(words(figures.figure_1c(results)))
+    for n, point in enumerate(results[0]["curves"]):
+        point["rate_least"] = 0.01 * n
+    figure = figures.figure_1c(results)
+    path, _, least, hollow = figure.axes[0].lines[:4]
+    assert least.get_xdata() == pytest.approx([0.0, 0.01, 0.02])
+    assert least.get_ydata() == pytest.approx(path.get_ydata())
+    assert least.get_alpha() < 0.5
+    assert hollow.get_xydata() == pytest.approx(least.get_xydata()[-1:])
+    assert (hollow.get_markerfacecolor(), hollow.get_marker()) == ("white", path.get_marker())
+    assert "faint, hollow: rate if the prior were" in figure.legends[0].get_title().get_text()
+
+
+def test_the_legend_of_figure_1c_shows_marks_that_can_be_told_apart():
+    """Those along the paths are so small that an X is a dot."""
+    figure = figures.figure_1c([result("gaussian", None, 4, 0, 5.0)])
+    (entry,) = figure.legends[0].get_lines()
+    assert (entry.get_marker(), entry.get_color()) == ("X", "#000000")
+    assert entry.get_markersize() >= 5
+
+
 def test_figure_2_has_a_row_a_trial_and_a_column_a_latent():
     results = sweep(sizes=(16,))
     found = analyses(results, dead=5)
