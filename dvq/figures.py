@@ -227,13 +227,13 @@ def figure_2(results: Sequence[Result], analyses: Analyses) -> Figure:
     rows = _analyzed(results, analyses)
     columns = min(MOST_COLUMNS, max((len(found[0].norms) for _, found in rows), default=1))
     size = min(2.25, 11 / columns)  # inches a panel
-    width, height = max(10, 1 + size * columns), 0.6 + (size + 0.1) * len(rows)
+    width, height = max(10, 1 + size * columns), 0.6 + (size + 0.2) * len(rows)
     title = counted("The codes on their first three principal components", len(rows), _discrete(results))
     figure = new_figure(title, results, width, height)
     panels = figure.subplots(max(1, len(rows)), columns, squeeze=False, subplot_kw={"projection": "3d"})
     for row, (group, found) in zip(panels, rows, strict=False):
         _codebooks(figure, row, found[0])
-        row[0].set_title(group.label, loc="left", pad=9)
+        row[0].set_title(group.label, loc="left", pad=18)
     return figure
 
 
@@ -242,7 +242,7 @@ def codebooks_3d(analysis: Analysis, title: str) -> Figure:
     """Figure 2 of one trial: up to 16 latent variables."""
     columns = min(4, len(analysis.norms))
     rows = min(4, -(-len(analysis.norms) // columns))
-    figure = new_figure(title, [], max(8, 1 + 2 * columns), 0.4 + 2 * rows)
+    figure = new_figure(title, [], max(8, 1 + 2 * columns), 0.4 + 2.15 * rows)
     panels = figure.subplots(rows, columns, squeeze=False, subplot_kw={"projection": "3d"})
     _codebooks(figure, panels.ravel(), analysis)
     return figure
@@ -250,23 +250,23 @@ def codebooks_3d(analysis: Analysis, title: str) -> Figure:
 
 def _codebooks(figure: Figure, panels: Any, analysis: Analysis) -> None:
     norm = Normalize(analysis.norms.min(), analysis.norms.max())
+    dots: dict[str, Any] = {"s": 6, "depthshade": False, "clip_on": False}  # codes may be at the edge
     for k, axes in enumerate(panels):
         if k >= len(analysis.norms):
             axes.remove()
             continue
         x, used = analysis.projections[k], analysis.usage[k] > 0
         colours = ScalarMappable(norm, "viridis").to_rgba(analysis.norms[k])
-        axes.scatter(*x[used].T, c=colours[used], s=6, depthshade=False, lw=0)
-        axes.scatter(*x[~used].T, facecolors="none", edgecolors=colours[~used], s=6, depthshade=False, lw=0.5)
+        axes.scatter(*x[used].T, c=colours[used], lw=0, **dots)
+        axes.scatter(*x[~used].T, facecolors="none", edgecolors=colours[~used], lw=0.5, **dots)
         reach = max(float(np.abs(x).max()), 1e-6)  # the same on the three axes, so that shapes are true
         axes.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
         axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
         axes.set_box_aspect((1, 1, 1), zoom=1.3)
         for n, name in enumerate((axes.set_xlabel, axes.set_ylabel, axes.set_zlabel), start=1):
             name(f"PC {n}", labelpad=-15, size=7, color="0.4")
-        axes.text2D(
-            1.05, 0.95, f"k = {k + 1}\n±{reach:.2g}", transform=axes.transAxes, size=8, ha="right", va="top"
-        )
+        place: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (0, 5), "textcoords": "offset points"}
+        axes.annotate(f"k = {k + 1}, ±{reach:.2g}", (1.05, 1), **place, size=8, ha="right", va="bottom")
     bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels[: len(analysis.norms)], shrink=0.7).ax
     bar.set_title("norm", size=8)
     figure.set_layout_engine(

@@ -67,9 +67,10 @@ FIGURES = {
     ),
     "figure_2": (
         "Figure 2: the codes",
-        "Rows are trials, columns their first latent variables; points are codes, projected on the first "
-        "three principal components of all codes of that codebook; ± is how far its three axes reach. Colour "
-        "is a code's norm; rings are codes that were never used.",
+        "Rows are trials, of several seeds the first, columns their first latent variables; points are codes, "
+        "projected on the first three principal components of all codes of that codebook, each of which counts the "
+        "same: where most were never used, these decide the axes. ± is how far the three axes reach. Colour is a "
+        "code's norm; rings are codes that were never used.",
     ),
     "pictures": (
         "Reconstructions and samples",

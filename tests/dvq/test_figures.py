@@ -1,5 +1,6 @@
 """What the figures show: axes, curves, marks and words."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -369,6 +370,26 @@ def test_the_legend_of_figure_1c_shows_marks_that_can_be_told_apart():
     (entry,) = figure.legends[0].get_lines()
     assert (entry.get_marker(), entry.get_color()) == ("X", "#000000")
     assert entry.get_markersize() >= 5
+
+
+@pytest.mark.parametrize("latents", [1, 8])
+def test_figure_2_cuts_no_code_off_and_writes_on_none(latents):
+    results = sweep(estimators=("fsq",), sizes=(27,), seeds=(0,))
+    cube = np.stack(np.meshgrid(*[[-1.0, 0.0, 1.0]] * 3), axis=-1).reshape(1, 27, 3).repeat(latents, axis=0)
+    found = dataclasses.replace(analyze(cube), projections=cube)  # its corners at the corners of the box
+    figure = figures.figure_2(results, {results[0]["name"]: found})
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert [dots.get_clip_on() for dots in axes.collections] == [False, False]
+    (told,) = axes.texts
+    assert told.get_text() == "k = 1, ±1"
+    used = axes.collections[0]
+    places = used.get_offset_transform().transform(used.get_offsets())
+    box = told.get_window_extent()
+    assert len(places) == 27
+    assert not [place for place in places if box.contains(*place)]
+    (label,) = [text for text in axes.findobj(Text) if text.get_text().startswith("FSQ")]
+    assert not label.get_window_extent().overlaps(box)
 
 
 def test_figure_2_has_a_row_a_trial_and_a_column_a_latent():
