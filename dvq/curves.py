@@ -1,11 +1,12 @@
 """Bits/dim against C: the curves of figure 1(a), and what each is told from the others by."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dvq.style import DASHES, MOST_GROUPS, style, told, varied
+from dvq.style import DASHES, MOST_GROUPS, method, style, told, varied
 from dvq.tables import Result, alike
 
 FILLS = ("full", "none", "top", "bottom", "left", "right")
@@ -26,33 +27,40 @@ class Curve(NamedTuple):
 
 
 def curves(results: Sequence[Result]) -> list[Curve]:
-    """A curve a setting and K. If there are more than six settings, a curve an estimator and K: of its lowest mean
-    bits/dim at each C, which its label says."""
-    found = [(_setting(trials), trials) for trials in _along(results)]
-    settings: dict[str, list[str]] = {}
-    for setting, trials in found:
-        names = settings.setdefault(trials[0]["trial"]["estimator"], [])
-        names += [setting] if setting not in names else []
-    many = sum(map(len, settings.values())) > MOST_GROUPS
-    made: dict[tuple[str, int, str | int], Curve] = {}
-    for number, (setting, trials) in enumerate(found):
-        estimator, latents = trials[0]["trial"]["estimator"], trials[0]["trial"]["num_latents"]
-        label, colour, marker = style(estimator)
-        names, points = settings[estimator], _points(trials)
-        if many and len(names) > 1:
-            label += f", lowest of {len(names)} settings"
-            before = made.get((estimator, latents, ""))
-            points = _lowest(before.points, points) if before else points
-            made[estimator, latents, ""] = Curve(
-                latents, points, told(label), colour, marker, DASHES[0], FILLS[0]
-            )
-            continue
-        at = names.index(setting) % MOST_GROUPS
-        label = told(f"{label}, {setting}".rstrip(", "))
-        made[estimator, latents, number] = Curve(
-            latents, points, label, colour, marker, DASHES[at], FILLS[at]
-        )
-    return list(made.values())
+    """A curve a setting and K. If there are more than six settings, a curve an estimator (of VQ-VAE one a gradient)
+    and K, of its lowest mean bits/dim at each C, which its label says."""
+    found = [(_setting(trials), [trials]) for trials in _along(results)]
+    if len({(lists[0][0]["trial"]["estimator"], setting) for setting, lists in found}) > MOST_GROUPS:
+        found = _methods([lists[0] for _, lists in found])
+    looks: dict[str, list[str]] = {}
+    made = []
+    for name, lists in found:
+        trial = lists[0][0]["trial"]
+        label, colour, marker = style(trial["estimator"])
+        names = looks.setdefault(trial["estimator"], [])
+        names += [name] if name not in names else []
+        at = names.index(name) % MOST_GROUPS
+        points = functools.reduce(_lowest, map(_points, lists))
+        label = told(f"{label}, {name}".rstrip(", "))
+        made.append(Curve(trial["num_latents"], points, label, colour, marker, DASHES[at], FILLS[at]))
+    return made
+
+
+def _methods(along: Sequence[list[Result]]) -> list[tuple[str, list[list[Result]]]]:
+    """Curves that are one, under its name: those of a method at one K."""
+    methods: dict[tuple[str, str | None], list[list[Result]]] = {}
+    for trials in along:
+        methods.setdefault(method(trials[0]), []).append(trials)
+    made = []
+    for some in methods.values():
+        settings = len({_setting(trials) for trials in some})
+        shared = _setting([one for trials in some for one in trials])
+        name = ", ".join(filter(None, (shared, f"lowest of {settings} settings" if settings > 1 else "")))
+        sizes: dict[int, list[list[Result]]] = {}
+        for trials in some:
+            sizes.setdefault(trials[0]["trial"]["num_latents"], []).append(trials)
+        made += [(name, lists) for lists in sizes.values()]
+    return made
 
 
 def mean(seeds: Sequence[Result]) -> float:

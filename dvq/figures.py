@@ -208,14 +208,14 @@ def _diagonals(axes: Axes) -> None:
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     small: dict[str, Any] = {"color": "0.4", "size": 8, "bbox": {"fc": "white", "ec": "none", "pad": 0}}
     small["zorder"] = 1.5  # under the trials' paths
+    above = bottom + 0.015 * (top - bottom)
     ticks = np.asarray(MaxNLocator(8).tick_values(left + bottom, right + top))
     digits = next(n for n in range(9) if np.allclose(ticks.round(n), ticks))
     for bits in ticks:
         axes.plot([left, right], [bits - left, bits - right], color="0.8", lw=0.8, zorder=1, label="_")
         if bottom <= bits - right <= top:
             axes.text(right, bits - right, f" {bits:.{digits}f}", va="center", **small)
-        elif left < bits - bottom < right:
-            above = bottom + 0.015 * (top - bottom)
+        elif left + 0.02 * (right - left) < bits - above < right:
             axes.text(bits - above, above, f"{bits:.{digits}f}", ha="center", va="bottom", **small)
     axes.set(xlim=(left, right), ylim=(bottom, top))
 

@@ -125,12 +125,16 @@ def _chosen(groups: Sequence[list[Result]]) -> list[list[Result]]:
     papers = [group for group in lowest if PAPERS_SIZE.items() <= group[0]["trial"].items()]
     first: dict[tuple[str, str | None], list[Result]] = {}
     for group in [*papers, *lowest]:
-        trial = group[0]["trial"]
-        first.setdefault((trial["estimator"], trial.get("gradient")), group)
+        first.setdefault(method(group[0]), group)
     chosen = {id(group) for group in first.values()}
     rest = [id(group) for group in lowest if id(group) not in chosen]
     chosen.update(rest[: max(0, MOST_GROUPS - len(chosen))])
     return [group for group in groups if id(group) in chosen]
+
+
+def method(result: Result) -> tuple[str, str | None]:
+    """What figures of many settings have at least one of: the estimator, and which gradient, if it has several."""
+    return result["trial"]["estimator"], result["trial"].get("gradient")
 
 
 def _bits(group: Sequence[Result]) -> float:

@@ -286,6 +286,14 @@ def test_each_of_an_estimators_gradients_is_shown():
     many += [result("vq-ema", 16, 4, 0, 9.0, gradient="rotation")]
     assert chosen(many)[-1] == "VQ-VAE, EMA, C = 16, K = 4, gradient rotation"
     assert len(chosen(many)) == 8
+    for temperature in (1, 2):
+        many += [result("vq-ema", 16, 4, 0, 8.0 + temperature, gradient="rotation", temperature=temperature)]
+    rotation = "VQ-VAE, EMA, gradient rotation, lowest of 3 settings"
+    drawn = [
+        " ".join(entry.replace("\N{NO-BREAK SPACE}", " ").split())
+        for entry in legend(figures.figure_1a(many))
+    ]
+    assert ["VQ-VAE, EMA", rotation] == [entry for entry in drawn if "EMA" in entry]
 
 
 def test_the_figures_say_how_many_settings_they_leave_out():
@@ -346,6 +354,16 @@ def test_figure_1c_goes_through_the_evaluations_and_ends_in_a_mark():
     assert named
     assert named <= {round(float(one[0]), 6) for one in sums}
     assert len(legend(figure)) == 2  # a label an estimator, whatever the seeds
+
+
+def test_the_numbers_of_figure_1cs_diagonals_stand_inside_the_frame():
+    """That of 6.3 leaves it in the lower left corner, and has no room there."""
+    results = sweep(estimators=("vq-ema",), sizes=(16,), seeds=(0,))
+    results[0]["curves"] = [{"rate": 0.044, "distortion": 7.702}, {"rate": 0.486, "distortion": 6.404}]
+    axes = figures.figure_1c(results).axes[0]
+    written = [text for text in axes.texts if text.get_text()]
+    assert {"6.6", "8.1"} <= {text.get_text().strip() for text in written}
+    assert not [text for text in written if text.get_position()[0] < axes.get_xlim()[0]]
 
 
 def test_figure_1c_shows_the_rate_under_the_best_prior_too():
