@@ -4,6 +4,7 @@ Results are the contents of ``results.json`` files, in the sweep's order; analys
 Everything is drawn on ``matplotlib.figure.Figure`` objects, which belong to no window and no global state.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +18,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from dvq.analyze import Analysis, Floats
-from dvq.style import Analyses, Group, legend, look, new_figure, shown, style, told, varied
-from dvq.tables import Result, alike
+from dvq.curves import Curve, curves, mean, spread
+from dvq.style import Analyses, Group, counted, legend, look, new_figure, shown, style
+from dvq.tables import Result
 
 PAPER = {
     "VQ-VAE, best C: 4.81": 4.81,
@@ -40,27 +42,25 @@ def papers(results: Sequence[Result]) -> dict[str, float]:
 
 @look
 def figure_1a(results: Sequence[Result]) -> Figure:
-    """Bits/dim against C: the mean over seeds and their range, a curve an estimator and a panel a K, and the
-    paper's numbers as marks, where they are of the same images. Where a sweep varies other fields too, each setting
-    is a thin curve."""
+    """Bits/dim against C: the mean over seeds and their range, a curve a setting (or an estimator, if those are
+    many) and a panel a K, and the paper's numbers as marks, where they are of the same images. Marks at the same C
+    stand side by side."""
     trials = [result["trial"] for result in results]
     paper = papers(results)
-    sizes = sorted({trial["num_latents"] for trial in trials})
+    found = curves(results)
+    sizes = sorted({curve.num_latents for curve in found})
     least = min(result["evaluation"]["bits_per_dim"] for result in results)
     apart = least > max(paper.values(), default=least) + APART
     figure = new_figure("Bits/dim against codebook size", results, max(10, 4.8 + 2.6 * len(sizes)), 4.6)
     rows: dict[str, Any] = {"nrows": 2, "height_ratios": [3, 1]} if apart else {}
     panels = figure.subplots(ncols=len(sizes), squeeze=False, sharex=True, sharey="row", **rows)
+    apart_by = _codes_axis(panels[0, 0], found, [PAPER_CODES] * bool(paper))
     for column, latents in zip(panels.T, sizes, strict=True):
-        _sizes(column[0], [result for result in results if result["trial"]["num_latents"] == latents])
+        _sizes(column[0], [curve for curve in found if curve.num_latents == latents], apart_by)
         if paper:
             _paper(column[-1])
         column[0].set_title(f"K = {latents}")
         column[-1].set_xlabel("C, codes in a codebook")
-    ticks = sorted({*([PAPER_CODES] * bool(paper)), *(t["num_codes"] for t in trials if "num_codes" in t)})
-    panels[0, 0].set_xscale("log", base=2)
-    panels[0, 0].set_xticks(ticks, labels=[str(tick) for tick in ticks])
-    panels[0, 0].xaxis.set_minor_locator(NullLocator())
     panels[-1, 0].set_ylabel("bits/dim,\nthe paper")
     panels[0, 0].set_ylabel(f"{' and '.join(sorted({trial['split'] for trial in trials}))} bits/dim")
     drawn = [artist for axes in panels.flat for artist in axes.get_legend_handles_labels()[0]]
@@ -71,41 +71,33 @@ def figure_1a(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _curves(results: Sequence[Result]) -> list[list[Result]]:
-    """The results in lists that differ in C and the seed. FSQ's levels make C, so that they are one curve too, unless
-    some of them make the same."""
-    made = {(str(t["levels"]), t["num_codes"]) for t in (one["trial"] for one in results) if "levels" in t}
-    one_each = len({codes for _, codes in made}) == len(made)
-    return alike(results, "seed", "num_codes", *(["levels"] if one_each else []))
+def _codes_axis(axes: Axes, found: Sequence[Curve], others: Sequence[int]) -> float:
+    """Makes the axis of the curves' C and ``others``; how many octaves are to be between marks at the same C, so that
+    their bars are all seen."""
+    ticks = sorted({*others, *(codes for curve in found for codes in curve.points if codes)})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(ticks[0] / math.sqrt(2), ticks[-1] * math.sqrt(2))
+    return min(0.02 * (math.log2(ticks[-1] / ticks[0]) + 1), 0.4 / len(found))
 
 
-def _sizes(axes: Axes, results: Sequence[Result]) -> None:
-    curves = _curves(results)
-    settings = Counter(curve[0]["trial"]["estimator"] for curve in curves)
-    for curve in curves:
-        many = settings[curve[0]["trial"]["estimator"]]
-        label, colour, marker = style(curve[0]["trial"]["estimator"])
-        rest = f" ({many} settings)" if many > 1 else f", {varied(curve[0])}".rstrip(", ")
-        label = told(label + rest)
-        width, size = (0.8, 3) if many > 1 else (1.8, 5.5)
-        points: dict[int, list[Result]] = {}
-        for result in curve:
-            points.setdefault(result["trial"].get("num_codes", 0), []).append(result["evaluation"])
-        codes, found = zip(*sorted(points.items()), strict=True)
-        means = [float(np.mean([one["bits_per_dim"] for one in seeds])) for seeds in found]
-        if 0 in points:  # a continuous latent variable has no C
-            axes.axhline(means[0], color=colour, lw=width, label=label)
+def _sizes(axes: Axes, found: Sequence[Curve], apart_by: float) -> None:
+    there = Counter(codes for curve in found for codes in curve.points)
+    seen: Counter[int] = Counter()
+    for curve in found:
+        means = [mean(seeds) for seeds in curve.points.values()]
+        low, high = zip(*map(spread, curve.points.values()), strict=True)
+        drawn: dict[str, Any] = {"color": curve.colour, "ls": curve.dashes, "lw": 1.8, "label": curve.label}
+        if 0 in curve.points:  # a continuous latent variable has no C
+            axes.axhline(means[0], **drawn)
+            axes.axhspan(low[0], high[0], color=curve.colour, alpha=0.12, lw=0)
             continue
-        axes.plot(codes, means, color=colour, marker=marker, ms=size, lw=width, label=label)
-        low, high = zip(*map(_spread, found), strict=True)
-        axes.vlines(codes, low, high, color=colour, lw=3, alpha=0.4)
-
-
-def _spread(seeds: Sequence[Result]) -> tuple[float, float]:
-    """The range of bits/dim over seeds; of a single one ± its standard error over images."""
-    bits = [one["bits_per_dim"] for one in seeds]
-    error = 0.0 if len(bits) > 1 else seeds[0].get("bits_per_dim_se", 0.0)
-    return min(bits) - error, max(bits) + error
+        at = [codes * 2 ** (apart_by * (seen[codes] - (there[codes] - 1) / 2)) for codes in curve.points]
+        seen.update(curve.points.keys())
+        drawn |= {"mfc": "white"} if curve.fill == "none" else {"fillstyle": curve.fill, "mfcalt": "white"}
+        axes.plot(at, means, marker=curve.marker, **drawn)
+        axes.vlines(at, low, high, color=curve.colour, lw=3, alpha=0.4, zorder=1.9)
 
 
 def _paper(axes: Axes) -> None:
@@ -119,9 +111,12 @@ def _paper(axes: Axes) -> None:
 def figure_1b(results: Sequence[Result], analyses: Analyses) -> Figure:
     """Fraction of the codebooks' variance against the number of principal components: the mean and the range
     over codebooks (and seeds), of all codes and weighted by usage."""
-    figure = new_figure("Variance of the codes that principal components explain", results, 10, 4.2)
-    panels = figure.subplots(1, 2, sharey=True)
     groups = _analyzed(results, analyses)
+    title = counted(
+        "Variance of the codes that principal components explain", len(groups), _discrete(results)
+    )
+    figure = new_figure(title, results, 10, 4.2)
+    panels = figure.subplots(1, 2, sharey=True)
     widths = np.linspace(3.0, 1.2, max(2, len(groups)))  # so that curves that coincide are all seen
     for (group, found), width in zip(groups, widths, strict=False):
         drawn = {"color": group.colour, "ls": group.dashes, "marker": group.marker, "label": group.label}
@@ -145,10 +140,13 @@ def explained_variance(analysis: Analysis, title: str) -> Figure:
 
 
 def _analyzed(results: Sequence[Result], analyses: Analyses) -> list[tuple[Group, list[Analysis]]]:
-    """The groups that are shown, with the analyses that there are; continuous latents have none."""
-    named = [(group, [result["name"] for result in group.results]) for group in shown(results)]
-    found = [(group, [analyses[name] for name in names if name in analyses]) for group, names in named]
-    return [(group, some) for group, some in found if some]
+    """The groups that are shown of those that have analyses, with these; continuous latents have none."""
+    groups = shown([result for result in results if result["name"] in analyses])
+    return [(group, [analyses[result["name"]] for result in group.results]) for group in groups]
+
+
+def _discrete(results: Sequence[Result]) -> list[Result]:
+    return [result for result in results if "num_codes" in result["trial"]]
 
 
 def _explained(axes: Axes, explained: Floats, **drawn: Any) -> None:
@@ -169,38 +167,55 @@ def _explained_axes(panels: Sequence[Axes]) -> None:
 @look
 def figure_1c(results: Sequence[Result]) -> Figure:
     """Distortion against rate along training: a curve a trial with an arrow to its second evaluation and a
-    large mark at its last; on a grey diagonal bits/dim, their sum, is the same."""
-    figure = new_figure("Rate and distortion along training", results, 10, 5)
+    large mark at its last; faint, to a hollow mark, the same under the best prior of the codes; on a grey
+    diagonal bits/dim, their sum, is the same."""
+    groups = shown(results)
+    figure = new_figure(counted("Rate and distortion along training", len(groups), results), results, 10, 5)
     axes = figure.subplots()
     axes.grid(False)
-    for group in shown(results):
-        for number, result in enumerate(group.results):
-            points = np.array([(point["rate"], point["distortion"]) for point in result["curves"]])
-            drawn: dict[str, Any] = {"color": group.colour, "marker": group.marker}
-            label = "_" if number else group.label  # "_" stays out of the legend
-            axes.plot(*points.T, ls=group.dashes, lw=1.2, ms=2.5, label=label, **drawn)
-            axes.plot(*points[-1], ms=9, mec="white", label="_", **drawn)
-            arrow = {"arrowstyle": "-|>", "color": group.colour, "mutation_scale": 14, "lw": 0}
-            axes.annotate("", points[:2][-1], points[0], arrowprops=arrow)
+    axes.margins(y=0.1)  # room for the diagonals' numbers
+    lagging = [_training(axes, group, result["curves"]) for group in groups for result in group.results]
     _diagonals(axes)
     axes.set(xlabel="rate [bits/dim]", ylabel="distortion [bits/dim]")
-    hint = "large mark: end of training\ngrey: equal bits/dim"
-    legend(figure, axes.get_legend_handles_labels()[0], hint)
+    hint = "large mark: end of training\n"
+    hint += "faint, hollow: rate if the prior were\nthe best for the codes\n" if any(lagging) else ""
+    handles = [
+        Line2D([], [], color=one.colour, ls=one.dashes, lw=1.2, marker=one.marker, ms=6, label=one.label)
+        for one in groups
+    ]
+    legend(figure, handles, f"{hint}grey: equal bits/dim")
     return figure
+
+
+def _training(axes: Axes, group: Group, curve: Sequence[Result]) -> bool:
+    """The path of one trial; whether the rate under the best prior is known, and drawn."""
+    points = np.array([(point["rate"], point["distortion"]) for point in curve])
+    drawn: dict[str, Any] = {"color": group.colour, "marker": group.marker}
+    axes.plot(*points.T, ls=group.dashes, lw=1.2, ms=2.5, **drawn)
+    axes.plot(*points[-1], ms=9, mec="white", **drawn)
+    arrow = {"arrowstyle": "-|>", "color": group.colour, "mutation_scale": 14, "lw": 0}
+    axes.annotate("", points[:2][-1], points[0], arrowprops=arrow)
+    if not all("rate_least" in point for point in curve):
+        return False
+    least = np.array([(point["rate_least"], point["distortion"]) for point in curve])
+    axes.plot(*least.T, color=group.colour, ls=group.dashes, lw=1, alpha=0.4)
+    axes.plot(*least[-1], ms=6, mfc="white", mew=1, **drawn)
+    return True
 
 
 def _diagonals(axes: Axes) -> None:
     """Lines of constant rate + distortion, each with its number where it leaves the frame."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     small: dict[str, Any] = {"color": "0.4", "size": 8, "bbox": {"fc": "white", "ec": "none", "pad": 0}}
+    small["zorder"] = 1.5  # under the trials' paths
+    above = bottom + 0.015 * (top - bottom)
     ticks = np.asarray(MaxNLocator(8).tick_values(left + bottom, right + top))
     digits = next(n for n in range(9) if np.allclose(ticks.round(n), ticks))
     for bits in ticks:
         axes.plot([left, right], [bits - left, bits - right], color="0.8", lw=0.8, zorder=1, label="_")
         if bottom <= bits - right <= top:
             axes.text(right, bits - right, f" {bits:.{digits}f}", va="center", **small)
-        elif left < bits - bottom < right:
-            above = bottom + 0.015 * (top - bottom)
+        elif left + 0.02 * (right - left) < bits - above < right:
             axes.text(bits - above, above, f"{bits:.{digits}f}", ha="center", va="bottom", **small)
     axes.set(xlim=(left, right), ylim=(bottom, top))
 
@@ -212,12 +227,13 @@ def figure_2(results: Sequence[Result], analyses: Analyses) -> Figure:
     rows = _analyzed(results, analyses)
     columns = min(MOST_COLUMNS, max((len(found[0].norms) for _, found in rows), default=1))
     size = min(2.25, 11 / columns)  # inches a panel
-    width, height = max(10, 1 + size * columns), 0.6 + (size + 0.1) * len(rows)
-    figure = new_figure("The codes on their first three principal components", results, width, height)
+    width, height = max(10, 1 + size * columns), 0.6 + (size + 0.2) * len(rows)
+    title = counted("The codes on their first three principal components", len(rows), _discrete(results))
+    figure = new_figure(title, results, width, height)
     panels = figure.subplots(max(1, len(rows)), columns, squeeze=False, subplot_kw={"projection": "3d"})
     for row, (group, found) in zip(panels, rows, strict=False):
         _codebooks(figure, row, found[0])
-        row[0].set_title(group.label, loc="left", pad=9)
+        row[0].set_title(group.label, loc="left", pad=18)
     return figure
 
 
@@ -226,7 +242,7 @@ def codebooks_3d(analysis: Analysis, title: str) -> Figure:
     """Figure 2 of one trial: up to 16 latent variables."""
     columns = min(4, len(analysis.norms))
     rows = min(4, -(-len(analysis.norms) // columns))
-    figure = new_figure(title, [], max(8, 1 + 2 * columns), 0.4 + 2 * rows)
+    figure = new_figure(title, [], max(8, 1 + 2 * columns), 0.4 + 2.15 * rows)
     panels = figure.subplots(rows, columns, squeeze=False, subplot_kw={"projection": "3d"})
     _codebooks(figure, panels.ravel(), analysis)
     return figure
@@ -234,23 +250,23 @@ def codebooks_3d(analysis: Analysis, title: str) -> Figure:
 
 def _codebooks(figure: Figure, panels: Any, analysis: Analysis) -> None:
     norm = Normalize(analysis.norms.min(), analysis.norms.max())
+    dots: dict[str, Any] = {"s": 6, "depthshade": False, "clip_on": False}  # codes may be at the edge
     for k, axes in enumerate(panels):
         if k >= len(analysis.norms):
             axes.remove()
             continue
         x, used = analysis.projections[k], analysis.usage[k] > 0
         colours = ScalarMappable(norm, "viridis").to_rgba(analysis.norms[k])
-        axes.scatter(*x[used].T, c=colours[used], s=6, depthshade=False, lw=0)
-        axes.scatter(*x[~used].T, facecolors="none", edgecolors=colours[~used], s=6, depthshade=False, lw=0.5)
+        axes.scatter(*x[used].T, c=colours[used], lw=0, **dots)
+        axes.scatter(*x[~used].T, facecolors="none", edgecolors=colours[~used], lw=0.5, **dots)
         reach = max(float(np.abs(x).max()), 1e-6)  # the same on the three axes, so that shapes are true
         axes.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
         axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
         axes.set_box_aspect((1, 1, 1), zoom=1.3)
         for n, name in enumerate((axes.set_xlabel, axes.set_ylabel, axes.set_zlabel), start=1):
             name(f"PC {n}", labelpad=-15, size=7, color="0.4")
-        axes.text2D(
-            1.05, 0.95, f"k = {k + 1}\n±{reach:.2g}", transform=axes.transAxes, size=8, ha="right", va="top"
-        )
+        place: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (0, 5), "textcoords": "offset points"}
+        axes.annotate(f"k = {k + 1}, ±{reach:.2g}", (1.05, 1), **place, size=8, ha="right", va="bottom")
     bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels[: len(analysis.norms)], shrink=0.7).ax
     bar.set_title("norm", size=8)
     # else the bars' numbers may be cut off

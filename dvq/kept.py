@@ -12,13 +12,11 @@ from dvq import report as reports
 from dvq.analyze import Analysis
 from dvq.config import estimators, short_name, trial
 from dvq.report import FIGURES
-from dvq.style import partial, style
+from dvq.style import PAPERS_SIZE, partial, style
 from dvq.trial import Discrete, Stochastic, Trial
 
 Result = dict[str, Any]
 CODEBOOKS = ("explained", "explained_weighted", "projections", "norms")
-DRAWN = {"num_codes": 64, "num_latents": 16}
-"""the trials whose codebooks are kept too: those of Figures 1(b) and 2"""
 LONGEST = 200
 """characters of a name; a file's name may have 255"""
 TAKEN = ("estimator", "num_codes", "num_latents", "data", "split", "steps")
@@ -43,7 +41,7 @@ def write(result: Mapping[str, Any], analysis: Analysis | None, sweep: str, fold
     """Write the results to their file in ``folder``; its path."""
     one = trial(result["trial"])
     made = {**result, "name": name(one), "sweep": sweep, "numerics": NUMERICS}
-    if analysis and DRAWN.items() <= made["trial"].items():
+    if analysis and PAPERS_SIZE.items() <= made["trial"].items():
         made["codebooks"] = {part: _rounded(getattr(analysis, part).tolist()) for part in CODEBOOKS}
     path = folder / f"{made['name']}.json"
     folder.mkdir(parents=True, exist_ok=True)

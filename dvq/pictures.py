@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from dvq.style import in_colour, look, new_figure, shown
+from dvq.style import counted, in_colour, look, new_figure, shown
 from dvq.tables import Result
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def of_sweep(results: Sequence[Result], pictures: Mapping[str, Pictures]) -> Fig
     """The images; then, of each trial that is shown (its first seed), a row of reconstructions; then the samples."""
     groups = [(group.label, group.results[0]["name"]) for group in shown(results)]
     drawn = [(label, pictures[name]) for label, name in groups if name in pictures]
-    figure = new_figure("Reconstructions, and samples of the prior", results, 10, 1.2 + 1.2 * len(drawn))
+    title = counted("Reconstructions, and samples of the prior", len(drawn), results)
+    figure = new_figure(title, results, 10, 1.2 + 1.2 * len(drawn))
     rows = [("images", drawn[0][1].images)]
     rows += [(f"{label}\nreconstructions", one.reconstructions) for label, one in drawn]
     rows += [(f"{label}\nsamples", one.samples) for label, one in drawn]

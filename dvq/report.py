@@ -30,8 +30,9 @@ from dvq.tables import (
 )
 
 CHOICE = (
-    " Only one setting of each estimator is drawn, for the sweep has more than six: C = 64 and K = 16 as in the "
-    "paper if it is there, else the largest C and K; of several such settings the sweep's first."
+    " Not every setting is drawn, for the sweep has more than six: one of each estimator (of VQ-VAE one of each "
+    "gradient), at C = 64 and K = 16 as in the paper if it is there, and of several the one of lowest mean bits/dim; "
+    "then the lowest of the rest, until they are six."
 )
 PAPER = " Grey lines and the star are the paper's numbers."
 SIZES = ("num_codes", "num_latents", "seeds", "seed", "steps")
@@ -46,7 +47,9 @@ FIGURES = {
     "figure_1a": (
         "Figure 1(a): bits/dim against C",
         "Single-sample ELBO of each trained model over every image of the split: the mean over seeds, and "
-        "their range as a bar; of a single seed the bar is ± the standard error over the images.",
+        "their range as a bar, of a continuous latent variable as a band; of a single seed it is ± the standard "
+        "error over the images. What is at the same C stands side by side. Where there are more than six settings "
+        "beside C and K, each estimator's lowest mean at each C is drawn, which the legend says.",
     ),
     "figure_1b": (
         "Figure 1(b): how many dimensions the codes use",
@@ -58,13 +61,16 @@ FIGURES = {
     "figure_1c": (
         "Figure 1(c): rate and distortion along training",
         "Each point is an evaluation on every image of the split; arrows show the direction, large marks the "
-        "end. Along a grey line bits/dim, the sum of both, is the same.",
+        "end. Along a grey line bits/dim, the sum of both, is the same. Faint paths, to hollow marks, have the rate "
+        "that the same codes would cost under their own frequencies, the best factorial prior for them: the trained "
+        "prior follows these with a lag, so that the rate may fall while the codes tell more.",
     ),
     "figure_2": (
         "Figure 2: the codes",
-        "Rows are trials, columns their first latent variables; points are codes, projected on the first "
-        "three principal components of all codes of that codebook; ± is how far its three axes reach. Colour "
-        "is a code's norm; rings are codes that were never used.",
+        "Rows are trials, of several seeds the first, columns their first latent variables; points are codes, "
+        "projected on the first three principal components of all codes of that codebook, each of which counts the "
+        "same: where most were never used, these decide the axes. ± is how far the three axes reach. Colour is a "
+        "code's norm; rings are codes that were never used.",
     ),
     "pictures": (
         "Reconstructions and samples",

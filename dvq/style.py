@@ -1,5 +1,6 @@
 """What the pictures share: an estimator's colour, the look of an axis, which trials there is room for, the files."""
 
+import math
 import re
 import textwrap
 import zlib
@@ -38,6 +39,8 @@ MARKERS = ("*", "8", ">", "h")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 MOST_GROUPS = len(DASHES)
+PAPERS_SIZE = {"num_codes": 64, "num_latents": 16}
+"""of the codebooks that the paper shows"""
 FULL = {name: Trial.model_fields[name].default for name in ("steps", "features")}
 look = rc_context(
     {
@@ -51,6 +54,7 @@ look = rc_context(
         "grid.color": "0.9",
         "legend.fontsize": 9,
         "legend.frameon": False,
+        "legend.handlelength": 3.2,
         "lines.markersize": 5.5,
         "savefig.dpi": 150,
     }
@@ -93,15 +97,12 @@ class Group(NamedTuple):
 
 
 def shown(results: Sequence[Result]) -> list[Group]:
-    """What a figure of single trials has room for: all groups if they are few; if not, one an estimator, at
-    C = 64 and K = 16 as in the paper if that is there, else at the largest C and K; the sweep's first of
-    those that differ in other fields."""
+    """What a figure of single trials has room for, in the sweep's order: all settings if they are at most six; if
+    not, one of each estimator (of VQ-VAE one of each gradient), at C = 64 and K = 16 as in the paper if that is
+    there, and of several the one of lowest mean bits/dim; then the lowest of the rest, until they are six."""
     groups = alike(results, "seed")
     if len(groups) > MOST_GROUPS:
-        chosen: dict[str, list[Result]] = {}
-        for group in sorted(groups, key=_rank, reverse=True):  # stable: the sweep's order among equals
-            chosen.setdefault(group[0]["trial"]["estimator"], group)
-        groups = list(chosen.values())
+        groups = _chosen(groups)
     seen: Counter[str] = Counter()
     drawn = []
     for group in groups:
@@ -115,6 +116,37 @@ def shown(results: Sequence[Result]) -> list[Group]:
         )
         seen[trial["estimator"]] += 1
     return drawn
+
+
+def _chosen(groups: Sequence[list[Result]]) -> list[list[Result]]:
+    """Those of many groups that :func:`shown` names; which they are does not depend on their order."""
+    lowest = sorted(groups, key=lambda group: (_bits(group), min(one["name"] for one in group)))
+    papers = [group for group in lowest if PAPERS_SIZE.items() <= group[0]["trial"].items()]
+    first: dict[tuple[str, str | None], list[Result]] = {}
+    for group in [*papers, *lowest]:
+        first.setdefault(method(group[0]), group)
+    chosen = {id(group) for group in first.values()}
+    rest = [id(group) for group in lowest if id(group) not in chosen]
+    chosen.update(rest[: max(0, MOST_GROUPS - len(chosen))])
+    return [group for group in groups if id(group) in chosen]
+
+
+def method(result: Result) -> tuple[str, str | None]:
+    """What figures of many settings have at least one of: the estimator, and which gradient, if it has several."""
+    return result["trial"]["estimator"], result["trial"].get("gradient")
+
+
+def _bits(group: Sequence[Result]) -> float:
+    """The mean bits/dim over the seeds where it is finite; infinity if it nowhere is."""
+    bits = [float(one["evaluation"]["bits_per_dim"]) for one in group]
+    finite = [one for one in bits if math.isfinite(one)]
+    return sum(finite) / len(finite) if finite else math.inf
+
+
+def counted(title: str, drawn: int, results: Sequence[Result]) -> str:
+    """A figure's title, and how many of the results' settings are drawn, if not all."""
+    settings = len(alike(results, "seed"))
+    return title if drawn == settings else f"{title}: {drawn} of {settings} settings"
 
 
 def varied(result: Result) -> str:
@@ -136,11 +168,6 @@ def varied(result: Result) -> str:
 def told(label: str) -> str:
     """A legend's entry, in lines that leave room for the figure."""
     return "\n".join(textwrap.wrap(label, 36, subsequent_indent="  "))
-
-
-def _rank(group: list[Result]) -> tuple[bool, int, int]:
-    size = group[0]["trial"].get("num_codes", 0), group[0]["trial"]["num_latents"]
-    return size == (64, 16), *size
 
 
 def new_figure(title: str, results: Sequence[Result], width: float, height: float) -> Figure:

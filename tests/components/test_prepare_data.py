@@ -5,7 +5,7 @@ import pytest
 from kfp.dsl import Dataset
 
 from components.prepare_data.component import prepare_data
-from dvq import DvqError, data
+from dvq import data
 from dvq.fingerprints import FINGERPRINTS, LABELS
 
 SAMPLE = FINGERPRINTS["cifar10-sample"]
@@ -23,6 +23,7 @@ def test_alone_the_artifact_is_complete(tmp_path, monkeypatch):
     loaded = data.load(tmp_path / "root" / "data")
     assert data.fingerprint(loaded.arrays) == SAMPLE
     assert artifact.metadata == {
+        "name": "cifar10-sample",
         "label": LABELS["cifar10-sample"],
         "fingerprint": SAMPLE,
         "train": 2000,
@@ -53,8 +54,11 @@ def test_deleting_the_artifact_leaves_the_store_whole(tmp_path, monkeypatch):
     assert np.array_equal(stored.arrays["test_images"], data.read_sample()["test_images"])
 
 
-def test_a_bad_source_is_one_sentence(tmp_path, monkeypatch):
+def test_a_bad_source_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
-    with pytest.raises(DvqError, match="there is no such file or folder"):
+    with pytest.raises(SystemExit, match="1"):
         run(tmp_path / "one", "cifar10", str(tmp_path / "nowhere"))
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: DATA={tmp_path}/nowhere: there is no such file or folder; ")
+    assert told.count("\n") == 1
     assert not (tmp_path / "one").exists()

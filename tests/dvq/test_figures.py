@@ -1,5 +1,6 @@
 """What the figures show: axes, curves, marks and words."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -126,11 +127,13 @@ def test_figure_1a_is_the_mean_and_range_over_seeds():
     assert [axes.get_title() for axes in figure.axes] == ["K = 4", "K = 8"]
     axes = figure.axes[0]
     gs, vq = curves(axes)
-    assert gs.get_xdata() == pytest.approx([16, 64, 256])
+    assert gs.get_xdata() * vq.get_xdata() == pytest.approx(np.square([16, 64, 256])), "side by side"
+    assert vq.get_xdata() / gs.get_xdata() == pytest.approx(np.full(3, 2**0.1))
     assert gs.get_ydata() == pytest.approx([5.066, 5.114, 5.306])
     assert [gs.get_color(), vq.get_color()] == [style.style(name)[1] for name in ("gs-soft", "vq-ema")]
     ranges = axes.collections[0].get_segments()
-    assert ranges[2] == pytest.approx(np.array([[256, 5.256], [256, 5.356]]))
+    assert ranges[2][:, 0] == pytest.approx(gs.get_xdata()[[2, 2]])
+    assert ranges[2][:, 1] == pytest.approx([5.256, 5.356])
     assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == (
         "log",
         "C, codes in a codebook",
@@ -171,14 +174,57 @@ def test_results_far_above_the_papers_have_axes_of_their_own():
     assert ours.get_ylim()[0] > 6
 
 
-def test_continuous_latents_are_a_line_and_other_fields_are_settings():
-    both = [result("gaussian", None, 4, 0, 4.9)]
-    both += [result("gs-soft", c, 4, 0, 5.0, temperature=t) for c in (16, 64) for t in (0.5, 1)]
+def test_continuous_latents_are_a_line_with_the_range_over_seeds():
+    both = [result("gaussian", None, 4, seed, 4.9 + seed / 10) for seed in (0, 1)]
+    both += [result("gs-soft", codes, 4, 0, 5.0) for codes in (16, 64)]
+    axes = figures.figure_1a(both).axes[0]
+    line, gs = curves(axes)
+    assert line.get_ydata() == pytest.approx([4.95, 4.95])
+    (band,) = axes.patches
+    assert [band.get_y(), band.get_y() + band.get_height()] == pytest.approx([4.9, 5.0])
+    assert gs.get_xdata() == pytest.approx([16, 64]), "what is alone at its C stands there"
+
+
+def test_an_estimators_settings_are_curves_that_differ_in_look_and_label():
+    several = [result("gs-soft", c, 4, 0, 5.0 + t, temperature=t) for c in (16, 64) for t in (0.5, 1)]
+    figure = figures.figure_1a(several)
+    told = ["GS-Soft, temperature 0.5", "GS-Soft, temperature 1"]
+    assert [entry.replace("\N{NO-BREAK SPACE}", " ") for entry in legend(figure)[:2]] == told
+    one, other = curves(figure.axes[0])
+    assert (one.get_color(), one.get_marker()) == (other.get_color(), other.get_marker())
+    assert one.get_linestyle() != other.get_linestyle()
+    assert (one.get_markerfacecolor(), other.get_markerfacecolor()) == (one.get_color(), "white")
+    assert [line.get_ydata()[0] for line in (one, other)] == pytest.approx([5.5, 6.0])
+
+
+def test_of_more_than_six_settings_each_estimators_lowest_at_each_size_is_drawn():
+    """At C = 16 that of temperature 3, at C = 64 that of temperature 1: by the mean over seeds."""
+    bits = {(16, t): 5.0 - t / 10 for t in (1, 2, 3)} | {(64, t): 5.0 + t / 10 for t in (1, 2, 3)}
+    many = [
+        result(name, codes, 4, seed, found + seed / 100, temperature=t)
+        for name in ("gs-soft", "gs-hard")
+        for (codes, t), found in bits.items()
+        for seed in (0, 1)
+    ]
+    many[2]["evaluation"]["bits_per_dim"] = 1.0  # one lucky training
+    many[3]["evaluation"]["bits_per_dim"] = 99.0
+    assert len(legend(figures.figure_1a(many[: len(many) // 2]))) == 3 + 5, "three are few enough"
+    both = [*many, result("vimco", 16, 4, 0, 5.0)]
     figure = figures.figure_1a(both)
-    assert legend(figure)[:2] == ["Gaussian VAE", "GS-Soft (2 settings)"]
-    line, *settings = curves(figure.axes[0])
-    assert line.get_ydata() == pytest.approx([4.9, 4.9])
-    assert [list(one.get_xdata()) for one in settings] == [[16, 64], [16, 64]]
+    assert legend(figure)[:3] == [
+        *(f"{name}, lowest of 3 settings" for name in ("GS-Soft", "GS-Hard")),
+        "VIMCO",
+    ]
+    for line in list(curves(figure.axes[0]))[:2]:
+        assert line.get_ydata() == pytest.approx([4.705, 5.105])
+
+
+def test_levels_that_differ_along_a_curve_are_not_its_name():
+    some = [
+        result("fsq", 4, 4, 0, 5.0, levels=[2, 2], commitment=1),
+        result("fsq", 9, 4, 0, 5.0, levels=[3, 3], commitment=1),
+    ]
+    assert legend(figures.figure_1a(some))[0].replace("\N{NO-BREAK SPACE}", " ") == "FSQ, commitment 1"
 
 
 @pytest.mark.parametrize(
@@ -198,17 +244,72 @@ def test_every_sweep_figure_says_what_cannot_be_compared(field, value, says):
         assert "not comparable" not in "".join(words(draw(comparable)))
 
 
-def test_few_groups_are_all_shown_many_one_an_estimator():
+def test_few_groups_are_all_shown():
     assert [group.label for group in style.shown(sweep())] == [
         f"{name}, C = {codes}, K = 4" for name in ("GS-Soft", "VQ-VAE, EMA") for codes in (16, 64, 256)
     ]
     assert [len(group.results) for group in style.shown(sweep())] == [2] * 6
     looks = {(group.colour, str(group.dashes)) for group in style.shown(sweep())}
     assert len(looks) == 6
-    papers = style.shown(sweep(sizes=(16, 64, 256), latents=(8, 16)))
-    assert [group.label for group in papers] == ["GS-Soft, C = 64, K = 16", "VQ-VAE, EMA, C = 64, K = 16"]
-    largest = style.shown(sweep(sizes=(16, 64, 256), latents=(4, 8)))
-    assert [group.label for group in largest] == ["GS-Soft, C = 256, K = 8", "VQ-VAE, EMA, C = 256, K = 8"]
+
+
+def chosen(results):
+    """The settings that are shown, told by estimator, C and K, and by the rest of their names."""
+    return [
+        " ".join(group.label.replace("\N{NO-BREAK SPACE}", " ").split()) for group in style.shown(results)
+    ]
+
+
+def test_of_many_groups_each_estimators_lowest_is_shown_and_then_the_lowest():
+    """The mean over seeds counts: GS-Soft's C = 256 has the lowest training of all, and the highest mean."""
+    many = [*sweep(latents=(8,)), result("fsq", 64, 8, 0, 9.0), result("gaussian", None, 8, 0, 8.0)]
+    many[4]["evaluation"]["bits_per_dim"] = 1.0
+    many[5]["evaluation"]["bits_per_dim"] = 99.0
+    told = ["GS-Soft, C = 16, K = 8", "GS-Soft, C = 64, K = 8", "VQ-VAE, EMA, C = 16, K = 8"]
+    told += ["VQ-VAE, EMA, C = 64, K = 8", "FSQ, C = 64, K = 8", "Gaussian VAE, K = 8"]
+    assert chosen(many) == told
+    assert sorted(chosen(many[::-1])) == sorted(told)
+
+
+def test_of_many_groups_those_of_the_papers_size_are_shown():
+    """Of two of them that of lowest bits/dim; and with six estimators and more nothing else."""
+    every = list(style.ESTIMATORS)[:7]
+    many = sweep(estimators=every, sizes=(16, 64), latents=(8, 16), seeds=(0,))
+    assert chosen(many) == [f"{style.style(name)[0]}, C = 64, K = 16" for name in every]
+    many += [result("gs-soft", 64, 16, 0, 5.01, temperature=2.0)]
+    assert "GS-Soft, C = 64, K = 16, temperature 2.0" in chosen(many)
+    assert "GS-Soft, C = 64, K = 16" not in chosen(many)
+
+
+def test_each_of_an_estimators_gradients_is_shown():
+    many = sweep(estimators=list(style.ESTIMATORS)[:7], sizes=(16,), seeds=(0,))
+    many += [result("vq-ema", 16, 4, 0, 9.0, gradient="rotation")]
+    assert chosen(many)[-1] == "VQ-VAE, EMA, C = 16, K = 4, gradient rotation"
+    assert len(chosen(many)) == 8
+    for temperature in (1, 2):
+        many += [result("vq-ema", 16, 4, 0, 8.0 + temperature, gradient="rotation", temperature=temperature)]
+    rotation = "VQ-VAE, EMA, gradient rotation, lowest of 3 settings"
+    drawn = [
+        " ".join(entry.replace("\N{NO-BREAK SPACE}", " ").split())
+        for entry in legend(figures.figure_1a(many))
+    ]
+    assert ["VQ-VAE, EMA", rotation] == [entry for entry in drawn if "EMA" in entry]
+
+
+def test_the_figures_say_how_many_settings_they_leave_out():
+    many = [*sweep(sizes=(16, 64, 256, 512)), result("gaussian", None, 4, 0, 5.0)]
+    found = analyses(many[:-1])
+    assert figures.figure_1c(many).get_suptitle() == "Rate and distortion along training: 6 of 9 settings"
+    for draw in (figures.figure_1b, figures.figure_2):
+        assert draw(many, found).get_suptitle().endswith(": 6 of 8 settings"), "the Gaussian has no codes"
+    assert not [text for text in words(figures.figure_1c(sweep())) if "settings" in text]
+
+
+def test_where_codebooks_are_kept_of_some_the_figures_of_codebooks_show_them():
+    many = sweep(sizes=(16, 64, 128, 256, 512))
+    found = analyses([one for one in many if one["trial"]["num_codes"] == 512])
+    said = [f"{name}, C = 512, K = 4" for name in ("GS-Soft", "VQ-VAE, EMA")]
+    assert legend(figures.figure_1b(many, found)) == said
 
 
 def test_an_unknown_estimator_has_its_own_fixed_colour():
@@ -253,6 +354,60 @@ def test_figure_1c_goes_through_the_evaluations_and_ends_in_a_mark():
     assert named
     assert named <= {round(float(one[0]), 6) for one in sums}
     assert len(legend(figure)) == 2  # a label an estimator, whatever the seeds
+
+
+def test_the_numbers_of_figure_1cs_diagonals_stand_inside_the_frame():
+    """That of 6.3 leaves it in the lower left corner, and has no room there."""
+    results = sweep(estimators=("vq-ema",), sizes=(16,), seeds=(0,))
+    results[0]["curves"] = [{"rate": 0.044, "distortion": 7.702}, {"rate": 0.486, "distortion": 6.404}]
+    axes = figures.figure_1c(results).axes[0]
+    written = [text for text in axes.texts if text.get_text()]
+    assert {"6.6", "8.1"} <= {text.get_text().strip() for text in written}
+    assert not [text for text in written if text.get_position()[0] < axes.get_xlim()[0]]
+
+
+def test_figure_1c_shows_the_rate_under_the_best_prior_too():
+    """The trained prior follows the codes' frequencies, so that its rate falls where the codes tell more."""
+    results = sweep(estimators=("vq-ema",), sizes=(16,), seeds=(0,))
+    assert "best" not in "".join(words(figures.figure_1c(results)))
+    for n, point in enumerate(results[0]["curves"]):
+        point["rate_least"] = 0.01 * n
+    figure = figures.figure_1c(results)
+    path, _, least, hollow = figure.axes[0].lines[:4]
+    assert least.get_xdata() == pytest.approx([0.0, 0.01, 0.02])
+    assert least.get_ydata() == pytest.approx(path.get_ydata())
+    assert least.get_alpha() < 0.5
+    assert hollow.get_xydata() == pytest.approx(least.get_xydata()[-1:])
+    assert (hollow.get_markerfacecolor(), hollow.get_marker()) == ("white", path.get_marker())
+    assert "faint, hollow: rate if the prior were" in figure.legends[0].get_title().get_text()
+
+
+def test_the_legend_of_figure_1c_shows_marks_that_can_be_told_apart():
+    """Those along the paths are so small that an X is a dot."""
+    figure = figures.figure_1c([result("gaussian", None, 4, 0, 5.0)])
+    (entry,) = figure.legends[0].get_lines()
+    assert (entry.get_marker(), entry.get_color()) == ("X", "#000000")
+    assert entry.get_markersize() >= 5
+
+
+@pytest.mark.parametrize("latents", [1, 8])
+def test_figure_2_cuts_no_code_off_and_writes_on_none(latents):
+    results = sweep(estimators=("fsq",), sizes=(27,), seeds=(0,))
+    cube = np.stack(np.meshgrid(*[[-1.0, 0.0, 1.0]] * 3), axis=-1).reshape(1, 27, 3).repeat(latents, axis=0)
+    found = dataclasses.replace(analyze(cube), projections=cube)  # its corners at the corners of the box
+    figure = figures.figure_2(results, {results[0]["name"]: found})
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert [dots.get_clip_on() for dots in axes.collections] == [False, False]
+    (told,) = axes.texts
+    assert told.get_text() == "k = 1, ±1"
+    used = axes.collections[0]
+    places = used.get_offset_transform().transform(used.get_offsets())
+    box = told.get_window_extent()
+    assert len(places) == 27
+    assert not [place for place in places if box.contains(*place)]
+    (label,) = [text for text in axes.findobj(Text) if text.get_text().startswith("FSQ")]
+    assert not label.get_window_extent().overlaps(box)
 
 
 def test_figure_2_has_a_row_a_trial_and_a_column_a_latent():

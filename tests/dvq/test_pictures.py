@@ -76,3 +76,11 @@ def test_a_mosaic_holds_each_image_above_its_reconstruction(tmp_path):
     style.save_png(mosaic, tmp_path / "images" / "mosaic.png")
     read = imread(tmp_path / "images" / "mosaic.png")[..., :3]
     np.testing.assert_array_equal(np.round(read * 255).astype(np.uint8), mosaic)
+
+
+def test_the_pictures_say_how_many_settings_they_leave_out():
+    results = sweep(sizes=(16, 32, 64, 128), seeds=(0,))
+    made = {one["name"]: Pictures(plain(1), plain(2), plain(3)) for one in results}
+    figure = pictures.of_sweep(results, made)
+    assert len(figure.axes) == 1 + 2 * 6
+    assert "Reconstructions, and samples of the prior: 6 of 8 settings" in words(figure)

@@ -1,0 +1,102 @@
+"""Bits/dim against C: the curves of figure 1(a), and what each is told from the others by."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dvq.style import DASHES, MOST_GROUPS, method, style, told, varied
+from dvq.tables import Result, alike
+
+FILLS = ("full", "none", "top", "bottom", "left", "right")
+"""of the marks of an estimator's settings, as its curves have the dashes: a single point shows no dashes"""
+
+
+class Curve(NamedTuple):
+    """One setting along C, at one K, and how it is drawn."""
+
+    num_latents: int
+    points: dict[int, list[Result]]
+    """the seeds' evaluations by C, in ascending order; a continuous latent variable has no C, and has them by 0"""
+    label: str
+    colour: str
+    marker: str
+    dashes: Any
+    fill: str
+
+
+def curves(results: Sequence[Result]) -> list[Curve]:
+    """A curve a setting and K. If there are more than six settings, a curve an estimator (of VQ-VAE one a gradient)
+    and K, of its lowest mean bits/dim at each C, which its label says."""
+    found = [(_setting(trials), [trials]) for trials in _along(results)]
+    if len({(lists[0][0]["trial"]["estimator"], setting) for setting, lists in found}) > MOST_GROUPS:
+        found = _methods([lists[0] for _, lists in found])
+    looks: dict[str, list[str]] = {}
+    made = []
+    for name, lists in found:
+        trial = lists[0][0]["trial"]
+        label, colour, marker = style(trial["estimator"])
+        names = looks.setdefault(trial["estimator"], [])
+        names += [name] if name not in names else []
+        at = names.index(name) % MOST_GROUPS
+        points = functools.reduce(_lowest, map(_points, lists))
+        label = told(f"{label}, {name}".rstrip(", "))
+        made.append(Curve(trial["num_latents"], points, label, colour, marker, DASHES[at], FILLS[at]))
+    return made
+
+
+def _methods(along: Sequence[list[Result]]) -> list[tuple[str, list[list[Result]]]]:
+    """Curves that are one, under its name: those of a method at one K."""
+    methods: dict[tuple[str, str | None], list[list[Result]]] = {}
+    for trials in along:
+        methods.setdefault(method(trials[0]), []).append(trials)
+    made = []
+    for some in methods.values():
+        settings = len({_setting(trials) for trials in some})
+        shared = _setting([one for trials in some for one in trials])
+        name = ", ".join(filter(None, (shared, f"lowest of {settings} settings" if settings > 1 else "")))
+        sizes: dict[int, list[list[Result]]] = {}
+        for trials in some:
+            sizes.setdefault(trials[0]["trial"]["num_latents"], []).append(trials)
+        made += [(name, lists) for lists in sizes.values()]
+    return made
+
+
+def mean(seeds: Sequence[Result]) -> float:
+    """The mean bits/dim over seeds."""
+    return float(np.mean([one["bits_per_dim"] for one in seeds]))
+
+
+def spread(seeds: Sequence[Result]) -> tuple[float, float]:
+    """The range of bits/dim over seeds; of a single one ± its standard error over images."""
+    bits = [one["bits_per_dim"] for one in seeds]
+    error = 0.0 if len(bits) > 1 else seeds[0].get("bits_per_dim_se", 0.0)
+    return min(bits) - error, max(bits) + error
+
+
+def _along(results: Sequence[Result]) -> list[list[Result]]:
+    """The results in lists that differ in C and the seed. FSQ's levels make C, so that they are one curve too, unless
+    some of them make the same."""
+    made = {(str(t["levels"]), t["num_codes"]) for t in (one["trial"] for one in results) if "levels" in t}
+    one_each = len({codes for _, codes in made}) == len(made)
+    return alike(results, "seed", "num_codes", *(["levels"] if one_each else []))
+
+
+def _setting(trials: Sequence[Result]) -> str:
+    """What all of a curve's trials say of their setting: FSQ's levels may differ along it."""
+    said = [varied(one).split(", ") for one in trials]
+    return ", ".join(part for part in said[0] if all(part in other for other in said))
+
+
+def _points(trials: Sequence[Result]) -> dict[int, list[Result]]:
+    points: dict[int, list[Result]] = {}
+    for one in sorted(trials, key=lambda one: int(one["trial"].get("num_codes", 0))):  # stable
+        points.setdefault(one["trial"].get("num_codes", 0), []).append(one["evaluation"])
+    return points
+
+
+def _lowest(one: dict[int, list[Result]], other: dict[int, list[Result]]) -> dict[int, list[Result]]:
+    """At each C the seeds of the lower mean."""
+    there = {codes: [points[codes] for points in (one, other) if codes in points] for codes in {*one, *other}}
+    return {codes: min(there[codes], key=mean) for codes in sorted(there)}
