@@ -67,7 +67,7 @@ test-docker: $(SERVICES) image ## the tests that need a Docker daemon
 	@$(PYTHON) -m pytest tests/docker
 
 image: $(READY) ## build the image, unless it is there: TORCH=2.13.0+cpu, BASE=another base, PROFILE=a cluster's, PUSH=1 REGISTRY=where
-	@$(PYTHON) -m pipeline.image --torch "$(TORCH)" --base "$(BASE)" --profile "$(PROFILE)" $(if $(filter-out 0,$(PUSH)),--push)
+	@$(PYTHON) -m pipeline.image --profile "$(PROFILE)" $(if $(filter-out 0,$(PUSH)),--push)
 
 base: ## the image's base from Debian's packages, where no registry is reached; as root
 	@docker/make-base

@@ -117,12 +117,8 @@ class Files:
         if path.startswith(GROWS):
             return self._append(path, name)
         key, file = f"{self.place}/{name}/{path}", self.folder / path
-        return [
-            Piece(
-                f"{name}/{path}",
-                *(self.bucket.store(opened, key) if opened else self.bucket.upload(file, key)),
-            )
-        ]
+        found = self.bucket.store(opened, key) if opened else self.bucket.upload(file, key)
+        return [Piece(f"{name}/{path}", *found)]
 
     def _append(self, path: str, name: str) -> list[Piece]:
         """Store the whole lines that were appended."""
@@ -130,9 +126,8 @@ class Files:
         content = content[: content.rfind(b"\n") + 1]
         kept, start = stored(content, self._known[path].pieces if path in self._known else [])
         if start < len(content):
-            piece = piece_of(
-                f"{name}/{path}.{start}", content[start:]
-            )  # a name that the pieces before never have
+            # A name that the pieces before never have.
+            piece = piece_of(f"{name}/{path}.{start}", content[start:])
             self.bucket.put(f"{self.place}/{piece.object}", content[start:])
             kept.append(piece)
         return kept

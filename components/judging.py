@@ -58,12 +58,9 @@ def evaluate(data: Path, model: Path, evaluation: Path, record: bool = False) ->
     evaluation.parent.mkdir(parents=True, exist_ok=True)
     write_json(evaluation, result or {})
     fail(reason, record)
-    return {
-        name: value
-        for name, value in (result or {}).items()
-        if isinstance(value, int | float)
-        and math.isfinite(value)  # NaN is no JSON, which a cluster's KFP refuses
-    }
+    numbers = {name: one for name, one in (result or {}).items() if isinstance(one, int | float)}
+    # NaN is no JSON, which a cluster's KFP refuses.
+    return {name: number for name, number in numbers.items() if math.isfinite(number)}
 
 
 def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:

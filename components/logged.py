@@ -20,32 +20,41 @@ FINAL = ("fitted_bits_per_dim", "bound", "components_95_weighted")
 """What the results have beside the curves: few, for MLflow draws a chart of each."""
 
 
-def send(run_id: str, name: str, shape: Shape, model: Path) -> str:
+def send(server: "MlflowClient", run: "Found", name: str, shape: Shape, model: Path) -> str:
     """The trial's model as a pyfunc made from code and safetensors: nothing in it is a pickle; its id."""
     import mlflow
     import numpy as np
-    from mlflow.models import ModelSignature
+    from mlflow.models import Model, ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
     import dvq
 
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, *shape))])
     method = ParamSchema([ParamSpec("method", "string", "encode")])
-    with tempfile.TemporaryDirectory() as scratch:
+    # mlflow.pyfunc.log_model wants an active run, whose end is FINISHED: too early, for the numbers come after it.
+    made = server.create_logged_model(
+        run.info.experiment_id,
+        name.replace(".", "_"),  # MLflow allows no full stop
+        run.info.run_id,
+        params=run.data.params,
+    )
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow wants type hints or examples where a signature is given
         code = Path(scratch) / "dvq"
         shutil.copytree(
             Path(dvq.__file__).parent, code, ignore=shutil.ignore_patterns("sample", "__pycache__")
         )
-        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MLflow wants type hints or examples where a signature is given
-            made = mlflow.pyfunc.log_model(
-                name=name.replace(".", "_"),  # MLflow allows no full stop
-                python_model=str(Path(__file__).with_name("pyfunc.py")),
-                artifacts={"model": str(model)},
-                code_paths=[str(code)],
-                signature=ModelSignature(inputs=images, params=method),
-                pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
-            )
+        Model.log(
+            None,
+            mlflow.pyfunc,
+            run_id=run.info.run_id,
+            model_id=made.model_id,
+            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            artifacts={"model": str(model)},
+            code_paths=[str(code)],
+            signature=ModelSignature(inputs=images, params=method),
+            pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
+        )
     return str(made.model_id)
 
 
@@ -67,20 +76,12 @@ def score(server: "MlflowClient", run: "Found", model: str, results: dict[str, A
         at: when the trial finished [ms since 1970].
     """
     split, data = results["evaluation"]["split"], results["data"]
-    known = {
-        **results["evaluation"],
-        "components_95_weighted": results.get("analysis", {}).get("components_95_weighted_mean"),
-    }
-    points = [
-        (one.key, one.value, one.timestamp, one.step)
-        for one in run.data._metric_objs
-        if one.key.startswith(f"{split}/")
-    ]
-    points += [
-        (f"{split}/{name}", known[name], at, results["trial"]["steps"])
-        for name in FINAL
-        if known.get(name) is not None
-    ]
+    components = results.get("analysis", {}).get("components_95_weighted_mean")
+    known = {**results["evaluation"], "components_95_weighted": components}
+    measured = (one for one in run.data._metric_objs if one.key.startswith(f"{split}/"))
+    points = [(one.key, one.value, one.timestamp, one.step) for one in measured]
+    last, final = results["trial"]["steps"], {name: known.get(name) for name in FINAL}
+    points += [(f"{split}/{name}", one, at, last) for name, one in final.items() if one is not None]
     about = {"model_id": model, "dataset_name": data["name"], "dataset_digest": data["fingerprint"][:16]}
     server.log_batch(run.info.run_id, metrics=[Metric(*point, **about) for point in dict.fromkeys(points)])
 

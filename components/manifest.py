@@ -138,9 +138,8 @@ def paths(folder: Path) -> list[str]:
     found: list[str] = []
     for place, folders, names in os.walk(folder):  # which leaves out what is removed meanwhile
         folders[:] = sorted(name for name in folders if _whole(name))
-        found += [
-            (Path(place) / name).relative_to(folder).as_posix() for name in sorted(names) if _whole(name)
-        ]
+        here = Path(place).relative_to(folder)
+        found += [(here / name).as_posix() for name in sorted(names) if _whole(name)]
     return found
 
 

@@ -78,9 +78,8 @@ class RemoteStore(Store):
     def _manifest(self, key: str) -> Manifest:
         """A trial's manifest, from the cache if the bucket has the same."""
         cached, named = self.root / "manifests" / f"{key}.json", f"{self.place}/trials/{key}.json"
-        with suppress(
-            OSError, ValueError, DvqError
-        ):  # what the cache has may be damaged, and is asked for then
+        # What the cache has may be damaged, and is asked for then.
+        with suppress(OSError, ValueError, DvqError):
             etag, _, content = cached.read_bytes().partition(b"\n")
             if etag.decode() == self._listed[key]:
                 return parse(content, named)

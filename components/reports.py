@@ -16,33 +16,38 @@ if TYPE_CHECKING:
 
 
 def report(sweep_json: str, page: Path | None = None) -> Path:
-    """Write the sweep's report to the store and to MLflow; its path.
+    """Write the sweep's report, and copy its page to ``page``; its path.
 
     Raises:
         DvqError: no store, or, after everything is written, trials that failed, each with its reason.
     """
-    from dvq.report import write
-    from dvq.tables import best
-
     store = Store.from_environment()
     if store is None:
         raise DvqError("report: DVQ_STORE is not set; a report is made from the results in a store")
     sweep = read_sweep(sweep_json)
-    results, analyses, failures = gather(sweep, store)
-    pictures = _pictures(results, store)
-    path = write(store.report(sweep.name), sweep, results, analyses, failures, pictures)
+    path, failures = write(sweep, store)
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, page)
+    if failures:
+        named = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        raise DvqError(f"{len(failures)} of {len(sweep.trials())} trials failed: {named}")
+    return path
+
+
+def write(sweep: Sweep, store: Store) -> tuple[Path, dict[str, str]]:
+    """Write the sweep's report to the store and to MLflow; its path, and why trials are not finished, by name."""
+    from dvq import report as page
+    from dvq.tables import best
+
+    results, analyses, failures = gather(sweep, store)
+    path = page.write(store.report(sweep.name), sweep, results, analyses, failures, _pictures(results, store))
     track(sweep, store)
     tracking.report(sweep.name, path.parent, _note(sweep.description, results, failures), bool(failures))
     if sweep.champion and (found := best(results)):
         tracking.champion(sweep.champion, sweep.name, dict(found))
     store.publish_report(sweep.name)
-    if failures:
-        named = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        raise DvqError(f"{len(failures)} of {len(results) + len(failures)} trials failed: {named}")
-    return path
+    return path, failures
 
 
 def gather(sweep: Sweep, store: Store) -> "tuple[list[dict[str, Any]], dict[str, Analysis], dict[str, str]]":

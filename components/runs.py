@@ -40,16 +40,11 @@ class Run:
         # The points of a name come in the order of their steps, and of training that goes on after an interruption
         # the same come again: what is new lies beyond the last. Only here has MLflow the steps of the last points.
         self._last = {metric.key: metric.step for metric in run.data._metric_objs}
-        sent = (
-            re.match(r"images/(.+)\+step\+(\d+)\+.+\+compressed", one.path)
-            for one in self._artifacts("images")
-        )
+        name = re.compile(r"images/(.+)\+step\+(\d+)\+.+\+compressed")
+        sent = (name.match(one.path) for one in server.list_artifacts(self.id, "images"))
         self._images = {(found[1], int(found[2])) for found in sent if found}
         self._tail = Tail(folder)
         self._told: dict[str, Any] = {"time": time.time()}  # the last event of a state or a failure
-
-    def _artifacts(self, path: str) -> list[Any]:
-        return list(self.server.list_artifacts(self.id, path))
 
     def sync(self) -> bool:
         """Send what is new in the trial's folder; whether that was all of a finished trial."""
@@ -120,11 +115,12 @@ class Run:
                 self.server.log_artifact(self.id, str(self.folder / artifact))
         if (self.folder / "figures").exists():
             self.server.log_artifacts(self.id, str(self.folder / "figures"), "figures")
-        self._model = self._model or logged.send(self.id, self._name, self._shape, self.folder / "model")
-        if "evaluation" in results:
-            at = round(1000 * self._told["time"])
-            logged.score(self.server, self.server.get_run(self.id), self._model, results, at)
-            self.server.set_tag(self.id, "mlflow.note.content", logged.note(results, self._model))
+        run, at = self.server.get_run(self.id), round(1000 * self._told["time"])
+        self._model = self._model or logged.send(
+            self.server, run, self._name, self._shape, self.folder / "model"
+        )
+        logged.score(self.server, run, self._model, results, at)
+        self.server.set_tag(self.id, "mlflow.note.content", logged.note(results, self._model))
 
 
 def _status(event: dict[str, Any]) -> str:

@@ -131,7 +131,8 @@ class Store:
         return own or (shorter[0] if shorter else 0)
 
     def shorter(self, trial: Trial) -> Path | None:
-        """The folder of the trial of the same family that this one can go on from, the furthest one's."""
+        """The folder of the trial of the same family that this one can go on from now, the furthest one's."""
+        self.look([trial.key()])
         found = self._shorter(trial)
         return self.bring(found[1]) if found else None
 

@@ -21,7 +21,7 @@ from dvq.config import Point, Sweep, point, short_name
 from dvq.config import trial as make_trial
 from dvq.data import load
 from dvq.events import Events
-from dvq.trial import Trial, values
+from dvq.trial import values
 
 SYNC_SECONDS = 5
 INTERRUPTED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM)
@@ -74,7 +74,7 @@ def train(
     """
     at = point(overrides)
     trial = make_trial({**_fields(base), **at}, where=f"trial '{overrides}'")
-    reason = ""
+    reason, store = "", Store.from_environment()
     with working(trial) as work:
         folder, name = work.folder, short_name(trial, at)
         run = TrialRun(folder, experiment, name)
@@ -83,8 +83,8 @@ def train(
             if (folder / "model").exists():
                 run.sync()  # by this sweep's name, which the steps behind do not know
             else:
-                shorter = None if (folder / "trial.json").exists() else _shorter(trial)
-                begin(folder, trial, name, shorter)
+                new = not (folder / "trial.json").exists()
+                begin(folder, trial, name, store.shorter(trial) if store and new else None)
                 reason = _train_in_child(work, data, run)
         except DvqError as error:
             work.check()
@@ -92,9 +92,8 @@ def train(
             Events(folder).failure(reason)
         give(folder, trial, model)
     fail(reason, record)
-    fields = {
-        field: value for field, value in values(trial).items() if value is not None
-    }  # KFP takes no null
+    # KFP takes no null.
+    fields = {field: value for field, value in values(trial).items() if value is not None}
     return {"framework": "pytorch", "name": name, "key": trial.key(), **fields}
 
 
@@ -106,14 +105,6 @@ def _fields(base: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DvqError(f"base: {base} is no JSON object; give one of fields, or {{}}")
     return found
-
-
-def _shorter(trial: Trial) -> Path | None:
-    store = Store.from_environment()
-    if store is None:
-        return None
-    store.look([trial.key()])
-    return store.shorter(trial)
 
 
 def _train_in_child(work: Work, data: Path, run: TrialRun) -> str:

@@ -12,7 +12,7 @@ from pipeline.profile import find_profile
 
 def cancel(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="the run's id, or the link to it")],
-    profile: Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")] = "",
+    profile: preflight.ProfileName = "",
 ) -> None:
     """End a run on the cluster; what its trials have done is kept."""
     found = run_id.rstrip("/").rpartition("/")[2].partition("?")[0]

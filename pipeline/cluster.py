@@ -126,8 +126,10 @@ def compiled(profile: Profile, jobs: int, store: str) -> str:
     cluster = profile.cluster
     assert cluster
 
+    record = {"DVQ_RECORD": os.environ["DVQ_RECORD"]} if "DVQ_RECORD" in os.environ else {}
+
     def settle(task: object, name: str) -> object:
-        return pods.settle(task, name, profile, {"DVQ_STORE": store})
+        return pods.settle(task, name, profile, {"DVQ_STORE": store, **record})
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "pipeline.yaml")

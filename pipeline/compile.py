@@ -12,22 +12,9 @@ from typing import Any
 import docstring_parser
 from kfp import compiler
 
-from components.analyze.component import analyze
-from components.evaluate.component import evaluate
-from components.plan.component import plan
-from components.prepare_data.component import prepare_data
-from components.report.component import report
-from components.train.component import train
 from pipeline import interfaces
+from pipeline.definition import COMPONENTS
 
-COMPONENTS: dict[str, Any] = {
-    "plan": plan,
-    "prepare_data": prepare_data,
-    "train": train,
-    "evaluate": evaluate,
-    "analyze": analyze,
-    "report": report,
-}
 FOLDER = Path(__file__).parent.parent / "components"
 TABLES = re.compile(r"(<!-- interface.*?-->)\n.*?(<!-- end -->)", re.DOTALL)
 

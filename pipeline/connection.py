@@ -39,8 +39,8 @@ class Connection:
 
     def __init__(self, cluster: Cluster) -> None:
         told = os.environ.get
-        self.host = (told("KFP_HOST") or told("KF_PIPELINES_ENDPOINT") or cluster.host).rstrip("/")
-        self.namespace = told("KFP_NAMESPACE") or cluster.namespace
+        self.host = (told("KFP_HOST") or cluster.host).rstrip("/")
+        self.namespace = told("KFP_NAMESPACE") or cluster.namespace or None
         self._token, self._cookie = told("KFP_TOKEN", "").strip(), told("KFP_COOKIE", "").strip()
         configuration = self._configuration(told("KFP_CA") or cluster.ca)
         self._client = api.ApiClient(configuration, cookie=self._cookie or None)
@@ -98,11 +98,8 @@ class Connection:
 
     def _ask(self, ask: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """The answer; ApiException if it is an error."""
-        if self.namespace and "namespace" in named and named["namespace"] is None:
-            named["namespace"] = self.namespace
-        given = {name: value for name, value in named.items() if value is not None}
         try:
-            return ask(*arguments, _request_timeout=TIMEOUT, **given)
+            return ask(*arguments, _request_timeout=TIMEOUT, **named)
         except api.ApiException as error:
             if error.status:
                 raise

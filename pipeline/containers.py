@@ -22,10 +22,10 @@ from docker.models.containers import Container
 from docker.types import DeviceRequest, Mount
 
 from dvq import DvqError, disk
-from pipeline.profile import Profile, size
+from pipeline.profile import Profile
 
 LABEL = "dvq.launch"
-PASSED = re.compile(r"DVQ_STORE|DVQ_CACHE|MLFLOW_.*|AWS_.*|.*_NUM_THREADS")
+PASSED = re.compile(r"DVQ_(STORE|CACHE|RECORD)|MLFLOW_.*|AWS_.*|.*_NUM_THREADS")
 """The environment variables that reach the tasks."""
 LOOPBACK = re.compile(r"localhost|127\..*|::1")
 ENDED = "container of "
@@ -91,6 +91,8 @@ def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
     gpus = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if profile.gpu else []
     locks = disk.locks() if gpus else None
     on_gpus = {"DVQ_DEVICE": "cuda", "DVQ_LOCKS": str(locks)} if locks else {}  # and none falls back on a CPU
+    # Docker's 4G is Kubernetes' 4Gi.
+    memory, shared = (one and one.removesuffix("i") for one in (profile.memory, profile.shared_memory))
     return {
         "environment": {**passed, **on_gpus, "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder / "work/tmp")},
         "mounts": list(_mounts(passed, {folder / "work", *([locks] if locks else [])}, source)),
@@ -102,14 +104,10 @@ def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
         "device_requests": gpus,
-        **({"nano_cpus": int(profile.cpu * 1e9)} if profile.cpu else {}),
-        # Without memswap_limit, as much again of swap would be allowed.
-        **(
-            {"mem_limit": size(profile.memory), "memswap_limit": size(profile.memory)}
-            if profile.memory
-            else {}
-        ),
-        **({"shm_size": size(profile.shared_memory)} if profile.shared_memory else {}),
+        "nano_cpus": profile.cpu and int(profile.cpu * 1e9),
+        "mem_limit": memory,
+        "memswap_limit": memory,  # unless set, as much again of swap would be allowed
+        "shm_size": shared,
     }
 
 
@@ -185,11 +183,8 @@ def _death(code: int, container: Container) -> str:
 
 def _task(command: list[str]) -> str:
     """The component, and the trial if it has one, from the command of kfp's executor."""
-    name = (
-        command[command.index("--function_to_execute") + 1]
-        if "--function_to_execute" in command
-        else "a task"
-    )
+    flag = "--function_to_execute"
+    name = command[command.index(flag) + 1] if flag in command else "a task"
     for argument in command:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             return f"{name} {json.loads(argument)['inputs']['parameterValues']['trial']}"
@@ -201,18 +196,16 @@ def end(folder: Path, grace: float) -> None:
 
     The daemon would tell the first process only, the shell that kfp starts, which ignores it.
     """
-    client = connect()
+    client, ours = connect(), {"label": f"{LABEL}={folder}"}
     deadline = time.monotonic() + grace
     told: set[str] = set()
-    while running := client.containers.list(filters={"label": f"{LABEL}={folder}"}, ignore_removed=True):
+    while running := client.containers.list(filters=ours, ignore_removed=True):
         late = time.monotonic() > deadline
         with ThreadPoolExecutor(len(running)) as pool:
             list(pool.map(_kill if late else _terminate, [c for c in running if late or c.id not in told]))
         told |= {str(container.id) for container in running}
         time.sleep(0.1)
-    for container in client.containers.list(
-        True, filters={"label": f"{LABEL}={folder}"}, ignore_removed=True
-    ):
+    for container in client.containers.list(True, filters=ours, ignore_removed=True):
         with contextlib.suppress(APIError):
             container.remove(force=True)
 

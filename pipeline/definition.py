@@ -29,6 +29,9 @@ from components.report.component import report
 from components.train.component import train
 
 NAME = "dvq-sweep"
+COMPONENTS: dict[str, Any] = {
+    one.python_func.__name__: one for one in (plan, prepare_data, train, evaluate, analyze, report)
+}
 
 
 def sweep_pipeline(

@@ -17,7 +17,7 @@ from pipeline import preflight
 
 
 def explain(
-    sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
+    sweep: preflight.SweepName = "smoke",
     trial: Annotated[str, typer.Option(help="a trial of the sweep, for its ledger")] = "",
 ) -> None:
     """For each trial: finished, or computed and why; for one trial, where its bits go."""
@@ -38,10 +38,10 @@ def explain(
 
 
 def _told(state: State, trained: bool, reached: int) -> str:
-    if state.name == "interrupted" and trained:
-        return "interrupted after its training: it is only evaluated and analysed"
     start = f"goes on from step {reached}" if reached else "starts from the beginning"
     new = f"it {start} of a trial of another length" if reached else "computed from the beginning"
+    if trained:
+        start = "is only evaluated and analysed"
     return {
         "finished": "finished: it is not computed again",
         "failed": f"failed before ({state.reason}): it is tried again and {start}",

@@ -40,9 +40,9 @@ class Plan:
 
 def devices(profile: Profile) -> float:
     """GPUs, or CPUs, that a trial holds."""
-    return (
-        profile.gpu / (profile.cluster.sharing if profile.cluster else 1) if profile.gpu else profile.cpu or 1
-    )
+    if profile.gpu:
+        return profile.gpu / (profile.cluster.sharing if profile.cluster else 1)
+    return profile.cpu or 1
 
 
 def unit(profile: Profile | None) -> str:
@@ -110,9 +110,7 @@ def _measured(keys: list[str], store: Store, profile: Profile) -> dict[str, Spee
 
 
 def _shape(fields: Mapping[str, Any]) -> str:
-    return json.dumps(
-        {name: value for name, value in sorted(fields.items()) if name not in ("seed", "steps")}
-    )
+    return json.dumps({name: fields[name] for name in sorted(fields.keys() - {"seed", "steps"})})
 
 
 def _like(trial: Trial) -> str:
@@ -168,7 +166,7 @@ def lines(found: Plan, profile: Profile, jobs: int, image: str, budget: float | 
     told = [
         trials,
         f"at once  {at_once} trial{'s' * (at_once > 1)}" + (f", each {each}" if each else ""),
-        f"{'pods' if profile.cluster else 'tasks':8} {TASKS * todo + 3 * max(runs, 1)}{driven}{hold}",
+        f"{'pods' if profile.cluster else 'tasks':8} {TASKS * todo + 3 * runs}{driven}{hold}",
         f"devices  {at_once * devices(profile):g} {'GPU' if profile.gpu else 'CPU'} at most",
         f"image    {image}",
         f"forecast {_hours(found, profile, at_once)}",

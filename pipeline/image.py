@@ -86,18 +86,21 @@ def content(torch: str = "", base: str = "", platform: str = "") -> Content:
     return Content(files, arguments, platform)
 
 
+def of(profile: Profile) -> Content:
+    """Of this checkout's image for a profile; TORCH and BASE in the environment win."""
+    cluster = profile.cluster or Cluster()
+    return content(os.environ.get("TORCH") or cluster.torch, os.environ.get("BASE", ""), cluster.platform)
+
+
 def name(profile: Profile, pushed: bool) -> str:
     """The image that a profile's tasks run: its own, or this checkout's, ``pushed`` to its registry or not."""
-    cluster = profile.cluster or Cluster()
-    torch, base = os.environ.get("TORCH") or cluster.torch, os.environ.get("BASE", "")
-    tag = content(torch, base, cluster.platform).tag()
-    found = registry(profile) if pushed else ""
-    return profile.image or (f"{found}/{tag}" if found else tag)
+    place = registry(profile) if pushed else ""
+    return profile.image or "/".join(filter(None, (place, of(profile).tag())))
 
 
 def registry(profile: Profile) -> str:
-    """Where the image of a profile with a cluster is pushed to; empty for nowhere."""
-    return (os.environ.get("REGISTRY") or profile.cluster.registry).rstrip("/") if profile.cluster else ""
+    """Where a profile's image is pushed to; empty for nowhere."""
+    return (os.environ.get("REGISTRY") or (profile.cluster or Cluster()).registry).rstrip("/")
 
 
 def pip_settings() -> dict[str, list[str]]:
@@ -139,10 +142,8 @@ def build(client: docker.DockerClient, made_of: Content) -> None:
     settings = pip_settings()
     torch = made_of.arguments["TORCH"]
     given, index = wheels(torch, settings), index_arguments(settings)
-    if not given and not index and "+" in torch:
-        index = {
-            "UV_TORCH_BACKEND": torch.partition("+")[2]
-        }  # no other index than PyPI, which has no such builds
+    if not given and not index and "+" in torch:  # no other index than PyPI, which has no such builds
+        index = {"UV_TORCH_BACKEND": torch.partition("+")[2]}
     whole = replace(made_of, files={**made_of.files, **given})
     arguments = {**whole.arguments, **index, "VERSION": __version__, "REVISION": commit()}
     with tempfile.TemporaryFile() as context:
@@ -197,10 +198,6 @@ def push(client: docker.DockerClient, tag: str, place: str) -> str:
 
 
 def image(
-    torch: Annotated[
-        str, typer.Option(help="torch's build, 2.13.0+cpu; the profile's or environment's")
-    ] = "",
-    base: Annotated[str, typer.Option(help="the base image, if it is not the Dockerfile's")] = "",
     profile: Annotated[
         str, typer.Option(help="of whose cluster: a name in pipeline/profiles, or a file; to push, nvidia")
     ] = "",
@@ -210,13 +207,11 @@ def image(
 ) -> None:
     """Build the image, unless it is there; push it if that is asked."""
     named = profile or (preflight.PROFILE["kfp"] if pushed else "")  # as submit-sweep ON=kfp looks for it
-    limits = find_profile(named) if named else Profile(cluster=Cluster())
+    limits = find_profile(named) if named else Profile()
     place = registry(limits)
     if pushed and not place:
         raise DvqError("PUSH=1: name a registry, REGISTRY=host/path, or cluster.registry in the profile")
-    client = connect()
-    cluster = limits.cluster or Cluster()
-    made_of = content(torch or cluster.torch, base, cluster.platform)
+    client, made_of = connect(), of(limits)
     tag = made_of.tag()
     try:
         if not has(client, tag):

@@ -39,10 +39,8 @@ class Kubeflow(Connection):
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(cluster)
-        self._runs, self._uploads = (
-            api.RunServiceApi(self._client),
-            api.PipelineUploadServiceApi(self._client),
-        )
+        self._runs = api.RunServiceApi(self._client)
+        self._uploads = api.PipelineUploadServiceApi(self._client)
         self._pipelines = api.PipelineServiceApi(self._client)
         self._experiments = api.ExperimentServiceApi(self._client)
 
@@ -61,20 +59,21 @@ class Kubeflow(Connection):
         raise self._hidden(f"the version {version} of the pipeline '{name}'")
 
     def _hidden(self, what: str) -> DvqError:
-        return DvqError(
-            f"{self} took {what} and does not show it: may you list what is in namespace '{self.namespace}'?"
-        )
+        where = f" in namespace '{self.namespace}'" if self.namespace else ""
+        return DvqError(f"{self} took {what} and does not show it: may you list what is there{where}?")
 
     def _pipeline(self, name: str) -> str:
         """The pipeline's id; it is made if it is not there."""
         for _ in range(ATTEMPTS):
             try:
-                found = self._ask(self._pipelines.pipeline_service_get_pipeline_by_name, name, namespace=None)
+                found = self._ask(
+                    self._pipelines.pipeline_service_get_pipeline_by_name, name, namespace=self.namespace
+                )
                 return str(found.pipeline_id)
             except api.ApiException as error:
                 if error.status != 404:
                     raise self._refused(error) from None
-            made = api.V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace or None)
+            made = api.V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace)
             self._unless_there(self._pipelines.pipeline_service_create_pipeline, made)
         raise self._hidden(f"the pipeline '{name}'")
 
@@ -107,10 +106,10 @@ class Kubeflow(Connection):
         """The experiment's id; it is made if it is not there."""
         for _ in range(ATTEMPTS):
             ask = self._experiments.experiment_service_list_experiments
-            for one in self._all(ask, "experiments", filter=_named(name), namespace=None):
+            for one in self._all(ask, "experiments", filter=_named(name), namespace=self.namespace):
                 if one.display_name == name:
                     return str(one.experiment_id)
-            made = api.V2beta1Experiment(display_name=name, namespace=self.namespace or None)
+            made = api.V2beta1Experiment(display_name=name, namespace=self.namespace)
             self._unless_there(self._experiments.experiment_service_create_experiment, made)
         raise self._hidden(f"the experiment '{name}'")
 

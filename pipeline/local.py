@@ -73,12 +73,7 @@ def running(
         temporary.mkdir(parents=True)
     except FileExistsError:
         raise DvqError(f"{folder} is another launch's, of the same second; type it again") from None
-    environment = {
-        **os.environ,
-        **ONE_THREAD,
-        "TMPDIR": str(temporary),
-        "PYTHONUNBUFFERED": "1",
-    }
+    environment = {**os.environ, **ONE_THREAD, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
     with (folder / "kfp.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.local"],

@@ -10,7 +10,6 @@ from pipeline.profile import TRAINS, Cluster, Profile
 
 LABEL = ("app.kubernetes.io/part-of", "dvq")
 """of every pod: what k8s/ lets into MLflow and S3"""
-PRIORITY = "kueue.x-k8s.io/priority-class"
 
 
 def settle(task: Any, name: str, profile: Profile, environment: Mapping[str, str]) -> Any:
@@ -26,12 +25,7 @@ def settle(task: Any, name: str, profile: Profile, environment: Mapping[str, str
         kubernetes.use_config_map_as_env(task, source, dict(zip(variables, variables, strict=True)))
     for source, variables in cluster.secrets.items():
         kubernetes.use_secret_as_env(task, source, dict(zip(variables, variables, strict=True)))
-    labels = {
-        **cluster.labels,
-        LABEL[0]: LABEL[1],
-        **({PRIORITY: cluster.priority} if cluster.priority else {}),
-    }
-    for key, value in labels.items():
+    for key, value in [*cluster.labels.items(), LABEL]:
         kubernetes.add_pod_label(task, key, value)
     for key, value in cluster.annotations.items() if name in TRAINS else ():
         kubernetes.add_pod_annotation(task, key, value)

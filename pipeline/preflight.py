@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -25,11 +26,14 @@ from pipeline.stack import Stack
 SWEEPS = Path(__file__).parent / "sweeps"
 SIGNED = re.compile(r"[?&][^=&]*(signature|sig|token|secret)=", re.IGNORECASE)
 """an address that lets in whoever has it"""
+SweepName = Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")]
+ProfileName = Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")]
 PROFILE = {"docker": "docker", "kfp": "nvidia"}
 """The profile of each place that has one, unless another is named."""
 
 TRACKERS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 """What an address of MLflow may begin with."""
+OTHER_LOGINS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
 
 
 @contextlib.contextmanager
@@ -102,7 +106,9 @@ def set_environment() -> Store:
         raise DvqError("DVQ_STORE: the store is a folder or s3://bucket/prefix; give one of these")
     os.environ["DVQ_STORE"] = place if place.startswith("s3://") else str(Path(place).absolute())
     os.environ["DVQ_CACHE"] = str(Path(os.environ.get("DVQ_CACHE") or home / "cache").absolute())
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
+    tracker = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
+    if tracker.startswith("sqlite:///"):  # a container has another working folder
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(tracker.removeprefix('sqlite:///')).absolute()}"
     store = Store.from_environment()
     assert store
     store.check()
@@ -186,18 +192,23 @@ def check_tracking() -> str:
     try:
         urllib.request.urlopen(request, timeout=5).close()
     except urllib.error.HTTPError as error:
-        elsewhere = [
-            name for name in os.environ if name.startswith(("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_A"))
-        ]
         if error.code != 401:
             return f"MLflow at {uri} answers with status {error.code}"
-        if (
-            not elsewhere and not Path("~/.mlflow/credentials").expanduser().exists()
-        ):  # MLflow's other ways to log in
+        # MLflow's other ways to log in.
+        kept = Path("~/.mlflow/credentials").expanduser().exists()
+        if not kept and not any(name.startswith(OTHER_LOGINS) for name in os.environ):
             raise DvqError(tracking.REFUSED.format(uri)) from None
     except (OSError, http.client.HTTPException):
         return f"MLflow at {uri} does not answer"
     return ""
+
+
+def require_tracking() -> None:
+    """DvqError unless MLflow is named, and answers if it is a server."""
+    named = os.environ["MLFLOW_TRACKING_URI"]
+    fault = check_tracking() if named else "MLFLOW_TRACKING_URI is empty: nothing is tracked; unset it"
+    if fault:
+        raise DvqError(fault)
 
 
 def find_source(source: str, name: str) -> str:

@@ -1,6 +1,5 @@
 """A profile: what a sweep's tasks may take, and the image they run, in the place where they run."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +11,6 @@ from dvq import DvqError
 PROFILES = Path(__file__).parent / "profiles"
 TRAINS = ("train", "evaluate")
 """The components that use a GPU and take the profile's own limits; the others are light."""
-UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 Size = Annotated[str, Field(pattern=r"^[1-9]\d*(Ki|Mi|Gi)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 """of a Kubernetes object"""
@@ -84,10 +82,9 @@ class Cluster(_Strict):
     config_maps: Variables = {"dvq": ["MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"]}
     secrets: Variables = {"dvq": ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]}
     labels: dict[str, str] = {}
+    """of every pod; Kueue's priority is one, kueue.x-k8s.io/priority-class"""
     annotations: dict[str, str] = {}
     """of the pods that train and evaluate: what keeps an autoscaler from moving them"""
-    priority: str = ""
-    """a Kueue WorkloadPriorityClass; KFP 2.17 cannot set a pod's own priorityClassName"""
     user: int = Field(10001, ge=1)
     """the numeric user and group of the containers"""
 
@@ -111,12 +108,6 @@ class Profile(_Strict):
     """hours of GPUs (or of CPUs, where there are none) that a forecast must not exceed; BUDGET wins"""
     cluster: Cluster | None = None
     """for ON=kfp"""
-
-
-def size(text: str) -> int:
-    """``512Mi`` in bytes."""
-    number, unit = re.fullmatch(r"(\d+)(\w*)", text).groups()  # type: ignore[union-attr]
-    return int(number) * UNITS[unit]
 
 
 def find_profile(name: str) -> Profile:

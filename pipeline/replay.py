@@ -1,33 +1,21 @@
 """Bring MLflow up to date with a sweep, whatever it had or lost: ``python -m pipeline.replay SWEEP``."""
 
 import os
-from typing import Annotated
-
-import typer
 
 from components import reports, tracking
-from dvq import DvqError
 from pipeline import preflight
 
 
-def replay(
-    sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
-) -> None:
+def replay(sweep: preflight.SweepName = "smoke") -> None:
     """Send MLflow all that it lacks of a sweep; exit status 1 if it could not take it."""
     found = preflight.find_sweep(sweep)
     store = preflight.set_environment()
     preflight.check_begun(found, store, sweep)
-    fault = preflight.check_tracking()
-    if fault:
-        raise DvqError(f"{fault}; start it and replay again")
+    preflight.require_tracking()
     tracking.ensure()
     sent = reports.track(found, store, anew=True)
     tracking.forget(store.report(found.name), found.name)
-    try:
-        reports.report(found.model_dump_json())
-    except DvqError:
-        if not store.outcomes(found.trials())[1]:  # else it is written, and names the trials that failed
-            raise
+    reports.write(found, store)
     uri = tracking.redacted(os.environ["MLFLOW_TRACKING_URI"])
     unfinished = len(found.trials()) - len(sent)
     rest = f"; {unfinished} unfinished, which are sent when they go on" if unfinished else ""

@@ -8,9 +8,7 @@ figures there, and the README's, are made from these files alone. Each file is a
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from components import reports
 from dvq import DvqError, disk, kept
@@ -22,7 +20,7 @@ FOLDER = Path("pipeline/results")
 SECTION = re.compile(r"(<!-- results.*?-->)\n.*?(<!-- end of results -->)", re.DOTALL)
 
 
-def keep(sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")]) -> None:
+def keep(sweep: preflight.SweepName) -> None:
     """Keep the sweep's finished trials, and make tables and figures anew from all that are kept."""
     found = preflight.find_sweep(sweep)
     store = preflight.set_environment()

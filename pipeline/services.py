@@ -14,9 +14,8 @@ from pathlib import Path
 from dvq import DvqError
 
 HOST = "127.0.0.1"
-WEED = [
-    f"{part}.port{kind}" for part in ("s3", "master", "volume", "filer", "admin") for kind in ("", ".grpc")
-]
+PARTS = ("s3", "master", "volume", "filer", "admin")
+WEED = [f"{part}.port{kind}" for part in PARTS for kind in ("", ".grpc")]
 PORTS = [*WEED, "postgres", "mlflow"]
 QUIET = [
     "-s3.port.iceberg=0",
@@ -61,16 +60,8 @@ def s3(data: Path, ports: Mapping[str, int], secret: Mapping[str, str]) -> Servi
     if not weed.exists():
         raise _missing("SeaweedFS")
     data.mkdir(parents=True, exist_ok=True)
-    command = [
-        str(weed),
-        "-logtostderr=true",
-        "-v=-1",
-        "mini",
-        f"-dir={data}",
-        f"-ip={HOST}",
-        f"-ip.bind={HOST}",
-    ]
-    command += [f"-bucket={BUCKETS}", *QUIET, *(f"-{name}={ports[name]}" for name in WEED)]
+    command = [str(weed), "-logtostderr=true", "-v=-1", "mini", f"-dir={data}", f"-bucket={BUCKETS}", *QUIET]
+    command += [f"-ip={HOST}", f"-ip.bind={HOST}", *(f"-{name}={ports[name]}" for name in WEED)]
     address = endpoint(ports)
     return Service(command, {**keys(secret), "GOMEMLIMIT": "512MiB"}, lambda: answers(f"{address}/healthz"))
 
@@ -106,16 +97,8 @@ def create_database(data: Path, secret: Mapping[str, str]) -> None:
     data.mkdir(parents=True, mode=0o700)
     if os.geteuid() == 0:
         shutil.chown(data, "nobody")
-    command = [
-        *_postgres("initdb"),
-        "-D",
-        str(data),
-        "-U",
-        "mlflow",
-        "--auth=scram-sha-256",
-        "--encoding=UTF8",
-    ]
-    command += ["--no-locale", "--pwfile=/dev/stdin"]
+    command = [*_postgres("initdb"), f"--pgdata={data}", "--username=mlflow", "--pwfile=/dev/stdin"]
+    command += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale"]
     done = subprocess.run(command, input=secret["password"] + "\n", capture_output=True, text=True)
     if done.returncode != 0:
         raise DvqError(f"PostgreSQL's data can't be made in {data}: {' '.join(done.stderr.split())[-300:]}")
@@ -137,21 +120,9 @@ def _missing(server: str) -> DvqError:
 def mlflow(ports: Mapping[str, int], secret: Mapping[str, str]) -> Service:
     """MLflow's server: it alone reaches PostgreSQL and the artifacts' bucket."""
     port = ports["mlflow"]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        HOST,
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
+    command = [sys.executable, "-m", "mlflow", "server", f"--host={HOST}", f"--port={port}", "--workers=1"]
     command += [
-        "--allowed-hosts",
-        f"{HOST}:*,localhost:*",
+        f"--allowed-hosts={HOST}:*,localhost:*"
     ]  # another Host header is another site's page, rebound
     environment = {
         **keys(secret),

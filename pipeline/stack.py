@@ -156,9 +156,8 @@ class Stack:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if self._grouped(name, process) or (
-                    process.name() == "postgres" and Path(process.cwd()) == data
-                ):
+                at_data = process.name() == "postgres" and Path(process.cwd()) == data
+                if at_data or self._grouped(name, process):
                     found.append(process)
         return found
 
@@ -167,18 +166,16 @@ class Stack:
         import psutil
 
         with contextlib.suppress(psutil.Error, ProcessLookupError):
-            return os.getpgid(process.pid) == self.pids[name] and process.environ().get(MARK) == str(
-                self.folder
-            )
+            ours = os.getpgid(process.pid) == self.pids[name]
+            return ours and process.environ().get(MARK) == str(self.folder)
         return False
 
     def _save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
         partial = self._file.with_suffix(".partial")
-        with open(
-            os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
-        ) as file:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
             json.dump({"secret": self.secret, "ports": self.ports, "pids": self.pids}, file, indent=1)
         partial.replace(self._file)
 

@@ -34,14 +34,14 @@ DOWNLOAD = re.compile(r"downloading: .*")
 
 
 def submit(
-    sweep: Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")] = "smoke",
+    sweep: preflight.SweepName = "smoke",
     on: Annotated[str, typer.Option(help="where it runs: local, docker or kfp")] = "local",
     jobs: Annotated[str, typer.Option(help="trials at a time; by default the profile's, or 2")] = "",
     data: Annotated[
         str,
         typer.Option(help="where CIFAR-10 is: archive, folder or address; or your own images' file"),
     ] = "",
-    profile: Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")] = "",
+    profile: preflight.ProfileName = "",
     fresh: Annotated[bool, typer.Option(help="compute its trials anew")] = False,
     wait: Annotated[bool, typer.Option(help="on kfp: follow it to its end")] = False,
     budget: Annotated[str, typer.Option(help="hours of GPUs that the forecast must not exceed")] = "",
@@ -123,7 +123,8 @@ def prepare(job: Job, on: str) -> Job:
 def run(job: Job, console: Console, fresh: bool = False) -> int:
     """Run the pipeline on this machine and say how it goes; the exit status. ``fresh``: it began with nothing."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _interrupt)
     shown, began = rows(job), time.time()
     count, on = f"{len(shown)} trial{'s' * (len(shown) > 1)}", fingerprints.label(job.arguments["data_name"])
     conclusion.say(console, f"sweep {job.sweep.name}: {count} on {on}", prose=True)
@@ -159,10 +160,8 @@ def conclude(job: Job, code: int, console: Console) -> int:
     for line in _because(code, failures, job.folder / "kfp.log"):
         conclusion.say(console, line)
     finished = [trial for name, trial in job.trials.items() if name not in failures]
-    behind = [
-        trial for trial in finished if os.environ.get("MLFLOW_TRACKING_URI") and not _tracked(job, trial)
-    ]
-    if behind:
+    behind = [trial for trial in finished if not _tracked(job, trial)]
+    if behind and os.environ.get("MLFLOW_TRACKING_URI"):
         conclusion.say(
             console,
             f"MLflow lacks {len(behind)} of the finished trials: make replay sends a sweep's; the log says why",

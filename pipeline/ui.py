@@ -27,12 +27,10 @@ QUIET = {
 def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> None:
     """Print where MLflow's pages are; serve them if no server does."""
     home = preflight.outputs()
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    if "MLFLOW_TRACKING_URI" not in os.environ:
         os.environ.update(Stack(home / "stack").environment())
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
-    fault = preflight.check_tracking()
-    if fault:
-        raise DvqError(fault)
+    preflight.require_tracking()
     if uri.startswith("http"):
         print(f"{uri.rstrip('/')}/{START}")
         return

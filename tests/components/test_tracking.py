@@ -118,7 +118,8 @@ def test_a_finished_trials_numbers_are_on_its_run_and_its_model(
         assert history(run, f"test/{name}") == [(4, value)]
     (output,) = run.outputs.model_outputs
     model = tracking.client().get_logged_model(output.model_id)
-    assert model.name == run.info.run_name
+    assert (model.name, model.experiment_id) == (run.info.run_name, run.info.experiment_id)
+    assert model.params == run.data.params
     assert {one.key: one.value for one in model.metrics} == {
         name: value for name, value in run.data.metrics.items() if name.startswith("test/")
     }
@@ -126,6 +127,25 @@ def test_a_finished_trials_numbers_are_on_its_run_and_its_model(
     said = run.data.tags["mlflow.note.content"]
     assert "**7.500 ± 0.250 bits/dim**" in said
     assert f'dvq.load("models:/{output.model_id}")' in said
+
+
+@pytest.mark.parametrize("what", ["score", "note"])
+def test_a_run_is_finished_when_all_is_there_and_not_before(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the trial's model was sent, what comes after it failed, and a finished run is never looked at again."""
+    from components import logged
+
+    folder, diary = folder_with(tmp_path, 3)
+    finish(folder, diary)
+    with monkeypatch.context() as patch:
+        patch.setattr(logged, what, lambda *_: 1 / 0)
+        assert not tracking.TrialRun(folder, "sweep").sync()
+    assert runs()[0].info.status == "RUNNING"
+    assert tracking.TrialRun(folder, "sweep").sync()
+    (run,) = runs()
+    assert history(run, "test/bound") == [(4, 7.25)]
+    assert "bits/dim**" in run.data.tags["mlflow.note.content"]
 
 
 def test_a_trial_that_another_sweep_computed_has_this_sweeps_name(tmp_path: Path) -> None:

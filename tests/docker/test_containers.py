@@ -85,6 +85,7 @@ def test_services_on_loopback_are_reached_by_the_hosts_network(
         "DVQ_CACHE": str(tmp_path / "cache"),
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
         "AWS_CA_BUNDLE": str(certificate),
+        "DVQ_RECORD": "0",
         "SECRET": "stays",
         "DVQ_LOCKS": str(tmp_path / "locks"),
     }.items():
@@ -93,11 +94,12 @@ def test_services_on_loopback_are_reached_by_the_hosts_network(
     made = containers.settings(Profile(gpu=2, memory="512Mi"), tmp_path, "")
     assert made["network_mode"] == "host"
     assert made["environment"]["DVQ_STORE"] == "s3://bucket/store"
+    assert made["environment"]["DVQ_RECORD"] == "0"
     assert "SECRET" not in made["environment"]
     written = {one["Target"] for one in made["mounts"] if not one["ReadOnly"]}
     assert written == {str(tmp_path / name) for name in ("work", "cache", "locks")}
     assert {one["Target"] for one in made["mounts"] if one["ReadOnly"]} == {str(certificate)}
-    assert made["mem_limit"] == 2**29
+    assert made["mem_limit"] == "512M"
     assert made["device_requests"][0]["Count"] == -1
     assert made["environment"]["DVQ_LOCKS"] == str(tmp_path / "locks")  # which all launches share
     assert made["environment"]["DVQ_DEVICE"] == "cuda"

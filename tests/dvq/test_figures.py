@@ -273,7 +273,7 @@ def test_of_many_groups_each_estimators_lowest_is_shown_and_then_the_lowest():
 
 def test_of_many_groups_those_of_the_papers_size_are_shown():
     """Of two of them that of lowest bits/dim; and with six estimators and more nothing else."""
-    every = list(style.ESTIMATORS)[:7]
+    every = list(style.STYLES)[:7]
     many = sweep(estimators=every, sizes=(16, 64), latents=(8, 16), seeds=(0,))
     assert chosen(many) == [f"{style.style(name)[0]}, C = 64, K = 16" for name in every]
     many += [result("gs-soft", 64, 16, 0, 5.01, temperature=2.0)]
@@ -282,7 +282,7 @@ def test_of_many_groups_those_of_the_papers_size_are_shown():
 
 
 def test_each_of_an_estimators_gradients_is_shown():
-    many = sweep(estimators=list(style.ESTIMATORS)[:7], sizes=(16,), seeds=(0,))
+    many = sweep(estimators=list(style.STYLES)[:7], sizes=(16,), seeds=(0,))
     many += [result("vq-ema", 16, 4, 0, 9.0, gradient="rotation")]
     assert chosen(many)[-1] == "VQ-VAE, EMA, C = 16, K = 4, gradient rotation"
     assert len(chosen(many)) == 8

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,11 @@ class Launcher:
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "MARK": mark, "MLFLOW_TRACKING_URI": ""}
         self.environment.pop("DVQ_STORE", None)
 
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        """In a session of its own, so that its process group is the terminal's foreground group."""
+    def start(self, *arguments: str, by: Sequence[str] = ()) -> "subprocess.Popen[str]":
+        """In a session of its own, so that its process group is the terminal's foreground group; ``by`` a program
+        such as nohup."""
         return subprocess.Popen(
-            [sys.executable, "-m", "pipeline.submit", "tiny.yaml", *arguments],
+            [*by, sys.executable, "-m", "pipeline.submit", "tiny.yaml", *arguments],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,

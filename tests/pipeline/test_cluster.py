@@ -129,7 +129,7 @@ class Daemon:
         return []
 
 
-@pytest.mark.parametrize("profile", ["", "gke", "kind"])
+@pytest.mark.parametrize("profile", ["", "gke", "kind", "docker"])
 def test_what_is_pushed_is_what_the_sweep_and_the_manifests_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], profile: str
 ) -> None:
@@ -137,7 +137,7 @@ def test_what_is_pushed_is_what_the_sweep_and_the_manifests_name(
     monkeypatch.setenv("REGISTRY", "r.example.org/me")
     daemon = Daemon()
     monkeypatch.setattr(image, "connect", lambda: daemon)
-    image.image("", "", profile, True)
+    image.image(profile, True)
     wanted = image.name(find_profile(profile or PROFILE["kfp"]), pushed=True)
     assert capsys.readouterr().out.strip() == wanted
     assert daemon.pushed == [f"r.example.org/me/{IMAGE}", wanted]
@@ -150,7 +150,7 @@ def test_what_is_built_is_what_containers_run(
     """`submit-sweep ON=docker` makes the image first, with the same profile."""
     monkeypatch.delenv("REGISTRY", raising=False)
     monkeypatch.setattr(image, "connect", Daemon)
-    image.image("", "", profile, False)
+    image.image(profile, False)
     assert capsys.readouterr().out.strip() == image.name(find_profile(profile), pushed=False)
 
 

@@ -22,7 +22,7 @@ from tests.kubeflow_server import KubeflowServer
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("KFP_HOST", "KFP_NAMESPACE", "KFP_TOKEN", "KFP_COOKIE", "KFP_CA", "KF_PIPELINES_ENDPOINT"):
+    for name in ("KFP_HOST", "KFP_NAMESPACE", "KFP_TOKEN", "KFP_COOKIE", "KFP_CA"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -116,6 +116,18 @@ def test_the_launchers_death_ends_everything(
     wait(lambda: launcher.alive() == [], GRACE)
 
 
+def test_under_nohup_a_sweep_outlives_its_terminal(
+    launcher: Any, write_sweep: Callable[..., Path], wait: Wait
+) -> None:
+    trials = Trials(write_sweep(grid={"estimator": ["gs-soft"]}))
+    process = launcher.start(by=["nohup"])
+    wait(trials.training, 90)
+    os.killpg(process.pid, signal.SIGHUP)
+    output, _ = process.communicate(timeout=150)
+    assert process.returncode == 0, output
+    assert trials.finished() == set(trials.folders)
+
+
 def test_data_that_cannot_be_prepared_is_told(launcher: Any, write_sweep: Callable[..., Path]) -> None:
     """It looked well beforehand."""
     write_sweep(grid={"estimator": ["gs-soft"]})

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from docker.utils import parse_bytes
 from google.protobuf import json_format
 from kfp.kubernetes import kubernetes_executor_config_pb2 as kubernetes
 from kfp.pipeline_spec import pipeline_spec_pb2
@@ -16,7 +17,7 @@ from dvq.config import Sweep, overrides
 from pipeline import cluster, definition
 from pipeline.local import ONE_THREAD
 from pipeline.preflight import PROFILE
-from pipeline.profile import PROFILES, Cluster, Profile, Toleration, find_profile, size
+from pipeline.profile import PROFILES, Cluster, Profile, Toleration, find_profile
 
 ROOT = Path(__file__).parents[2]
 TASKS = {"plan", "prepare-data", "train", "evaluate", "analyze", "report"}
@@ -32,7 +33,8 @@ EVERYTHING = Profile(
         ],
         pull_secrets=["regcred"], pull_policy="Always", retries=5, timeout=3600, limit=9, ttl=60, user=1234,
         config_maps={"here": ["MLFLOW_TRACKING_URI"]}, secrets={"keys": ["AWS_ACCESS_KEY_ID"], "more": ["A_B"]},
-        labels={"team": "vision"}, annotations={"karpenter.sh/do-not-disrupt": "true"}, priority="low",
+        labels={"team": "vision", "kueue.x-k8s.io/priority-class": "low"},
+        annotations={"karpenter.sh/do-not-disrupt": "true"},
     ),
 )  # fmt: skip
 
@@ -51,9 +53,7 @@ def expected(profile: Profile, name: str) -> dict[str, Any]:
     labels = {**its.labels, "app.kubernetes.io/part-of": "dvq"}
     made: dict[str, Any] = {
         "imagePullPolicy": its.pull_policy,
-        "podMetadata": {
-            "labels": labels | ({"kueue.x-k8s.io/priority-class": its.priority} if its.priority else {})
-        },
+        "podMetadata": {"labels": labels},
         "securityContext": {"runAsUser": str(its.user), "runAsGroup": str(its.user), "runAsNonRoot": True},
         "configMapAsEnv": [(name, names, False) for name, names in its.config_maps.items()],
         "secretAsEnv": [(name, names, False) for name, names in its.secrets.items()],
@@ -100,7 +100,8 @@ def simple(task: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [*CLUSTERS, "everything"])
-def test_each_task_has_what_the_profile_says(name: str) -> None:
+def test_each_task_has_what_the_profile_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVQ_RECORD", "0")
     profile = EVERYTHING if name == "everything" else find_profile(name)
     its = profile.cluster
     assert its
@@ -113,7 +114,7 @@ def test_each_task_has_what_the_profile_says(name: str) -> None:
         assert container["image"] == (profile.image or IMAGE)
         told = {one["name"]: one["value"] for one in container["env"]}
         device = {"DVQ_DEVICE": "cuda"} if task in TRAIN and profile.gpu else {}
-        assert told == {**ONE_THREAD, **device, "DVQ_STORE": "s3://dvq/store"}
+        assert told == {**ONE_THREAD, **device, "DVQ_STORE": "s3://dvq/store", "DVQ_RECORD": "0"}
         limits, resources = (profile if task in TRAIN else its.light), container["resources"]
         cpu, memory = f"{limits.cpu:g}", limits.memory
         assert memory
@@ -202,7 +203,8 @@ def test_the_profiles_that_are_shipped() -> None:
     assert "LD_LIBRARY_PATH=/usr/local/nvidia/lib64" in (ROOT / "docker/Dockerfile").read_text()
     for name in CLUSTERS:
         found = find_profile(name)
-        assert size(found.shared_memory or "") < size(found.memory or "")  # which it counts towards
+        shared, memory = (parse_bytes(f"{one}".rstrip("i")) for one in (found.shared_memory, found.memory))
+        assert shared < memory  # which it counts towards
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -236,6 +237,17 @@ def test_a_tracker_of_no_known_kind(
     assert "MLflow cannot use this address (a folder no more" in refusal(command=ui)
 
 
+def test_a_database_is_the_same_one_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's working folder is another."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVQ_STORE", "store")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///outputs/mlflow.db")
+    assert preflight.set_environment().root == tmp_path / "store"
+    assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/outputs/mlflow.db"
+
+
 def test_pages_that_cannot_be_served(
     refusal: Refusal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -252,6 +264,8 @@ def test_pages_that_cannot_be_served(
     assert "whole number" in refusal("--port", "abc", command=ui)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     assert "does not answer" in refusal(command=ui)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert "nothing is tracked; unset it" in refusal(command=ui)
 
 
 def test_a_path_that_kfp_cannot_run_from(
@@ -280,7 +294,7 @@ def test_explain_tells_every_state(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = write_sweep(grid={**GRID, "num_codes": [2, 3, 4, 5, 6, 7, 8]})
+    path = write_sweep(grid={**GRID, "num_codes": [2, 3, 4, 5, 6, 7, 8, 9]})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
     folders = [Store(tmp_path / "store").trial(trial.key()) for trial in load_sweep(path).trials().values()]
@@ -296,6 +310,9 @@ def test_explain_tells_every_state(
     (folders[4] / "checkpoints" / "000000003").mkdir(parents=True)
     shorter = folders[5].name.rpartition("-")[0] + "-2"
     (folders[5].parent / shorter / "checkpoints" / "000000002").mkdir(parents=True)
+    for part in ("events", "model", "checkpoints/000000004"):  # its evaluation failed
+        (folders[7] / part).mkdir(parents=True)
+    (folders[7] / "events" / "000000.jsonl").write_text(state + failure)
     explain.app(["tiny.yaml"], standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()
     told = [
@@ -306,7 +323,8 @@ def test_explain_tells_every_state(
         "begun and not finished: it goes on from step 3",
         "new: it goes on from step 2 of a trial of another length",
         "new: computed from the beginning",
-        "6 of 7",
+        "it rained): it is tried again and is only evaluated and analysed",
+        "7 of 8",
     ]
     for line, said in zip(lines, told, strict=True):
         assert said in line
@@ -315,18 +333,17 @@ def test_explain_tells_every_state(
 def test_what_replay_met_is_not_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Failed trials are in the report; that the store has no room is nowhere else."""
+    """Failed trials are in the report; that the store has no room is nowhere else, whether trials failed or not."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'x.db'}")
 
-    def full(_: str) -> None:
+    def full(*_: object) -> None:
         raise DvqError("no room in the store")
 
     monkeypatch.setattr(preflight, "check_begun", lambda *_: None)
     monkeypatch.setattr(replay.tracking, "ensure", lambda: None)
-    monkeypatch.setattr(replay.reports, "report", full)
-    monkeypatch.setattr(Store, "outcomes", lambda *_: ([], {}))
+    monkeypatch.setattr(Store, "publish_report", full)
     with pytest.raises(SystemExit) as ended:
         replay.app(["smoke"])
     assert ended.value.code == 2
