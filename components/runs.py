@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from components import logged
 from components.folder import read_json
 from components.tracking import experiment_id
-from dvq import fingerprints
+from dvq import DvqError, fingerprints
 from dvq.events import Tail
 
 if TYPE_CHECKING:
@@ -196,7 +196,9 @@ def crown(server: "MlflowClient", model: str, experiment: str, best: dict[str, A
     says where it comes from."""
     import mlflow
 
-    (run,) = _find(server, experiment_id(server, experiment), "dvq.key", best["key"])
+    run = next(iter(_find(server, experiment_id(server, experiment), "dvq.key", best["key"])), None)
+    if run is None:
+        raise DvqError(f"{best['name']} has no run there; make replay sends it anew")
     lineage = {
         "dvq.sweep": experiment,
         "dvq.trial": best["name"],

@@ -79,10 +79,8 @@ def _data(job: Job) -> str:
 def check(job: Job) -> Profile:
     """The profile, with the image's name; DvqError for what cannot run on a cluster."""
     profile = job.profile
-    if profile is None or profile.cluster is None:
-        raise DvqError(
-            "ON=kfp: the profile has no 'cluster'; name one that has: PROFILE=nvidia, gke, eks, kind"
-        )
+    assert profile
+    assert profile.cluster
     if "://" not in job.store.place:
         raise DvqError(
             f"ON=kfp: pods cannot reach this machine's folder {job.store.place}; set DVQ_STORE=s3://bucket/prefix, "

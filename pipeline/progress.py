@@ -3,6 +3,7 @@
 Both are drawn from the events that the tasks append to the trials' folders in the store.
 """
 
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -173,9 +174,15 @@ def _urgency(row: Row) -> int:
 
 
 def shorten(name: str, width: int) -> str:
-    """``name`` without its middle if it is longer than ``width``, or 16: the ends tell trials apart."""
-    begin, end = divmod(max(width, 16) - 1, 2)
-    return name if len(name) <= begin * 2 + end + 1 else f"{name[: begin + end]}…{name[-begin:]}"
+    """``name`` without its middle if it is longer than ``width``, or 16: the ends tell trials apart, and the seed, if
+    something stands behind it."""
+    width = max(width, 16)
+    if len(name) <= width:
+        return name
+    half = (width - 1) // 2
+    seeded = re.match(r".*?-k\d+-s\d+(?=-)", name)
+    begin = seeded.end() if seeded and seeded.end() <= width - 8 else width - 1 - half
+    return f"{name[:begin]}…{name[begin + 1 - width :]}"
 
 
 def _cells(row: Row, now: float, width: int) -> Iterable[str]:

@@ -54,6 +54,10 @@ def submit(
             f"PROFILE = '{profile}': this machine's own processes have none; give ON=docker or ON=kfp"
         )
     limits = None if on == "local" else find_profile(profile or preflight.PROFILE[on])
+    if on == "kfp" and limits and limits.cluster is None:
+        raise DvqError(
+            "ON=kfp: the profile has no 'cluster'; name one that has: PROFILE=nvidia, gke, eks, kind"
+        )
     job = look_at(sweep, jobs, data, limits)
     cap = preflight.hours(budget) or (limits.budget if limits else None)
     if dry_run:

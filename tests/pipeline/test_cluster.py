@@ -17,7 +17,7 @@ from components.store import Store
 from dvq import DvqError, data, fingerprints
 from dvq.config import Sweep
 from dvq.events import Events
-from pipeline import cancel, cluster, conclusion, containers, forecast, image
+from pipeline import cancel, cluster, conclusion, containers, forecast, image, submit
 from pipeline.connection import UnreachableError
 from pipeline.kubeflow import Run
 from pipeline.preflight import PROFILE
@@ -70,10 +70,16 @@ def finish(job: Job, seed: int) -> None:
     (folder / "results.json").write_text('{"evaluation": {"bits_per_dim": 7.0}}')
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_profile_without_a_cluster_is_refused(dry_run: bool) -> None:
+    """Before a plan of it is printed, too."""
+    with pytest.raises(DvqError, match="the profile has no 'cluster'; name one that has: PROFILE=nvidia"):
+        submit.submit("smoke", on="kfp", profile="docker", dry_run=dry_run)
+
+
 @pytest.mark.parametrize(
     ("job", "told"),
     [
-        ({"profile": Profile()}, "the profile has no 'cluster'"),
         ({"place": ""}, "set DVQ_STORE=s3://bucket/prefix"),
         ({"base": "x" * 70000}, r"too large for one pipeline \(base: 68 KiB of 64\)"),
         (

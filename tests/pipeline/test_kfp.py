@@ -26,7 +26,7 @@ Run = Callable[..., list[dict[str, Any]]]
 
 
 @dsl.component(base_image="dvq", install_kfp_package=False)
-def plan(sweep: str) -> list[str]:
+def plan(sweep: str, experiment: str = "") -> list[str]:  # noqa: ARG001
     import json
 
     return list(json.loads(sweep))
@@ -40,7 +40,14 @@ def prepare_data(name: str, source: str, data: Output[Dataset]):  # noqa: ARG001
 
 
 @dsl.component(base_image="dvq", install_kfp_package=False)
-def train(trial: str, base: str, data: Input[Dataset], model: Output[Model], experiment: str = ""):
+def train(
+    trial: str,
+    base: str,
+    data: Input[Dataset],
+    model: Output[Model],
+    experiment: str = "",
+    record_failure: bool = False,
+):
     import json
     import os
     import time
@@ -51,15 +58,22 @@ def train(trial: str, base: str, data: Input[Dataset], model: Output[Model], exp
         raise SystemExit(3)
     time.sleep(0.5)
     told = {"trial": trial, "base": base, "data": Path(data.path).read_text(), "experiment": experiment}
+    assert record_failure
     record = {"task": "train", **told, "began": began, "ended": time.time()}
     Path(os.environ["RECORDS"], f"train-{trial}.json").write_text(json.dumps(record))
     Path(model.path).write_text(trial)
 
 
 @dsl.component(base_image="dvq", install_kfp_package=False)
-def evaluate(data: Input[Dataset], model: Input[Model], evaluation: Output[Metrics]):  # noqa: ARG001
+def evaluate(
+    data: Input[Dataset],  # noqa: ARG001
+    model: Input[Model],
+    evaluation: Output[Metrics],
+    record_failure: bool = False,
+):
     from pathlib import Path
 
+    assert record_failure
     Path(evaluation.path).write_text(f"evaluation of {Path(model.path).read_text()}")
 
 
@@ -70,11 +84,13 @@ def analyze(
     evaluation: Input[Metrics],
     analysis: Output[Artifact],  # noqa: ARG001
     experiment: str = "",  # noqa: ARG001
+    record_failure: bool = False,
 ):
     import json
     import os
     from pathlib import Path
 
+    assert record_failure
     trial = Path(model.path).read_text()
     record = {"task": "analyze", "trial": trial, "evaluation": Path(evaluation.path).read_text()}
     Path(os.environ["RECORDS"], f"analyze-{trial}.json").write_text(json.dumps(record))

@@ -152,6 +152,9 @@ def test_numbers_stay_whole_in_a_narrow_terminal(tmp_path: Path) -> None:
     assert shown[0].split() == ["trial", "state", "step", "images/s", "bits/dim", "time", "left"]
     assert shorten("gs-soft-c256-k16-s0", 19) == "gs-soft-c256-k16-s0"
     assert shorten("gs-soft-c256-k16-s10", 19) == "gs-soft-c…6-k16-s10"
+    long = "vq-ema-c64-k4-s{}-code-dim-4-codebook-init-kmeans"
+    assert shorten(long.format(0), 30) == "vq-ema-c64-k4-s0…k-init-kmeans"
+    assert len({shorten(long.format(seed), 30) for seed in range(12)}) == 12
     assert shorten("gs-soft-c256-k16-s10", 5) == "gs-soft-…k16-s10", "never less than 16"
 
 
