@@ -77,6 +77,10 @@ def working_on(trial: Trial, data: Data, model: Path) -> Iterator[Work]:
                 if _same(work.folder / "model", model):
                     yield work
                     return
+            print(
+                f"{model}: not the weights that the store has of trial {trial.key()}; judged apart",
+                flush=True,
+            )
     with tempfile.TemporaryDirectory(prefix="dvq-trial-") as scratch:
         folder = Path(scratch)
         for part in CARRIED:

@@ -1,5 +1,6 @@
 """What evaluate and analyze do with a trained model, each going on from what is there."""
 
+import hashlib
 import math
 import shutil
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from components.artifacts import fail, opened, working, working_on
 from components.folder import FORMAT, read_json, state, write_json
+from components.store import Store
 from components.tracking import TrialRun
 from dvq import DvqError, events, failures
 from dvq.data import Data, load
@@ -45,9 +47,8 @@ def evaluate(data: Path, model: Path, evaluation: Path, record: bool = False) ->
     """
     trial, trained = opened(model)
     result, reason = None, "" if trained else f"{model}: it has no weights, for its training failed"
-    if trained:
-        images = load(data)
-        images.check_shape(trial)
+    images = _images(data, trial, "evaluating", record) if trained else None
+    if images:
         with working_on(trial, images, model) as work:
             result = read_json(work.folder / "evaluation.json")
             if result is None:
@@ -75,7 +76,26 @@ def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:
     seen = images.training(split)[0] if images.fits(trial) else None
     found = judge(judged, images.evaluation(split)[0], bound_samples=trial.bound_samples, training=seen)
     made_by = provenance(str(place))  # it may be another than trained it
-    return {"split": split, **found, "provenance": {**made_by, "data": images.info["fingerprint"]}}
+    return {"split": split, **found, "provenance": {**made_by, **_judged(images, model)}}
+
+
+def _images(data: Path, trial: Trial, doing: str, record: bool) -> Data | None:
+    """The prepared images, which the trial's models take; None where that fails and is recorded."""
+    try:
+        found = load(data)
+        found.check_shape(trial)
+    except DvqError as error:
+        fail(str(error), record)
+        with working(trial) as work:
+            Events(work.folder).failure(f"{doing}: {error}")
+        return None
+    return found
+
+
+def _judged(images: Data, model: Path) -> dict[str, str]:
+    """What an evaluation is of."""
+    weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    return {"data": images.info["fingerprint"], "weights": weights}
 
 
 def analyze(
@@ -95,16 +115,18 @@ def analyze(
         analysis.mkdir(parents=True, exist_ok=True)
         fail(f"{evaluation}: there is no evaluation of the model, for training or evaluation failed", record)
         return
-    images = load(data)
-    images.check_shape(trial)
-    of = judged.get("provenance", {}).get("data", images.info["fingerprint"])
-    if of != images.info["fingerprint"]:
-        raise DvqError(
-            f"the evaluation is of images {of[:16]}…, and the data are {images.info['name']}; give the same"
-        )
-    reason = ""
+    images, reason = _images(data, trial, "analyzing", record), ""
+    if images is None:
+        return
+    for what, one in _judged(images, model).items():
+        if judged.get("provenance", {}).get(what, one) != one:  # older evaluations do not say
+            raise DvqError(
+                f"{evaluation}: the evaluation is of other {what}; give those that evaluate was given"
+            )
     with working_on(trial, images, model) as work:
         folder = work.folder
+        if not (folder / "evaluation.json").exists():  # it was judged where there is no store
+            write_json(folder / "evaluation.json", judged)
         if not (folder / "results.json").exists():
             with _step(folder, "analyzing"):
                 _analyze(images, model, judged, folder, read_json(folder / "trial.json") or {})
@@ -118,7 +140,7 @@ def analyze(
                 shutil.copy(folder / name, analysis / name)
         if (folder / "figures").exists():
             shutil.copytree(folder / "figures", analysis / "figures", dirs_exist_ok=True)
-        if images.fits(trial):
+        if images.fits(trial) and (work.lock is not None or Store.from_environment() is None):
             TrialRun(folder, experiment).sync()
     fail(reason, record)
 

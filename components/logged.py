@@ -25,6 +25,7 @@ def send(server: "MlflowClient", run: "Found", name: str, shape: Shape, model: P
     import mlflow
     import numpy as np
     from mlflow.models import Model, ModelSignature
+    from mlflow.tracking.context.registry import resolve_tags
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
     import dvq
@@ -36,6 +37,7 @@ def send(server: "MlflowClient", run: "Found", name: str, shape: Shape, model: P
         run.info.experiment_id,
         name.replace(".", "_"),  # MLflow allows no full stop
         run.info.run_id,
+        tags=resolve_tags(),
         params=run.data.params,
     )
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():

@@ -53,7 +53,8 @@ def redacted(text: str) -> str:
 
 
 def _say(what: str, error: Exception) -> None:
-    print(f"tracking: {what} is not up to date in MLflow ({told(error)}); make replay mends it", flush=True)
+    mended = "; make replay mends it" if os.environ.get("DVQ_STORE") else ""
+    print(f"tracking: {what} is not up to date in MLflow ({told(error)}){mended}", flush=True)
 
 
 def told(error: Exception) -> str:

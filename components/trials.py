@@ -21,7 +21,7 @@ from dvq.config import Point, Sweep, point, short_name
 from dvq.config import trial as make_trial
 from dvq.data import load
 from dvq.events import Events
-from dvq.trial import values
+from dvq.trial import Trial, values
 
 SYNC_SECONDS = 5
 INTERRUPTED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM)
@@ -74,12 +74,14 @@ def train(
     """
     at = point(overrides)
     trial = make_trial({**_fields(base), **at}, where=f"trial '{overrides}'")
-    reason, store = "", Store.from_environment()
+    reason, fault, store = "", _fault(data, trial), Store.from_environment()
+    fail(fault, record)
     with working(trial) as work:
         folder, name = work.folder, short_name(trial, at)
         run = TrialRun(folder, experiment, name)
         try:
-            load(data).check(trial)
+            if fault:
+                raise DvqError(fault)
             if (folder / "model").exists():
                 run.sync()  # by this sweep's name, which the steps behind do not know
             else:
@@ -89,12 +91,22 @@ def train(
         except DvqError as error:
             work.check()
             reason = str(error)
-            Events(folder).failure(reason)
+            if not (folder / "model").exists():
+                Events(folder).failure(reason)
         give(folder, trial, model)
     fail(reason, record)
     # KFP takes no null.
     fields = {field: value for field, value in values(trial).items() if value is not None}
     return {"framework": "pytorch", "name": name, "key": trial.key(), **fields}
+
+
+def _fault(data: Path, trial: Trial) -> str:
+    """What is wrong with the images; empty if they are the trial's."""
+    try:
+        load(data).check(trial)
+    except DvqError as error:
+        return str(error)
+    return ""
 
 
 def _fields(base: str) -> dict[str, Any]:

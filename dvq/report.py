@@ -40,8 +40,9 @@ CHOSEN = ("figure_1b", "figure_1c", "figure_2", "pictures")
 """the figures that show single settings"""
 SEVERAL = (
     "The mean over trainings that differ in their seed alone, ± its standard error over these trainings. Above "
-    "lowest: the difference from the first row's, training by training of the same seed. A 95% interval is ± 12.7 "
-    "standard errors of two trainings, 4.3 of three, 2.8 of five, 2.3 of ten."
+    "lowest: the difference from the first row's, over the seeds that both have. A 95% interval is ± 12.7 standard "
+    "errors for two common seeds, 4.3 for three, 2.8 for five, 2.3 for ten; of many settings some lie beyond it by "
+    "chance."
 )
 FIGURES = {
     "figure_1a": (
@@ -128,9 +129,14 @@ def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[
     if best and best["bits_per_dim"] is not None:
         lowest = "lowest mean over seeds" if several else "lowest"
         parts.append(f"{lowest}: {escape(best['name'])}, {shown(best, 'bits_per_dim')} bits/dim")
-        if others := several[1:]:
-            alike = len(others) - sum(map(told_apart, others))
-            parts.append(f"{alike} of {len(others)} other settings cannot be told from it (95%)")
+        compared = [row for row in several[1:] if row["above"] is not None]
+        if compared:
+            near = len(compared) - sum(map(told_apart, compared))
+            parts.append(
+                f"{near} of {len(compared)} other settings cannot be told from it (95%, each by itself)"
+            )
+        if lone := len(several[1:]) - len(compared):
+            parts.append(f"{lone} cannot be compared: no two seeds in common with it")
         parts.append(f"split {finished[0]['split']}")
     return " · ".join(parts)
 

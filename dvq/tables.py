@@ -37,6 +37,7 @@ SETTINGS = {
     "name": ("setting", ""),
     "seeds": ("seeds", "d"),
     "bits_per_dim": COLUMNS["bits_per_dim"],
+    "pairs": ("common seeds", "d"),
     "above": ("above lowest", "+.3f"),
     "fitted_bits_per_dim": COLUMNS["fitted_bits_per_dim"],
     "fitted_above": ("above it, fitted", "+.3f"),
@@ -105,7 +106,7 @@ def settings(results: Sequence[Result]) -> list[Row]:
     It holds ``name``, ``seeds``, the means of ``MEANS`` over the seeds, and the means over the ``pairs`` of trainings
     with the same seed by which bits/dim and its fitted form are ``above`` and ``fitted_above`` those of the first
     row; ``_se`` behind a mean's name is its standard error over trainings. None where a training has no such number,
-    it is not finite, or there is one pair alone.
+    it is not finite, or there are fewer than two pairs.
     """
     groups = [group for group in alike(results, "seed") if len(group) > 1]
     made = sorted(((_setting(group), group) for group in groups), key=lambda one: _bits(one[0]))
@@ -129,7 +130,7 @@ def _above(group: Sequence[Result], lowest: Sequence[Result]) -> Row:
     """How far a setting is from the ``lowest``, training by training of the same seed."""
     ours, theirs = ({one["trial"]["seed"]: one["evaluation"] for one in found} for found in (group, lowest))
     pairs = [] if group is lowest else [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-    row: Row = {"pairs": len(pairs)}
+    row: Row = {"pairs": None if group is lowest else len(pairs)}
     for name, key in (("above", "bits_per_dim"), ("fitted_above", "fitted_bits_per_dim")):
         row |= _mean(name, [one.get(key, math.nan) - other.get(key, math.nan) for one, other in pairs])
     return row
@@ -143,10 +144,9 @@ def _mean(name: str, found: Sequence[float]) -> Row:
 
 
 def told_apart(row: Row) -> bool:
-    """Whether a setting's bits/dim are above the lowest beyond a 95% interval of their difference."""
-    if row["above"] is None:
-        return False
-    return bool(abs(row["above"]) > INTERVAL[min(row["pairs"], 10) - 2] * row["above_se"])
+    """Whether a setting that is ``above`` the lowest is so beyond a 95% interval of their difference, by itself: of
+    many settings some are by chance."""
+    return bool(row["above"] > INTERVAL[min(row["pairs"], 10) - 2] * row["above_se"])
 
 
 def filled(found: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:

@@ -106,22 +106,55 @@ def test_a_model_is_judged_by_other_images_apart_from_its_trial(
         assert "fitted_bits_per_dim" in judging.evaluate(prepared, model, tmp_path / "own")
         assert store.state(key).name == "interrupted"
     with pytest.raises(
-        DvqError, match=r"the evaluation is of images 0000000000000000…, and the data are cifar10-sample"
+        DvqError, match=r"the evaluation is of other data; give those that evaluate was given"
     ):
         judging.analyze(prepared, model, tmp_path / "before", tmp_path / "analysis", "")
     assert not store.has(key, "results.json")
 
 
-def test_other_weights_do_not_get_the_trials_numbers(store: Store, prepared: Path, tmp_path: Path) -> None:
+def test_other_weights_do_not_get_the_trials_numbers(
+    store: Store,
+    prepared: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     first = run("estimator=vq-ema", prepared, tmp_path)
     one = trial({**BASE, "estimator": "vq-ema"})
     before = (store.trial(one.key()) / "evaluation.json").read_bytes()
     save(Model(one), tmp_path / "mine")
-    numbers = judging.evaluate(prepared, tmp_path / "mine", tmp_path / "evaluation")
+    numbers = judging.evaluate(prepared, tmp_path / "mine", tmp_path / "theirs")
     assert numbers["bits_per_dim"] != first["bits_per_dim"]
     assert (store.trial(one.key()) / "evaluation.json").read_bytes() == before
+    assert "not the weights that the store has" in capsys.readouterr().out
+    sent: list[Path] = []
+    monkeypatch.setattr(tracking.TrialRun, "sync", lambda run: sent.append(run.folder))
+    judging.analyze(prepared, tmp_path / "mine", tmp_path / "theirs", tmp_path / "analysis", "e")
+    assert sent == [], "the trial's run in MLflow is not theirs either"
+    judging.analyze(prepared, tmp_path / "model", tmp_path / "evaluation", tmp_path / "analysis", "e")
+    assert sent == [store.trial(one.key())]
+    (store.trial(one.key()) / "results.json").unlink()
+    with pytest.raises(DvqError, match="the evaluation is of other weights"):
+        judging.analyze(prepared, tmp_path / "model", tmp_path / "theirs", tmp_path / "analysis", "")
+    assert not store.has(one.key(), "results.json")
+
+
+def test_images_that_are_wrong_do_not_make_a_trained_trial_fail(
+    store: Store, prepared: Path, tmp_path: Path
+) -> None:
+    point, model = ("estimator=vq-ema", json.dumps(BASE)), tmp_path / "model"
+    key, other = trial({**BASE, "estimator": "vq-ema"}).key(), others(prepared, tmp_path / "other")
+    for _ in ("new", "trained"):
+        with pytest.raises(DvqError, match="the trial is of cifar10-sample, and these images are birds@"):
+            trials.train(*point, other, model, "")
+        assert store.state(key).name in ("new", "interrupted")
+        trials.train(*point, prepared, model, "")
+    nowhere = tmp_path / "nowhere"
     with pytest.raises(DvqError, match="holds no whole prepared dataset"):
-        judging.evaluate(tmp_path / "nowhere", tmp_path / "model", tmp_path / "evaluation")
+        judging.evaluate(nowhere, model, tmp_path / "evaluation")
+    assert store.state(key).name == "interrupted"
+    assert judging.evaluate(nowhere, model, tmp_path / "evaluation", record=True) == {}
+    assert store.state(key).reason.startswith("evaluating: ")
 
 
 def test_images_of_another_shape_are_refused(prepared: Path, tmp_path: Path) -> None:

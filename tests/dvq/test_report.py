@@ -153,6 +153,7 @@ def test_settings_are_means_over_seeds_with_the_error_of_trainings(sweep):
         "gs-soft-c16-k4",
         "3",
         "7.400 ± 0.115",
+        "2",
         "+0.250 ± 0.050",  # of seeds 0 and 1, which both have
         "0.250 ± 0.000",
         "6.950 ± 0.000",
@@ -181,19 +182,39 @@ def test_settings_are_compared_seed_by_seed(sweep):
     """Seeds of one number that differ much, settings that differ little, and always: pairs show it, means hide it."""
     made = seeds(sweep[0], (7.0, 7.5, 8.0), (7.1, 7.61, 8.1), (7.3, 7.4, 8.2))
     lowest, near, noisy = rows = tables.settings(made)
-    assert (lowest["above"], lowest["pairs"]) == (None, 0)
+    assert (lowest["above"], lowest["pairs"]) == (None, None)
     assert (near["above"], near["above_se"]) == pytest.approx((0.31 / 3, 0.01 / 3))
     assert near["bits_per_dim_se"] > 0.25
     assert (noisy["above"], noisy["above_se"]) == pytest.approx((0.4 / 3, 0.12018504))
-    assert [*map(tables.told_apart, rows)] == [False, True, False]
+    assert [*map(tables.told_apart, rows[1:])] == [True, False]
     page = Page(report.page(smoke(), made, {}, {})).text
     assert "lowest mean over seeds: gs-soft-c16-k4, 7.500 ± 0.289 bits/dim" in page
-    assert "1 of 2 other settings cannot be told from it (95%)" in page
+    assert "1 of 2 other settings cannot be told from it (95%, each by itself)" in page
     assert tables.settings(made[:3])[0]["above"] is None
 
 
-@pytest.mark.parametrize(("pairs", "half"), [(2, 12.71), (3, 4.30), (10, 2.26), (40, 2.26)])
+def test_settings_without_common_seeds_are_not_compared(sweep):
+    """Nor is one of which a training diverged; and one seed is no difference."""
+    made = seeds(sweep[0], (7.0, 7.1), (9.0, 9.1), (9.5, math.nan))
+    for one in made[2:4]:
+        one["trial"]["seed"] += 1  # one seed in common
+    rows = tables.settings(made)
+    assert [row["above"] for row in rows] == [None, None, None]
+    page = Page(report.page(smoke(), made, {}, {})).text
+    assert "cannot be told" not in page
+    assert "2 cannot be compared: no two seeds in common with it" in page
+
+
+def test_what_is_lowest_by_other_seeds_alone_tells_nothing_apart(sweep):
+    """Of the seeds that both have it is higher each time."""
+    rows = tables.settings(seeds(sweep[0][:2], (7.0, 7.5, 8.0, 3.0), (6.9, 7.39, 7.9)))
+    assert rows[1]["above"] == pytest.approx(-0.31 / 3)
+    assert not tables.told_apart(rows[1])
+
+
+@pytest.mark.parametrize(("pairs", "half"), [*enumerate(tables.INTERVAL, 2), (40, 2.26)])
 def test_an_interval_is_wider_for_fewer_trainings(pairs, half):
+    assert tables.INTERVAL == (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # t(.975; n − 1)
     row = {"pairs": pairs, "above_se": 0.01}
     assert not tables.told_apart(row | {"above": 0.0099 * half})
     assert tables.told_apart(row | {"above": 0.0101 * half})
