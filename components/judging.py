@@ -104,19 +104,18 @@ def analyze(
     """Analyze the codebooks and publish the trial's results, last of all; ``analysis`` gets all that is made.
 
     Raises:
-        DvqError: no model, or an evaluation of other images; unless failures are recorded, why there are no results.
+        DvqError: no model, or an evaluation of other images or weights; unless failures are recorded, why there are
+            no results.
     """
     trial, trained = opened(model)
     judged = read_json(evaluation)
-    if not (trained and judged):
+    images, reason = _images(data, trial, "analyzing", record) if trained and judged else None, ""
+    analysis.mkdir(parents=True, exist_ok=True)
+    if not (images and judged):
         if record:
             with working(trial) as work:
                 TrialRun(work.folder, experiment).sync()
-        analysis.mkdir(parents=True, exist_ok=True)
         fail(f"{evaluation}: there is no evaluation of the model, for training or evaluation failed", record)
-        return
-    images, reason = _images(data, trial, "analyzing", record), ""
-    if images is None:
         return
     for what, one in _judged(images, model).items():
         if judged.get("provenance", {}).get(what, one) != one:  # older evaluations do not say
@@ -134,12 +133,12 @@ def analyze(
                 Events(folder).state("finished")
             else:
                 reason = state(folder).reason
-        analysis.mkdir(parents=True, exist_ok=True)
         for name in ("results.json", "analysis.npz", "pictures.npz"):
             if (folder / name).exists():
                 shutil.copy(folder / name, analysis / name)
         if (folder / "figures").exists():
             shutil.copytree(folder / "figures", analysis / "figures", dirs_exist_ok=True)
+        # What was judged apart from the store's trial is not its run's either.
         if images.fits(trial) and (work.lock is not None or Store.from_environment() is None):
             TrialRun(folder, experiment).sync()
     fail(reason, record)

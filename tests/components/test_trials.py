@@ -140,7 +140,7 @@ def test_other_weights_do_not_get_the_trials_numbers(
 
 
 def test_images_that_are_wrong_do_not_make_a_trained_trial_fail(
-    store: Store, prepared: Path, tmp_path: Path
+    store: Store, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     point, model = ("estimator=vq-ema", json.dumps(BASE)), tmp_path / "model"
     key, other = trial({**BASE, "estimator": "vq-ema"}).key(), others(prepared, tmp_path / "other")
@@ -155,6 +155,13 @@ def test_images_that_are_wrong_do_not_make_a_trained_trial_fail(
     assert store.state(key).name == "interrupted"
     assert judging.evaluate(nowhere, model, tmp_path / "evaluation", record=True) == {}
     assert store.state(key).reason.startswith("evaluating: ")
+    judging.evaluate(prepared, model, tmp_path / "evaluation")
+    sent: list[Path] = []
+    monkeypatch.setattr(tracking.TrialRun, "sync", lambda run: sent.append(run.folder))
+    judging.analyze(nowhere, model, tmp_path / "evaluation", tmp_path / "analysis", "e", record=True)
+    assert store.state(key).reason.startswith("analyzing: ")
+    assert (tmp_path / "analysis").is_dir(), "the artifact of a step that succeeds is there"
+    assert sent == [store.trial(key)], "and MLflow learns of the failure"
 
 
 def test_images_of_another_shape_are_refused(prepared: Path, tmp_path: Path) -> None:
