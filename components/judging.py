@@ -133,7 +133,7 @@ def analyze(
                 Events(folder).state("finished")
             else:
                 reason = state(folder).reason
-        for name in ("results.json", "analysis.npz", "pictures.npz"):
+        for name in ("results.json", "analysis.npz", "patches.npz", "pictures.npz"):
             if (folder / name).exists():
                 shutil.copy(folder / name, analysis / name)
         if (folder / "figures").exists():
@@ -149,7 +149,7 @@ def _analyze(
 ) -> None:
     import numpy as np
 
-    from dvq import figures, pictures, style
+    from dvq import figures, patches, pictures, style
     from dvq import load as load_model
     from dvq.analyze import analyze as analyze_codebooks
 
@@ -168,7 +168,8 @@ def _analyze(
         "probe": _curves(folder, "probe/"),
     }
     title = f"{results['name']}, {data.info['label']}"
-    seen = pictures.take(model, data.evaluation(model.trial.split)[0])
+    images = data.evaluation(model.trial.split)[0]
+    seen = pictures.take(model, images)
     seen.save(folder / "pictures.npz")
     drawn = {"pictures": pictures.of_trial(seen, title)}
     if "usage" in judged:
@@ -176,6 +177,9 @@ def _analyze(
         found.save(folder / "analysis.npz")
         drawn["explained_variance"] = figures.explained_variance(found, title)
         drawn["codebooks"] = figures.codebooks_3d(found, title)
+        stand_for = patches.take(model, images)
+        stand_for.save(folder / "patches.npz")
+        drawn["codes"] = patches.of_trial(stand_for, title)
         results["analysis"] = found.summary()
     for name, figure in drawn.items():
         style.save_png(figure, folder / "figures" / f"{name}.png")

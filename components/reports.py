@@ -12,6 +12,7 @@ from dvq.config import Sweep, read_sweep
 
 if TYPE_CHECKING:
     from dvq.analyze import Analysis
+    from dvq.patches import Patches
     from dvq.pictures import Pictures
 
 
@@ -41,7 +42,7 @@ def write(sweep: Sweep, store: Store) -> tuple[Path, dict[str, str]]:
     from dvq.tables import best
 
     results, analyses, failures = gather(sweep, store)
-    path = page.write(store.report(sweep.name), sweep, results, analyses, failures, _pictures(results, store))
+    path = page.write(store.report(sweep.name), sweep, results, analyses, failures, *_seen(results, store))
     track(sweep, store)
     tracking.report(sweep.name, path.parent, _note(sweep.description, results, failures), bool(failures))
     if sweep.champion and (found := best(results)):
@@ -65,15 +66,23 @@ def gather(sweep: Sweep, store: Store) -> "tuple[list[dict[str, Any]], dict[str,
     return results, analyses, failures
 
 
-def _pictures(results: list[dict[str, Any]], store: Store) -> "dict[str, Pictures]":
-    """Those of the trials that figures of single trials show, by name."""
+def _seen(results: list[dict[str, Any]], store: Store) -> "tuple[dict[str, Pictures], dict[str, Patches]]":
+    """The pictures and patches of the trials that figures of single trials show, by name."""
+    from dvq.patches import Patches
     from dvq.pictures import Pictures
     from dvq.style import shown
 
     keys = {group.results[0]["name"]: group.results[0]["key"] for group in shown(results)}
-    store.look(keys.values(), "pictures.npz")
-    paths = {name: store.trial(key) / "pictures.npz" for name, key in keys.items()}
-    return {name: Pictures.load(path) for name, path in paths.items() if path.exists()}
+    store.look(keys.values(), "patches.npz", "pictures.npz")
+    folders = {name: store.trial(key) for name, key in keys.items()}
+    pictures, patches = (
+        {name: folder / file for name, folder in folders.items() if (folder / file).exists()}
+        for file in ("pictures.npz", "patches.npz")
+    )
+    return (
+        {name: Pictures.load(path) for name, path in pictures.items()},
+        {name: Patches.load(path) for name, path in patches.items()},
+    )
 
 
 def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:

@@ -89,7 +89,7 @@ def draw(folder: Path, results: Sequence[Result]) -> None:
     trials = [trial(one["trial"]) for one in shown]
     common = _shared([one.changed() for one in trials])
     named = [{**one, "name": name(made, *common)} for one, made in zip(shown, trials, strict=True)]
-    reports.draw(folder, named, {one["name"]: _analysis(one) for one in named if "codebooks" in one}, {})
+    reports.draw(folder, named, {one["name"]: _analysis(one) for one in named if "codebooks" in one}, {}, {})
 
 
 def _shared(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

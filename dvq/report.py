@@ -10,9 +10,10 @@ from string import Template
 
 import yaml
 
-from dvq import disk, figures, style
+from dvq import disk, figures, patches, style
 from dvq.config import Sweep
 from dvq.fingerprints import shape
+from dvq.patches import Patches
 from dvq.pictures import Pictures, of_sweep
 from dvq.style import Analyses, notice, save_png
 from dvq.tables import (
@@ -36,7 +37,7 @@ CHOICE = (
 )
 PAPER = " Grey lines and the star are the paper's numbers."
 SIZES = ("num_codes", "num_latents", "seeds", "seed", "steps")
-CHOSEN = ("figure_1b", "figure_1c", "figure_2", "pictures")
+CHOSEN = ("figure_1b", "figure_1c", "figure_2", "codes", "pictures")
 """the figures that show single settings"""
 SEVERAL = (
     "The mean over trainings that differ in their seed alone, ± its standard error over these trainings. Above "
@@ -72,6 +73,13 @@ FIGURES = {
         "projected on the first three principal components of all codes of that codebook, each of which counts the "
         "same: where most were never used, these decide the axes. ± is how far the three axes reach. Colour is a "
         "code's norm; rings are codes that were never used.",
+    ),
+    "codes": (
+        "What the codes stand for",
+        "The most used codes of the first latent variables of each trial, of several seeds the first: the mean of "
+        "the 12×12 pixels of the images round the 4×4 where a code is chosen, less the mean of all such patches, in "
+        "the contrast that stands beside the row; over each code how often it is chosen. It is what images have "
+        "there, and not what this code alone tells: codes of other latent variables go together with it.",
     ),
     "pictures": (
         "Reconstructions and samples",
@@ -205,6 +213,7 @@ def write(
     analyses: Analyses,
     failures: Mapping[str, str],
     pictures: Mapping[str, Pictures],
+    codes: Mapping[str, Patches],
 ) -> Path:
     """Write ``figures/*.png``, ``table.json`` and ``report.html`` to ``folder``; the path of the page.
 
@@ -215,8 +224,9 @@ def write(
         analyses: by the trials' names; a trial with continuous latent variables has none.
         failures: the reason by the trial's name.
         pictures: by the trials' names; those of the trials that :func:`dvq.style.shown` names are drawn.
+        codes: the patches of the most used codes, in the same way.
     """
-    drawn = draw(folder / "figures", results, analyses, pictures)
+    drawn = draw(folder / "figures", results, analyses, pictures, codes)
     table = {
         "format": 1,
         "sweep": sweep.name,
@@ -231,7 +241,11 @@ def write(
 
 
 def draw(
-    folder: Path, results: Sequence[Result], analyses: Analyses, pictures: Mapping[str, Pictures]
+    folder: Path,
+    results: Sequence[Result],
+    analyses: Analyses,
+    pictures: Mapping[str, Pictures],
+    codes: Mapping[str, Patches],
 ) -> dict[str, bytes]:
     """The results' figures, as far as there is something to draw, as PNG files and their bytes."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -246,7 +260,10 @@ def draw(
     if any(result["name"] in analyses for result in finite):
         drawn["figure_1b"] = figures.figure_1b(finite, analyses)
         drawn["figure_2"] = figures.figure_2(finite, analyses)
-    if any(group.results[0]["name"] in pictures for group in style.shown(finite)):
+    singles = {group.results[0]["name"] for group in style.shown(finite)}
+    if singles & codes.keys():
+        drawn["codes"] = patches.of_sweep(finite, codes)
+    if singles & pictures.keys():
         drawn["pictures"] = of_sweep(finite, pictures)
     for name, figure in drawn.items():
         save_png(figure, folder / f"{name}.png")

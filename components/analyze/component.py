@@ -15,7 +15,8 @@ def analyze(
     experiment: str = "",
     record_failure: bool = False,
 ):
-    """Principal components of the codebooks, as figures and numbers; then the trial's results are complete.
+    """What the codebooks learned: their principal components, and what images have where a code is chosen; then the
+    trial's results are complete.
 
     Args:
         data: what evaluate was given.
@@ -26,7 +27,7 @@ def analyze(
             else the task fails.
 
     Returns:
-        analysis: results.json, analysis.npz, pictures.npz and figures/.
+        analysis: results.json, analysis.npz, patches.npz, pictures.npz and figures/.
     """
     from pathlib import Path
 

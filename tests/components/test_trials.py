@@ -71,8 +71,8 @@ def test_a_trial_becomes_results(store: Store, prepared: Path, tmp_path: Path) -
     assert results["curves"][-1]["bits_per_dim"] == pytest.approx(numbers["bits_per_dim"], rel=1e-6)
     assert results["provenance"]["threads"] == 1
     assert results["evaluation"]["provenance"]["commit"] == results["provenance"]["commit"]
-    drawn = {f"figures/{name}.png" for name in ("explained_variance", "codebooks", "pictures")}
-    for made in {"results.json", "analysis.npz", "pictures.npz"} | drawn:
+    drawn = {f"figures/{name}.png" for name in ("explained_variance", "codebooks", "codes", "pictures")}
+    for made in {"results.json", "analysis.npz", "patches.npz", "pictures.npz"} | drawn:
         assert (tmp_path / "analysis" / made).stat().st_size > 0
     states = [event["state"] for event in events.read(store.trial(key)) if event["kind"] == "state"]
     assert states == ["training", "evaluating", "analyzing", "finished"]

@@ -14,6 +14,7 @@ import pytest
 from dvq import report, tables
 from dvq.analyze import analyze
 from dvq.config import Sweep, load_sweep
+from dvq.patches import Patches
 from dvq.pictures import Pictures
 
 FAILURES = {"vimco-c16-k4-s0": "training was killed by <SIGKILL> & more"}
@@ -83,7 +84,9 @@ def written(sweep, tmp_path):
     grey = np.full((16, 32, 32, 3), 128, np.uint8)
     pictures = {one["name"]: Pictures(grey, grey, grey) for one in results}
     folder = tmp_path / "reports" / "smoke"
-    return report.write(folder, smoke(f"A try {EVIL}"), results, analyses, FAILURES, pictures)
+    share, differences = np.full((4, 16), 1 / 16), np.ones((4, 16, 12, 12, 3), np.float32)
+    codes = {one["name"]: Patches(np.indices((4, 16))[1], share, differences) for one in results}
+    return report.write(folder, smoke(f"A try {EVIL}"), results, analyses, FAILURES, pictures, codes)
 
 
 def test_rows_are_sorted_by_bits_per_dim_and_failures_come_last(sweep):
@@ -132,7 +135,7 @@ def test_numbers_that_are_not_finite_are_not_drawn(bits, sweep, tmp_path):
     results, analyses = sweep
     for one in results:
         one["evaluation"]["bits_per_dim"] = bits
-    assert report.draw(tmp_path, results, analyses, {}) == {}
+    assert report.draw(tmp_path, results, analyses, {}, {}) == {}
 
 
 def test_settings_are_means_over_seeds_with_the_error_of_trainings(sweep):
@@ -350,7 +353,7 @@ def test_the_table_is_written_as_json(written, sweep):
 
 
 def test_a_second_report_replaces_the_first(written):
-    report.write(written.parent, smoke(), [], {}, FAILURES, {})
+    report.write(written.parent, smoke(), [], {}, FAILURES, {}, {})
     page = Page(written.read_text())
     assert "1 of 1 trials not finished" in page.text
     assert "nothing to draw" in page.text
@@ -360,6 +363,6 @@ def test_a_second_report_replaces_the_first(written):
 
 
 def test_continuous_latents_have_no_codebooks_to_draw(sweep, tmp_path):
-    page = Page(report.write(tmp_path, smoke(), sweep[0], {}, {}, {}).read_text())
+    page = Page(report.write(tmp_path, smoke(), sweep[0], {}, {}, {}, {}).read_text())
     assert [picture["alt"][:11] for picture in page.all("img")] == ["Figure 1(a)", "Figure 1(c)"]
     assert "not finished" not in page.text

@@ -32,6 +32,7 @@ DVQ_IN_PIPELINE = {
 }
 ADAPTERS = {
     "dvq/figures.py": {"matplotlib"},
+    "dvq/patches.py": {"matplotlib"},
     "dvq/pictures.py": {"matplotlib"},
     "dvq/style.py": {"matplotlib"},
     "components/logged.py": {"mlflow"},

@@ -1,0 +1,142 @@
+"""What the codes stand for: of each, the mean of the patches of images where it is chosen.
+
+Neurophysiology knows it as the spike-triggered average (de Boer & Kuyper 1968): what a linear code would respond to.
+
+Shapes: K latent variables, each with a codebook of C codes, of which the n most used are kept; patches of S×S pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from dvq.style import counted, in_colour, look, new_figure, shown
+from dvq.tables import Result
+
+if TYPE_CHECKING:
+    from dvq.model import Model
+
+AROUND = 4
+"""pixels of a patch to each side of the 4×4 that a latent variable is over"""
+SIDE = 4 + 2 * AROUND  # S
+CODES = 16
+"""codes of a codebook that are kept, at most"""
+PLACES = 128_000
+"""places that are looked at, about: 2,000 images of CIFAR-10"""
+ROWS = 4
+"""codebooks of a trial in a sweep's figure, at most"""
+CONTRAST = 0.98
+"""quantile of the differences in a row that the figure shows at full contrast"""
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Of one trial; what :func:`take` returns."""
+
+    codes: NDArray[np.int64]
+    """(K, n): each codebook's most used codes, the most used first"""
+    share: NDArray[np.float64]
+    """(K, n): of all places, those where the code is chosen"""
+    differences: NDArray[np.float32]
+    """(K, n, S, S, 3), gray ones (K, n, S, S, 1): the mean of the patches where the code is chosen, less the mean of
+    all patches [of 256 levels]; 0 for a code that is never chosen"""
+
+    def save(self, path: Path) -> None:
+        """Writes the arrays to ``path``, which should end in ``.npz``."""
+        np.savez_compressed(path, **asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Patches":
+        """The inverse of :meth:`save`."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(**arrays)
+
+
+def take(model: "Model", images: NDArray[np.uint8]) -> Patches:
+    """The patches of the most used codes of a trained model, at the codes z ~ q(z|x) (VQ-VAE's nearest) of the first
+    of ``images`` (M, H, W, 3). Beyond an image's edge its outermost pixels are repeated.
+
+    Raises:
+        DvqError: other images, or a model whose latent variables are continuous.
+    """
+    images = np.array(images[: -(-PLACES // model.trial.positions)])
+    codes = model.encode(images).cpu().numpy()  # (N, H/4, W/4, K)
+    K, C = model.latents.codebook.shape[:2]
+    sums = np.zeros((K, C, SIDE * SIDE * images.shape[-1]), np.int64)
+    counts = np.zeros((K, C), np.int64)
+    for start in range(0, len(images), at_once := model.trial.images_at_once):
+        patches = _patches(images[start : start + at_once])
+        for k, chosen in enumerate(codes[start : start + at_once].reshape(-1, K).T):
+            order = chosen.argsort()
+            there, first, times = np.unique(chosen[order], return_index=True, return_counts=True)
+            sums[k, there] += np.add.reduceat(patches[order], first, dtype=np.int64)
+            counts[k, there] += times
+    most = (-counts).argsort(axis=1, kind="stable")[:, :CODES]
+    times = np.take_along_axis(counts, most, axis=1)
+    total = counts[0].sum()  # every place has a code of each codebook
+    means = np.take_along_axis(sums, most[..., None], axis=1) / times.clip(min=1)[..., None]
+    differences = np.where(times[..., None], means - sums.sum(axis=1, keepdims=True) / total, 0)
+    shape = (*most.shape, SIDE, SIDE, images.shape[-1])
+    return Patches(most, times / total, differences.reshape(shape).astype(np.float32))
+
+
+def _patches(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Those (N, S·S·channels) round the places of images (B, H, W, channels), in the order of their codes."""
+    beyond = (AROUND, AROUND)
+    padded = np.pad(images, ((0, 0), beyond, beyond, (0, 0)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (SIDE, SIDE), (1, 2))[:, ::4, ::4]
+    return np.moveaxis(windows, 3, 5).reshape(-1, SIDE * SIDE * images.shape[3])
+
+
+@look
+def of_trial(patches: Patches, title: str) -> Figure:
+    """The most used codes of every codebook of one trial, a row each."""
+    rows = len(patches.codes)
+    figure = new_figure(title, [], 10, 0.5 + 0.58 * rows)
+    _draw(figure.subplots(), patches, rows)
+    return figure
+
+
+@look
+def of_sweep(results: Sequence[Result], patches: Mapping[str, Patches]) -> Figure:
+    """Of each trial that is shown (its first seed) the most used codes of the first codebooks, a row each."""
+    groups = [(group.label, group.results[0]["name"]) for group in shown(results)]
+    drawn = [(label, patches[name]) for label, name in groups if name in patches]
+    rows = [min(ROWS, len(one.codes)) for _, one in drawn]
+    discrete = [result for result in results if "num_codes" in result["trial"]]
+    title = counted("The most used codes", len(drawn), discrete)
+    figure = new_figure(title, results, 10, 0.6 + sum(0.25 + 0.58 * n for n in rows))
+    panels = figure.subplots(len(drawn), squeeze=False, height_ratios=rows).ravel()
+    for axes, (label, one), n in zip(panels, drawn, rows, strict=True):
+        _draw(axes, one, n)
+        axes.set_title(label.replace("\n", " "), loc="left", size=9)
+    return figure
+
+
+def _draw(axes: Axes, patches: Patches, rows: int) -> None:
+    """The first ``rows`` codebooks, each at its own contrast, which its label says; over a code its share."""
+    above, step = 5, SIDE + 2  # pixels over a code for its share, and from one code to the next
+    tall = SIDE + above
+    picture = np.full((rows * tall, CODES * step, 3), 255, np.uint8)
+    labels = []
+    for k, differences in enumerate(patches.differences[:rows]):
+        used = patches.share[k] > 0
+        contrast = 127 / max(float(np.quantile(np.abs(differences[used]), CONTRAST)), 1)
+        shades = in_colour((128 + contrast * differences).clip(0, 255).astype(np.uint8))
+        labels.append(f"k = {k + 1}, ×{contrast:.1f}")
+        for column in np.flatnonzero(used):
+            top, left = k * tall + above, column * step
+            picture[top : top + SIDE, left : left + SIDE] = shades[column]
+            share = f"{patches.share[k, column]:.1%}"
+            axes.text(left + SIDE / 2, top - 1, share, ha="center", va="bottom", size=6)
+    axes.imshow(picture, interpolation="nearest")
+    axes.set_yticks(np.arange(rows) * tall + above + SIDE / 2, labels=labels, size=8)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
