@@ -29,13 +29,14 @@ STYLES = {
     "reinmax": ("ReinMax", "#882255", "p"),
     "vimco": ("VIMCO", "#cc79a7", "^"),
     "nvil": ("NVIL", "#d55e00", "v"),
+    "rloo": ("RLOO", "#aa4499", ">"),
     "vq-ema": ("VQ-VAE, EMA", "#009e73", "D"),
     "vq-loss": ("VQ-VAE, loss", "#e69f00", "P"),
     "fsq": ("FSQ", "#332288", "<"),
     "gaussian": ("Gaussian VAE", "#000000", "X"),
 }
-OTHERS = ("#999933", "#ddcc77", "#aa4499", "#661100")
-MARKERS = ("*", "8", ">", "h")
+OTHERS = ("#999933", "#ddcc77", "#661100")
+MARKERS = ("*", "8", "h")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 MOST_GROUPS = len(DASHES)

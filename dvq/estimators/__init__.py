@@ -10,9 +10,10 @@ from dvq.estimators.gs_hard import GSHard
 from dvq.estimators.gs_soft import GSSoft
 from dvq.estimators.nvil import NVIL
 from dvq.estimators.reinmax import ReinMax
+from dvq.estimators.rloo import RLOO
 from dvq.estimators.vimco import VIMCO
 from dvq.estimators.vq_ema import VQEMA
 from dvq.estimators.vq_loss import VQLoss
 from dvq.trial import Trial
 
-ESTIMATORS: list[type[Trial]] = [GSSoft, GSHard, ReinMax, VIMCO, NVIL, VQEMA, VQLoss, FSQ, Gaussian]
+ESTIMATORS: list[type[Trial]] = [GSSoft, GSHard, ReinMax, VIMCO, NVIL, RLOO, VQEMA, VQLoss, FSQ, Gaussian]

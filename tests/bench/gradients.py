@@ -27,6 +27,8 @@ SETTINGS = {
     "vimco, S = 4": {"estimator": "vimco"},
     "vimco, S = 4, backward: one": {"estimator": "vimco", "backward": "one"},
     "nvil, untrained baseline": {"estimator": "nvil"},
+    "rloo, S = 2": {"estimator": "rloo", "samples": 2},
+    "rloo, S = 4": {"estimator": "rloo"},
 }
 
 

@@ -126,6 +126,17 @@ def vimco(net: Plain, images: Tensor, samples: int = 4) -> Tensor:
     return -(signal * log_q).sum(0) - (w.softmax(0).detach() * w).sum(0)
 
 
+def rloo(net: Plain, images: Tensor, samples: int = 4) -> Tensor:
+    posterior = Categorical(logits=-net.distances(net.encode(images)))
+    z = posterior.sample((samples,))  # (S, K, N)
+    log_q, log_p = per_image(posterior.log_prob(z)), net.log_p(z)  # (S, B)
+    nll = net.nll(torch.cat([net.codes(each) for each in z], 1), images.repeat(samples, 1, 1, 1))
+    nll = nll.view(samples, -1)
+    w = (log_p - log_q - nll).detach()
+    signal = w - (w.sum(0) - w) / (samples - 1)
+    return (nll - log_p - signal * log_q).mean(0)
+
+
 def nvil(net: Plain, images: Tensor) -> Tensor:
     v = net.encode(images)
     posterior = Categorical(logits=-net.distances(v))
@@ -178,6 +189,7 @@ PLAIN: dict[str, Callable[[Plain, Tensor], Tensor]] = {
     "reinmax": reinmax,
     "vimco": vimco,
     "nvil": nvil,
+    "rloo": rloo,
     "vq-ema": partial(nearest, ema=True),
     "vq-loss": partial(nearest, ema=False),
     "fsq": fsq,

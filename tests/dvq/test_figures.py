@@ -313,8 +313,8 @@ def test_where_codebooks_are_kept_of_some_the_figures_of_codebooks_show_them():
 
 
 def test_an_unknown_estimator_has_its_own_fixed_colour():
-    assert style.style("rloo") == style.style("rloo")
-    assert style.style("rloo")[0] == "rloo"
+    assert style.style("mine") == style.style("mine")
+    assert style.style("mine")[0] == "mine"
     assert len({style.style(name)[1] for name in style.STYLES}) == len(style.STYLES)
 
 
