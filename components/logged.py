@@ -85,15 +85,20 @@ def score(server: "MlflowClient", run: "Found", model: str, results: dict[str, A
     last, final = results["trial"]["steps"], {name: known.get(name) for name in FINAL}
     points += [(f"{split}/{name}", one, at, last) for name, one in final.items() if one is not None]
     about = {"model_id": model, "dataset_name": data["name"], "dataset_digest": data["fingerprint"][:16]}
-    server.log_batch(run.info.run_id, metrics=[Metric(*point, **about) for point in dict.fromkeys(points)])
+    metrics = [Metric(*point, **about) for point in dict.fromkeys(points)]
+    if speed := results.get("training", {}).get("images_per_second"):  # of all training, as in the report
+        metrics.append(Metric("images_per_second", speed, at, last))
+    server.log_batch(run.info.run_id, metrics=metrics)
 
 
 def note(results: dict[str, Any], model: str) -> str:
     """What the run's page says first."""
     found = results["evaluation"]
+    fitted = found.get("fitted_bits_per_dim")
+    more = "" if fitted is None else f"; {fitted:.3f} with prior and batch normalization's statistics fitted"
     return (
         f"`{results['name']}` on {results['data']['label']}, split {found['split']}: "
         f"**{found['bits_per_dim']:.3f} ± {found['bits_per_dim_se']:.3f} bits/dim** "
-        f"(rate {found['rate']:.3f}, distortion {found['distortion']:.3f})\n\n"
+        f"(rate {found['rate']:.3f}, distortion {found['distortion']:.3f}{more})\n\n"
         f'`dvq.load("models:/{model}")` loads its model'
     )

@@ -142,6 +142,10 @@ class RemoteStore(Store):
         files = self._manifests.get(key, Manifest()).files
         return sorted(int(path.split("/")[1]) for path in files if path.endswith("/checkpoint.json"))
 
+    def keys(self) -> list[str]:
+        """As the last look found them."""
+        return list(self._listed)
+
     def family(self, trial: Trial) -> list[str]:
         return [key for key in self._manifests if key.startswith(f"{trial.family()}-")]
 

@@ -1,19 +1,23 @@
 """What report does: a sweep's page from the store."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components import tracking
 from components.store import Store
 from components.tracking import TrialRun
-from dvq import DvqError
+from dvq import DvqError, disk
 from dvq.config import Sweep, read_sweep
 
 if TYPE_CHECKING:
     from dvq.analyze import Analysis
     from dvq.patches import Patches
     from dvq.pictures import Pictures
+
+SETTING = ("name", "seeds", "bits_per_dim", "above", "fitted_bits_per_dim", "fitted_above")
+"""of a setting's columns as many as MLflow's page has room for"""
 
 
 def report(sweep_json: str, page: Path | None = None) -> Path:
@@ -37,7 +41,13 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
 
 
 def write(sweep: Sweep, store: Store) -> tuple[Path, dict[str, str]]:
-    """Write the sweep's report to the store and to MLflow; its path, and why trials are not finished, by name."""
+    """Write the sweep's report to the store and to MLflow; its path, and why trials are not finished, by name. Of
+    several processes that do, as launches that waited for the same trial, one waits for the other."""
+    with disk.locked(store.report(sweep.name).with_name(f".{sweep.name}.lock")):
+        return _write(sweep, store)
+
+
+def _write(sweep: Sweep, store: Store) -> tuple[Path, dict[str, str]]:
     from dvq import report as page
     from dvq.tables import best
 
@@ -106,20 +116,25 @@ def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
 
 def _note(description: str, results: list[dict[str, Any]], failures: dict[str, str]) -> str:
     """What the sweep is in the first line, and its table, as Markdown."""
-    from dvq.tables import SETTINGS, certificate, filled, rows, settings, shown
+    from dvq.tables import COLUMNS, SETTINGS, certificate, filled, rows, settings, shown
 
     columns = ("name", "bits_per_dim", "fitted_bits_per_dim", "rate", "distortion")
-    lines = ["| trial | bits/dim | fitted | rate | distortion |", "|" + " --- |" * len(columns)]
-    lines += [f"| {' | '.join(shown(row, key) for key in columns)} |" for row in rows(results, {})]
+    lines = [_line(COLUMNS[key][0] for key in columns), "|" + " --- |" * len(columns)]
+    lines += [_line(shown(row, key) for key in columns) for row in rows(results, {})]
     if several := settings(results):
-        kept = filled(several, SETTINGS)
+        kept = {key: one for key, one in filled(several, SETTINGS).items() if key in SETTING}
         lines += [
             "",
-            f"| {' | '.join(heading for heading, _ in kept.values())} |",
+            _line(heading for heading, _ in kept.values()),
             "|" + " --- |" * len(kept),
         ]
-        lines += [f"| {' | '.join(shown(row, key) for key in kept)} |" for row in several]
+        lines += [_line(shown(row, key) for key in kept) for row in several]
     label = f"{results[0]['data']['label']}, certificate `{certificate(results)}`" if results else ""
     label = " ".join(filter(None, (description, label and f"On {label}")))
     failed = [f"- {name} is not finished: {reason}" for name, reason in failures.items()]
     return "\n".join([label, "", *lines, "", *failed])
+
+
+def _line(cells: Iterable[str]) -> str:
+    """A table's line; MLflow's pages leave no space between columns of their own."""
+    return f"| {' | '.join(f'{cell}&emsp;' for cell in cells)} |"

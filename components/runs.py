@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from components import logged
 from components.folder import read_json
 from components.tracking import experiment_id
-from dvq import DvqError, fingerprints
+from dvq import DvqError, fingerprints, style
 from dvq.events import Tail
 
 if TYPE_CHECKING:
@@ -97,8 +97,10 @@ class Run:
             return
         if reason:
             self.server.set_tag(self.id, "dvq.failure", reason)
+            self.server.set_tag(self.id, "mlflow.note.content", f"`{self._name}` failed: {reason}")
         elif self._reason:  # it is tried again
             self.server.delete_tag(self.id, "dvq.failure")
+            self.server.set_tag(self.id, "mlflow.note.content", f"`{self._name}`, tried again")
         if status == "RUNNING":
             self.server.update_run(self.id, status=status)
         else:
@@ -158,6 +160,7 @@ def _find_or_create(
         "dvq.store": _store(),
         "dvq.data": label,
         "mlflow.note.content": f"`{document['name']}` on {label}",
+        "mlflow.runColor": style.tint(document["trial"]["estimator"], document["name"]),
     }
     first = next(Tail(folder).fresh(), {"time": time.time()})
     return server.create_run(experiment, round(first["time"] * 1000), tags, run_name=document["name"])

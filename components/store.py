@@ -119,6 +119,10 @@ class Store:
         """The steps of the trial's checkpoints, ascending."""
         return checkpoint.steps(self.trial(key))
 
+    def keys(self) -> list[str]:
+        """Of every trial in the store, whatever sweep it is of."""
+        return [folder.name for folder in (self.root / "trials").glob("*-*")]
+
     def family(self, trial: Trial) -> list[str]:
         """The keys of the trials of the same family."""
         return [folder.name for folder in (self.root / "trials").glob(f"{trial.family()}-*")]

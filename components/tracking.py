@@ -100,6 +100,18 @@ def experiment_id(server: "MlflowClient", name: str) -> str:
     return str(found.experiment_id)
 
 
+def newest() -> str:
+    """The id of the experiment of the run that began last; empty if there is none, or MLflow does not tell."""
+    try:
+        server = client()
+        known = [one.experiment_id for one in server.search_experiments()]
+        found = server.search_runs(known, order_by=["attributes.start_time DESC"], max_results=1)
+    except Exception as error:
+        print(f"tracking: {told(error)}", flush=True)
+        return ""
+    return str(found[0].info.experiment_id) if found else ""
+
+
 def _database() -> Path | None:
     """The sqlite file that tracks, if one does (rather than a server)."""
     uri = os.environ["MLFLOW_TRACKING_URI"]

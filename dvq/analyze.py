@@ -3,14 +3,14 @@
 Shapes: K latent variables, each with a codebook of C codes of D dimensions.
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dvq import DvqError
+from dvq.disk import Arrays
 
 Floats = NDArray[np.float64]
 
@@ -20,7 +20,7 @@ only the rounding of float32."""
 
 
 @dataclass(frozen=True)
-class Analysis:
+class Analysis(Arrays):
     """The codebooks of one trial; what :func:`analyze` returns."""
 
     explained: Floats
@@ -33,16 +33,6 @@ class Analysis:
     """(K, C): ‖M[k, c]‖ [units of the codes]"""
     usage: NDArray[np.int64]
     """(K, C): how often each code was chosen over a whole pass"""
-
-    def save(self, path: Path) -> None:
-        """Writes the arrays to ``path``, which should end in ``.npz``."""
-        np.savez_compressed(path, **asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> "Analysis":
-        """The inverse of :meth:`save`."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(**arrays)
 
     def summary(self) -> dict[str, Any]:
         """The numbers that go into ``results.json``: components for 95% of the variance of each codebook and

@@ -3,9 +3,15 @@
 import fcntl
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
+
+import numpy as np
 
 from dvq import DvqError
 
@@ -25,6 +31,31 @@ def replace(path: Path, text: str) -> None:
     partial.write_text(text, encoding="utf-8")
     sync(partial)
     partial.replace(path)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Arrays that are kept in a file together."""
+
+    def save(self, path: Path) -> None:
+        """Write the arrays to ``path``, which should end in ``.npz``."""
+        np.savez_compressed(path, **asdict(self))
+        sync(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The inverse of :meth:`save`.
+
+        Raises:
+            DvqError: the file is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(**arrays)
+        except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise DvqError(
+                f"{path} is damaged ({error}); remove its folder, or give FRESH=1, to have the trial computed anew"
+            ) from None
 
 
 @contextmanager

@@ -6,8 +6,7 @@ Shapes: K latent variables, each with a codebook of C codes, of which the n most
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from dvq.disk import Arrays
 from dvq.style import counted, in_colour, look, new_figure, shown
 from dvq.tables import Result
 
@@ -35,7 +35,7 @@ CONTRAST = 0.98
 
 
 @dataclass(frozen=True)
-class Patches:
+class Patches(Arrays):
     """Of one trial; what :func:`take` returns."""
 
     codes: NDArray[np.int64]
@@ -45,16 +45,6 @@ class Patches:
     differences: NDArray[np.float32]
     """(K, n, S, S, 3), gray ones (K, n, S, S, 1): the mean of the patches where the code is chosen, less the mean of
     all patches [of 256 levels]; 0 for a code that is never chosen"""
-
-    def save(self, path: Path) -> None:
-        """Writes the arrays to ``path``, which should end in ``.npz``."""
-        np.savez_compressed(path, **asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> "Patches":
-        """The inverse of :meth:`save`."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(**arrays)
 
 
 def take(model: "Model", images: NDArray[np.uint8]) -> Patches:

@@ -1,14 +1,14 @@
 """What a model makes of images: the first of its split, their reconstructions, and samples of its prior."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from dvq.disk import Arrays
 from dvq.style import counted, in_colour, look, new_figure, shown
 from dvq.tables import Result
 
@@ -21,7 +21,7 @@ COLUMNS = 16
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Arrays):
     """Of one trial, each uint8 (N, H, W, 3), gray ones (N, H, W, 1)."""
 
     images: Images
@@ -29,16 +29,6 @@ class Pictures:
     """the mean of p(x|z) at a hard sample z ~ q(z|x) of each image"""
     samples: Images
     """the mean of p(x|z) for draws z ~ p(z), in no relation to the images"""
-
-    def save(self, path: Path) -> None:
-        """Writes the arrays to ``path``, which should end in ``.npz``."""
-        np.savez_compressed(path, **asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> "Pictures":
-        """The inverse of :meth:`save`."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(**arrays)
 
 
 def take(model: "Model", images: Images) -> Pictures:

@@ -24,6 +24,7 @@ from dvq.tables import (
     alike,
     certificate,
     filled,
+    fitted_first,
     rows,
     settings,
     shown,
@@ -137,6 +138,10 @@ def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[
     if best and best["bits_per_dim"] is not None:
         lowest = "lowest mean over seeds" if several else "lowest"
         parts.append(f"{lowest}: {escape(best['name'])}, {shown(best, 'bits_per_dim')} bits/dim")
+        if other := fitted_first(several or finished):
+            parts.append(
+                f"{lowest} when fitted: {escape(other['name'])}, {shown(other, 'fitted_bits_per_dim')} bits/dim"
+            )
         compared = [row for row in several[1:] if row["above"] is not None]
         if compared:
             near = len(compared) - sum(map(told_apart, compared))

@@ -40,7 +40,7 @@ SETTINGS = {
     "pairs": ("common seeds", "d"),
     "above": ("above lowest", "+.3f"),
     "fitted_bits_per_dim": COLUMNS["fitted_bits_per_dim"],
-    "fitted_above": ("above it, fitted", "+.3f"),
+    "fitted_above": ("above, fitted", "+.3f"),
     **{key: COLUMNS[key] for key in ("rate", "distortion", "perplexity")},
     "dead_codes": ("dead", ".0f"),
 }
@@ -98,6 +98,13 @@ def best(results: Sequence[Result]) -> Result | None:
     """The trial with the lowest bits/dim, of those where it is finite."""
     finite = [one for one in results if math.isfinite(one["evaluation"]["bits_per_dim"])]
     return min(finite, key=lambda one: float(one["evaluation"]["bits_per_dim"]), default=None)
+
+
+def fitted_first(table: Sequence[Row]) -> Row | None:
+    """The row of lowest fitted bits/dim, where that is another than the first, which has the lowest bits/dim."""
+    known = [row for row in table if row.get("fitted_bits_per_dim") is not None]
+    lowest = min(known, key=lambda row: float(row["fitted_bits_per_dim"]), default=None)
+    return None if lowest is None or lowest is table[0] else lowest
 
 
 def settings(results: Sequence[Result]) -> list[Row]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from components.store import DID_NOT_FINISH, DID_NOT_START, Store
 from dvq.config import Sweep
 from dvq.fingerprints import label
-from dvq.tables import COLUMNS, SETTINGS, best, certificate, filled, rows, settings, shown
+from dvq.tables import COLUMNS, SETTINGS, best, certificate, filled, fitted_first, rows, settings, shown
 from dvq.trial import Trial
 
 TRIAL = ("name", "bits_per_dim", "fitted_bits_per_dim", "rate", "distortion", "dead_codes")
@@ -41,6 +41,9 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
                 "them with two seeds, 4.3 with three, 2.8 with five); above lowest: seed by seed",
             )
             console.print(_table(several, {key: SETTINGS[key] for key in SETTING}))
+        if other := fitted_first(several or rows(finished, {})):
+            value = shown(other, "fitted_bits_per_dim")
+            say(console, f"when fitted the order is another: lowest {other['name']}, {value}", prose=True)
         say(console, f"certificate {certificate(finished)}: equal when every number is equal, bit for bit")
         lost = goodput([one["training"]["goodput"] for one in finished])
         if lost:
@@ -54,7 +57,7 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
             "the next make submit-sweep of this sweep tries them:",
         )
     for name, reason in failures.items():
-        say(console, f"  {name}: {reason}")
+        say(console, f"  {name}: {reason}", prose=True)
     return failures
 
 

@@ -57,7 +57,9 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> 
     key = trials[name].key()
     results = store.results(key)
     if results is None:
-        raise DvqError(f"trial '{name}' is not finished: make submit-sweep SWEEP={sweep} finishes it")
+        state = store.state(key)
+        told = f"failed ({state.reason})" if state.name == "failed" else "is not finished"
+        raise DvqError(f"trial '{name}' {told}: make submit-sweep SWEEP={sweep} tries it")
     evaluation = results["evaluation"]
     latents = enumerate(evaluation["ledger"]["latents"], start=1)  # as the figures count them
     entries = [(f"latent variable k = {k}", bits) for k, bits in latents]
@@ -69,6 +71,10 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> 
     lines.append(f"  {'distortion':21} {evaluation['distortion']:9.5f}  the channels' sum")
     error = f"± {evaluation['bits_per_dim_se']:.5f} over {evaluation['images']} images"
     lines.append(f"  {'bits/dim':21} {evaluation['bits_per_dim']:9.5f}  {error}")
+    if "fitted_bits_per_dim" in evaluation:
+        lines.append(
+            f"  {'fitted':21} {evaluation['fitted_bits_per_dim']:9.5f}  prior and statistics estimated anew"
+        )
     if "bound" in evaluation:
         lines.append(f"  {'L_S':21} {evaluation['bound']:9.5f}  S = {evaluation['bound_samples']}")
     model = store.trial(key) / "model"

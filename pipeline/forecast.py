@@ -71,14 +71,17 @@ def plan(trials: Mapping[str, Trial], store: Store, profile: Profile, fresh: boo
     keys = [one.key() for one in trials.values()]
     store.look(keys)
     families = {key for one in trials.values() for key in store.family(one)}
-    known = _measured([key for key in sorted(families) if store.has(key, "results.json")], store, profile)
-    states = dict.fromkeys(("finished", "going on", "new"), 0)
+    known = _measured(families, store, profile)
+    if any(_like(one) not in known for one in trials.values()):  # other sweeps' too, which may be many
+        known = _measured(store.keys(), store, profile)
+    states = dict.fromkeys(("finished", "going on", "failed before", "new"), 0)
     seconds, guessed, unknown = 0.0, 0, []
     for name, one in trials.items():
         reached = 0 if fresh else store.reached(one)
-        done = not fresh and store.state(one.key()).name == "finished"
-        states["finished" if done else "going on" if reached else "new"] += 1
-        if done:
+        state = "new" if fresh else store.state(one.key()).name
+        told = {"finished": state, "failed": "failed before"}.get(state, "going on" if reached else "new")
+        states[told] += 1
+        if state == "finished":
             continue
         like = known.get(_like(one)) or _guess(one, known, profile)
         guessed += _like(one) not in known and like is not None
@@ -86,17 +89,18 @@ def plan(trials: Mapping[str, Trial], store: Store, profile: Profile, fresh: boo
             unknown.append(name)
         else:
             seconds += (one.steps - reached) * one.batch_size / like[0]
-    told = tuple(sorted({device for _, device in known.values()}))
-    return Plan(states, seconds * devices(profile) / 3600, guessed, tuple(unknown), told)
+    measured_on = tuple(sorted({device for _, device in known.values()}))
+    return Plan(states, seconds * devices(profile) / 3600, guessed, tuple(unknown), measured_on)
 
 
 Speed = tuple[float, str]
 """images/s, evaluations included, and the device"""
 
 
-def _measured(keys: list[str], store: Store, profile: Profile) -> dict[str, Speed]:
-    """The slowest speed that was measured, by :func:`_like`, of the finished trials ``keys``."""
-    store.follow(keys)
+def _measured(keys: Iterable[str], store: Store, profile: Profile) -> dict[str, Speed]:
+    """The slowest speed that was measured, by :func:`_like`, of those of the trials ``keys`` that are finished."""
+    store.look(keys := sorted(keys))
+    store.follow(keys := [key for key in keys if store.has(key, "results.json")])
     kind, found = "cuda" if profile.gpu else "cpu", dict[str, Speed]()
     for key in keys:
         result: dict[str, Any] = store.results(key) or {}
@@ -151,8 +155,8 @@ def check(found: Plan, budget: float | None, profile: Profile) -> None:
 
 def lines(found: Plan, profile: Profile, jobs: int, image: str, budget: float | None) -> list[str]:
     """The plan, as it is printed."""
-    todo = found.states["going on"] + found.states["new"]
-    trials = f"trials   {', '.join(f'{number} {state}' for state, number in found.states.items())}"
+    todo = sum(found.states.values()) - found.states["finished"]
+    trials = f"trials   {', '.join(f'{n} {state}' for state, n in found.states.items() if n)}"
     if not todo:
         return [trials, "forecast nothing to compute"]
     at_once = min(jobs, todo)
@@ -177,7 +181,7 @@ def lines(found: Plan, profile: Profile, jobs: int, image: str, budget: float | 
 
 
 def _hours(found: Plan, profile: Profile, at_once: int) -> str:
-    todo = found.states["going on"] + found.states["new"]
+    todo = sum(found.states.values()) - found.states["finished"]
     if len(found.unknown) == todo:
         return "unknown: no trial like these was measured"
     wall = found.hours / devices(profile) / at_once

@@ -87,7 +87,8 @@ class Row:
 
     def seconds_left(self, now: float | None = None) -> float | None:
         """Seconds until the last step, evaluations along the way included; None while nothing is known."""
-        if self.state in (FINISHED, FAILED) or self.step <= self.base or self.at <= self.began:
+        over = self.state in (FINISHED, FAILED) or self.step >= self.trial.steps
+        if over or self.step <= self.base or self.at <= self.began:
             return None
         remaining = (self.trial.steps - self.step) * (self.at - self.began) / (self.step - self.base)
         return max(0.0, remaining - ((now or self.at) - self.at))
@@ -193,7 +194,7 @@ def _cells(row: Row, now: float, width: int) -> Iterable[str]:
         row.state,
         f"{row.step}/{row.trial.steps}" if row.step else "",
         f"{speed:.0f}" if speed and row.state not in (FINISHED, FAILED) else "",
-        f"{bits:.3f}" if bits and bits < 1000 else f"{bits:.2g}" if bits else "",
+        (f"{bits:.3f}" if bits < 1000 else f"{bits:.2g}") + " train" * (not row.evaluated) if bits else "",
         clock(left) if left is not None else "",
     )
 

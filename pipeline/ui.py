@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
+from components import tracking
 from dvq import DvqError
 from pipeline import preflight
 from pipeline.services import HOST
 from pipeline.stack import Stack
 
-START = "#/experiments?workflowType=machine_learning"
-"""MLflow's page of experiments, in its form for training rather than for language models."""
+FORM = "?workflowType=machine_learning"
+"""of MLflow's pages: for training rather than for language models"""
 FILE = "sqlite:///"
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -32,17 +33,23 @@ def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> N
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
     preflight.require_tracking()
     if uri.startswith("http"):
-        print(f"{uri.rstrip('/')}/{START}")
+        print(f"{uri.rstrip('/')}/{_start()}")
         return
     if uri.startswith(FILE) and not Path(uri.removeprefix(FILE)).exists():
         raise DvqError(
             f"there is no {uri.removeprefix(FILE)}, for no sweep was tracked in it yet: make submit-sweep"
         )
     _check_port(port)
-    print(f"MLflow on {uri.removeprefix(FILE)}; Ctrl-C ends it\nhttp://{HOST}:{port}/{START}", flush=True)
+    print(f"MLflow on {uri.removeprefix(FILE)}; Ctrl-C ends it\nhttp://{HOST}:{port}/{_start()}", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     command += ["--host", HOST, "--port", port, "--workers", "1", "--uvicorn-opts", "--log-level warning"]
     os.execve(sys.executable, command, {**os.environ, **QUIET})
+
+
+def _start() -> str:
+    """The latest sweep's runs: from the list of experiments a click leads to MLflow's pages for language models."""
+    found = tracking.newest()
+    return f"#/experiments/{found}/runs{FORM}" if found else f"#/experiments{FORM}"
 
 
 def _check_port(port: str) -> None:

@@ -5,16 +5,18 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from components import reports
 from components.folder import begin, read_json, write_json
 from components.manifest import Manifest, Piece, parse
 from components.store import Store
-from dvq import DvqError, checkpoint
-from dvq.config import trial
+from dvq import DvqError, checkpoint, disk
+from dvq.config import Sweep, trial
 
 HOLD = """
 import subprocess, sys
@@ -133,3 +135,18 @@ def test_a_manifest_whose_paths_lead_elsewhere_is_refused(path: str) -> None:
     for files in ({path: [piece]}, {"results.json": [piece._replace(object=path)]}):
         with pytest.raises(DvqError, match="leads out of its folder"):
             parse(Manifest(files=files).content(), "m")
+
+
+def test_reports_of_one_sweep_wait_for_each_other(tmp_path: Path) -> None:
+    """Each removes the figures that are there before it draws its own."""
+    sweep, store = (
+        Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft"]}),
+        Store(tmp_path),
+    )
+    with ThreadPoolExecutor(1) as pool:
+        with disk.locked(tmp_path / "reports" / ".s.lock"):
+            other = pool.submit(reports.write, sweep, store)
+            with pytest.raises(TimeoutError):
+                other.result(timeout=1)
+            assert not store.report("s").exists()
+        assert other.result()[0].exists()

@@ -30,7 +30,9 @@ RESULTS = {
     "provenance": {"torch": "x"},
     "evaluation": {
         "split": "test", "bits_per_dim": 7.5, "bits_per_dim_se": 0.25, "rate": 0.5, "distortion": 7, "bound": 7.25,
+        "fitted_bits_per_dim": 7.125,
     },
+    "training": {"images_per_second": 50.0},
     "analysis": {"components_95_weighted_mean": 2.5},
 }  # fmt: skip
 
@@ -103,7 +105,7 @@ def test_a_finished_trials_numbers_are_on_its_run_and_its_model(
     from mlflow import MlflowClient
 
     folder, diary = folder_with(tmp_path, 3)
-    diary.metrics(4, {"train/rate": 0.4, "test/bits_per_dim": 7.5})
+    diary.metrics(4, {"train/rate": 0.4, "test/bits_per_dim": 7.5, "images_per_second": 40.0})
     finish(folder, diary)
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "set_terminated", lambda *_: 1 / 0)
@@ -124,8 +126,10 @@ def test_a_finished_trials_numbers_are_on_its_run_and_its_model(
         name: value for name, value in run.data.metrics.items() if name.startswith("test/")
     }
     assert {one.dataset_name for one in model.metrics} == {"cifar10-sample"}
+    assert run.data.metrics["images_per_second"] == 50.0, "of the whole training, not of its end"
     said = run.data.tags["mlflow.note.content"]
     assert "**7.500 ± 0.250 bits/dim**" in said
+    assert "7.125 with prior and batch normalization's statistics fitted" in said
     assert f'dvq.load("models:/{output.model_id}")' in said
 
 
@@ -194,6 +198,7 @@ def test_a_failed_run_goes_on_when_its_trial_does(tmp_path: Path) -> None:
     tracking.TrialRun(folder, "sweep").sync()
     (failed,) = runs()
     assert (failed.info.status, failed.data.tags["dvq.failure"]) == ("FAILED", "the machine was on fire")
+    assert failed.data.tags["mlflow.note.content"] == "`gs-soft-c4-k8-s0` failed: the machine was on fire"
     again = Events(folder)
     again.state("training")
     again.metrics(3, {"train/rate": 0.3})
@@ -201,6 +206,7 @@ def test_a_failed_run_goes_on_when_its_trial_does(tmp_path: Path) -> None:
     (run,) = runs()
     assert run.info.status == "RUNNING"
     assert "dvq.failure" not in run.data.tags
+    assert "fire" not in run.data.tags["mlflow.note.content"]
     assert history(run, "train/rate") == [(1, 0.1), (2, 0.2), (3, 0.3)]
 
 
@@ -385,3 +391,17 @@ def test_no_uri_means_no_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder, _ = folder_with(tmp_path, 1)
     tracking.TrialRun(folder, "sweep").sync()
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_the_newest_experiment_is_that_of_the_run_that_began_last(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = tracking.client()
+    assert tracking.newest() == ""
+    first, second = (tracking.experiment_id(server, name) for name in ("first", "second"))
+    for at, experiment in ((2000, first), (1000, second)):
+        server.create_run(experiment, at)
+    assert tracking.newest() == first
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert tracking.newest() == ""
+    assert "http://127.0.0.1:1 does not answer" in capsys.readouterr().out

@@ -117,3 +117,16 @@ def test_save_and_load(rng, tmp_path):
     for name, array in vars(saved).items():
         np.testing.assert_array_equal(getattr(loaded, name), array)
     assert loaded.summary() == saved.summary()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "objects", "others"])
+def test_a_damaged_file_is_told_in_a_sentence(damage, tmp_path):
+    path = tmp_path / "analysis.npz"
+    analyze(np.random.default_rng(0).normal(size=(2, 4, 3))).save(path)
+    whole = path.read_bytes()
+    if damage in ("empty", "cut"):
+        path.write_bytes(whole[: len(whole) // 2 if damage == "cut" else 0])
+    else:
+        np.savez(path, **{"codes": np.array([{}]) if damage == "objects" else np.zeros(1)})
+    with pytest.raises(DvqError, match=r"analysis\.npz is damaged \(.*\); remove its folder"):
+        Analysis.load(path)

@@ -8,6 +8,7 @@ import pytest
 from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep
+from dvq.events import Events
 from pipeline.explain import ledger
 
 TRIALS = Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft"]}).trials()
@@ -32,5 +33,18 @@ def test_a_ledger_counts_latents_as_the_figures_do_and_says_where_the_model_is(t
     ]
     assert lines[-3].split()[:5] == ["bits/dim", "7.00000", "±", "0.02000", "over"]
     assert lines[-1] == f'its model: dvq.load("{folder}/model")'
+    results["evaluation"] = {**EVALUATION, "fitted_bits_per_dim": 6.875}
+    (folder / "results.json").write_text(json.dumps(results))
+    assert ["fitted", "6.87500"] in [
+        line.split()[:2] for line in ledger(NAME, TRIALS, store, "s").splitlines()
+    ]
     with pytest.raises(DvqError, match=f"no trial 'other'; its trials: {NAME}"):
         ledger("other", TRIALS, store, "tiny.yaml")
+
+
+def test_why_a_failed_trial_has_no_ledger_is_said(tmp_path: Path) -> None:
+    Events(tmp_path / "trials" / TRIALS[NAME].key()).failure("training diverged")
+    with pytest.raises(
+        DvqError, match=rf"'{NAME}' failed \(training diverged\): make submit-sweep SWEEP=s tries it"
+    ):
+        ledger(NAME, TRIALS, Store(tmp_path), "s")

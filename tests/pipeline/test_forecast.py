@@ -10,6 +10,7 @@ import pytest
 from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep
+from dvq.events import Events
 from dvq.trial import values
 from pipeline import forecast
 from pipeline.profile import Cluster, Profile
@@ -60,7 +61,7 @@ def test_a_trial_like_another_takes_as_long(store: Store) -> None:
     finish(store, sweep("vq-ema"), "vq-ema-c512-k8-s0")
     finish(store, sweep("vq-ema", seeds=(7,)), "vq-ema-c512-k8-s7", "cpu (AVX512)", [])
     found = forecast.plan(sweep("vq-ema", steps=3000, seeds=(0, 1)).trials(), store, GPU)
-    assert dict(found.states) == {"finished": 0, "going on": 1, "new": 1}
+    assert dict(found.states) == {"finished": 0, "going on": 1, "failed before": 0, "new": 1}
     assert found.hours * 3600 == pytest.approx(HELD * (2 + 3))
     assert (found.guessed, found.unknown, found.devices) == (0, (), ("cuda:0 (H200)",))
     shared = GPU.model_copy(update={"cluster": Cluster(sharing=4)})
@@ -79,17 +80,34 @@ def test_of_trials_alike_the_slowest_counts(store: Store) -> None:
     assert [forecast.devices(Profile(cpu=cpu)) for cpu in (None, 4)] == [1, 4]
 
 
+def test_trials_of_other_sweeps_tell_of_other_seeds_and_of_their_estimator(store: Store) -> None:
+    """None of the sweep's own families is in the store."""
+    finish(store, sweep("vq-ema"), "vq-ema-c512-k8-s0")
+    found = forecast.plan(sweep("vq-ema", seeds=(7,)).trials(), store, GPU)
+    assert (found.hours * 3600, found.guessed) == (pytest.approx(HELD), 0)
+    found = forecast.plan(sweep("vq-ema", seeds=(7,), num_codes=[8]).trials(), store, GPU)
+    assert (found.hours * 3600, found.guessed) == (pytest.approx(HELD), 1)
+
+
+def test_a_failed_trial_is_not_told_as_new(store: Store) -> None:
+    whole = sweep("vq-ema")
+    Events(store.trial(whole.trials()["vq-ema-c512-k8-s0"].key())).failure("killed")
+    assert dict(forecast.plan(whole.trials(), store, GPU).states) == {
+        "finished": 0, "going on": 0, "failed before": 1, "new": 1,
+    }  # fmt: skip
+
+
 def test_finished_trials_take_nothing(store: Store) -> None:
     for seed in (0, 1):
         finish(store, sweep("vq-ema"), f"vq-ema-c512-k8-s{seed}")
     found = forecast.plan(sweep("vq-ema").trials(), store, GPU)
     assert found.hours == 0
     assert forecast.lines(found, GPU, 4, "image", None) == [
-        "trials   2 finished, 0 going on, 0 new",
+        "trials   2 finished",
         "forecast nothing to compute",
     ]
     anew = forecast.plan(sweep("vq-ema").trials(), store, GPU, fresh=True)
-    assert anew.states == {"finished": 0, "going on": 0, "new": 2}
+    assert anew.states == {"finished": 0, "going on": 0, "failed before": 0, "new": 2}
     assert anew.hours * 3600 == pytest.approx(2 * HELD)
 
 
@@ -125,7 +143,7 @@ def test_a_budget_refuses_what_is_over_it(store: Store) -> None:
     ):
         forecast.check(found, 3.9, GPU)
     lines = forecast.lines(found, GPU, 4, "r/dvq:1", 3.9)
-    assert lines[0] == "trials   1 finished, 0 going on, 72 new"
+    assert lines[0] == "trials   1 finished, 72 new"
     assert lines[1] == "at once  4 trials, each 1 nvidia.com/gpu"
     assert lines[2] == "pods     219, and a driver for each; 2 of a trial's 3 hold its GPU"
     assert lines[3] == "devices  4 GPU at most"

@@ -76,11 +76,12 @@ def test_a_row_goes_through_its_states(split: str, tmp_path: Path) -> None:
     events.state("training")
     events.metrics(20, {"train/bits_per_dim": 7.5, "images_per_second": 105.0})
     one.update(0)
-    assert [part in text(one) for part in ("training", "20/100", "105", "7.500")] == [True] * 4
+    assert [part in text(one) for part in ("training", "20/100", "105", "7.500 train")] == [True] * 4
     events.metrics(20, {f"{split}/bits_per_dim": 7.25})
     events.metrics(40, {"train/bits_per_dim": 7.0})
     one.update(0)
     assert "7.250" in text(one), "an evaluation is worth more than a later training batch"
+    assert "train" not in text(one).replace("training", "")
     events.state("finished")
     one.update(0)
     assert "finished" in text(one)
@@ -127,6 +128,8 @@ def test_time_left_follows_the_steps(tmp_path: Path) -> None:
     assert sweep_seconds_left([one, other], jobs=2, now=110.0) == pytest.approx(45)
     one.base = other.base = 10  # steps of an earlier launch: a second a step
     assert sweep_seconds_left([one, other], jobs=1, now=110.0) == pytest.approx(80 + 90)
+    one.step = 100
+    assert one.seconds_left(110.0) is None, "evaluation and analysis are still to come"
     assert (clock(65), clock(3723)) == ("1:05", "1:02:03")
 
 

@@ -98,7 +98,7 @@ def test_a_sweep_is_submitted_followed_and_found_finished(launch: Launch) -> Non
     assert "0 of 2 trials" in (launch.folder / "runs" / list(launch.server.runs)[1] / "log").read_text()
     code, output = launch.run("--dry-run")
     assert code == 0
-    assert "2 finished, 0 going on, 0 new" in output
+    assert "2 finished" in output
 
 
 @pytest.mark.timeout(300)
