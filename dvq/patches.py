@@ -30,6 +30,8 @@ PLACES = 128_000
 """places that are looked at, about: 2,000 images of CIFAR-10"""
 ROWS = 4
 """codebooks of a trial in a sweep's figure, at most"""
+RARE = 0.01
+"""of the uses of a codebook's most used code, from which on a code is drawn: a mean over few patches shows these"""
 CONTRAST = 0.98
 """quantile of the differences in a row that the figure shows at full contrast"""
 
@@ -104,7 +106,7 @@ def of_sweep(results: Sequence[Result], patches: Mapping[str, Patches]) -> Figur
     panels = figure.subplots(len(drawn), squeeze=False, height_ratios=rows).ravel()
     for axes, (label, one), n in zip(panels, drawn, rows, strict=True):
         _draw(axes, one, n)
-        axes.set_title(label.replace("\n", " "), loc="left", size=9)
+        axes.set_title(label.replace("\n  ", " "), loc="left", size=9)
     return figure
 
 
@@ -115,7 +117,7 @@ def _draw(axes: Axes, patches: Patches, rows: int) -> None:
     picture = np.full((rows * tall, CODES * step, 3), 255, np.uint8)
     labels = []
     for k, differences in enumerate(patches.differences[:rows]):
-        used = patches.share[k] > 0
+        used = patches.share[k] >= RARE * patches.share[k, 0]
         contrast = 127 / max(float(np.quantile(np.abs(differences[used]), CONTRAST)), 1)
         shades = in_colour((128 + contrast * differences).clip(0, 255).astype(np.uint8))
         labels.append(f"k = {k + 1}, ×{contrast:.1f}")

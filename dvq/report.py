@@ -79,8 +79,9 @@ FIGURES = {
         "What the codes stand for",
         "The most used codes of the first latent variables of each trial, of several seeds the first: the mean of "
         "the 12×12 pixels of the images round the 4×4 where a code is chosen, less the mean of all such patches, in "
-        "the contrast that stands beside the row; over each code how often it is chosen. It is what images have "
-        "there, and not what this code alone tells: codes of other latent variables go together with it.",
+        "the contrast that stands beside the row; over each code how often it is chosen, at least a hundredth as "
+        "often as the first. It is what images have there, and not what this code alone tells: codes of other latent "
+        "variables go together with it.",
     ),
     "pictures": (
         "Reconstructions and samples",
