@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dvq import DvqError
@@ -22,9 +22,15 @@ def sync(path: Path) -> None:
 def replace(path: Path, text: str) -> None:
     """Write under another name, sync, and rename: a reader sees the whole file or the one before."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say whose file it was
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import errno
 import http.client
 import json
 import os
@@ -33,17 +34,27 @@ PROFILE = {"docker": "docker", "kfp": "nvidia"}
 
 TRACKERS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 """What an address of MLflow may begin with."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+"""What the system says where files cannot be written; all else that it says is a bug."""
 OTHER_LOGINS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
 
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turn a DvqError into its sentence and exit status 2."""
+    """Turn a DvqError, and a disk that is full or cannot be written, into a sentence and exit status 2."""
     try:
         yield
     except DvqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        told = str(error)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        place = error.filename or "the disk"
+        told = f"{place}: {error.strerror}; make room, or set DVQ_STORE to a folder that can be written"
+    else:
+        return
+    print(f"error: {told}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def application(command: Callable[..., None]) -> typer.Typer:

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from components.store import Store
 from dvq import DvqError
 from dvq.config import load_sweep
-from pipeline import conclusion, explain, local, preflight, replay, report, submit, ui
+from pipeline import conclusion, explain, local, preflight, replay, report, stack, submit, ui
 from pipeline.stack import Stack
 
 GRID = {"estimator": ["gs-soft"]}
@@ -374,6 +375,31 @@ def test_what_replay_met_is_not_hidden(
         replay.app(["smoke"])
     assert ended.value.code == 2
     assert "no room in the store" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [report, replay, stack])
+def test_a_full_disk_is_one_sentence(
+    command: Any,
+    write_sweep: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'x.db'}")
+    monkeypatch.setattr(replay.tracking, "ensure", lambda: None)
+    for trial in load_sweep(write_sweep(grid=GRID)).trials().values():
+        (tmp_path / "store/trials" / trial.key() / "checkpoints/000000003").mkdir(parents=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # write() fails as it does on a full disk
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command.app(["down" if command is stack else "tiny.yaml"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.value.code == 2
+    assert "File too large; make room, or set DVQ_STORE to a folder" in capsys.readouterr().err
 
 
 def test_a_stack_without_what_it_needs_is_one_sentence(
