@@ -311,6 +311,14 @@ def test_a_path_that_kfp_cannot_run_from(
     assert "space" in refusal("tiny.yaml")
 
 
+@pytest.mark.parametrize(("text", "word"), [("on python3.12", "python3"), ("{{$.pipeline_job_name}}", "{{$")])
+def test_a_text_that_kfp_would_rewrite(
+    refusal: Refusal, write_sweep: Callable[..., Path], text: str, word: str
+) -> None:
+    write_sweep(grid=GRID, description=text)
+    assert f"would rewrite '{word}' in sweep" in refusal("tiny.yaml")
+
+
 def test_a_child_says_nothing_of_its_own_where_all_is_well(tmp_path: Path) -> None:
     local.check(tmp_path, {"sweep": "{}"})
 
