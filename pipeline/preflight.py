@@ -101,7 +101,7 @@ def again(path: Path) -> Sweep:
         return Sweep(name=re.sub("[^a-z0-9]+", "-", path.stem), base=fields, include=[{}], seeds=[seed])
     except OSError as error:
         raise DvqError(f"results file {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DvqError(
             f"results file {path}: it holds no trial; give a file that make results wrote"
         ) from None

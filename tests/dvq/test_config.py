@@ -109,6 +109,13 @@ def test_a_sweep_may_merge_and_set_anew(tmp_path: Path) -> None:
         ("true.yaml", b"seeds: [true]", "seeds.0 = True: give a whole number"),
         ("one.yaml", b"include: {estimator: gs-soft}", "give a list of trials, - {estimator: gs-soft"),
         ("none.yaml", b"seeds: []", "seeds = []: give at least one"),
+        ("month.yaml", b"base: {steps: 2024-13-45}", "not valid YAML: month must be in 1..12"),
+        ("digits.yaml", b"base: {steps: %s}" % (b"1" * 5000), "not valid YAML: Exceeds the limit"),
+        ("hex.yaml", b"base: {steps: 0x%s}" % (b"f" * 5000), "not valid YAML: Exceeds the limit"),
+        ("nested.yaml", b"{a: " * 3000, "nested too deep"),
+        ("round.yaml", b"base: {num_codes: &a [*a]}", "not valid YAML: Circular reference"),
+        ("half.yaml", b'description: "\\uD800"', "surrogates not allowed"),
+        ("date.yaml", b"base: {2024-01-01: 1}", "not valid YAML: keys must be str"),
         ("missing.yaml", None, "No such file"),
     ],
 )

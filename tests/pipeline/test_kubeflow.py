@@ -205,7 +205,11 @@ def test_who_asks(address: str, server: KubeflowServer, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("page", "kind", "told"),
     [
-        (b"<html>Log in to Your Account</html>", "text/html; charset=utf-8", "a page to log in: set KFP_TOKEN"),
+        (
+            b"<html>Log in to Your Account</html>",
+            "text/html; charset=utf-8",
+            "a page to log in: set KFP_TOKEN",
+        ),
         (b"<html>\xff</html>", "text/html", "a page to log in: set KFP_TOKEN"),
         (b"null", "application/json", "what is no answer of KFP's API 2"),
         (b'"\xff"', "application/json", "what is no answer of KFP's API 2"),
