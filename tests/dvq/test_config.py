@@ -33,6 +33,13 @@ GS = {"estimator": "gs-soft"}
         ({**GS, "steps": True}, "steps = True: it takes a number or a word, not yes or no"),
         ({**GS, "num_codes": 1}, "num_codes = 1: input should be greater than or equal to 2"),
         ({**GS, "steps": -5}, "steps = -5"),
+        ({**GS, "steps": 10**400}, "000: input should be less than 2147483648"),
+        (
+            {**GS, "num_codes": 10**21},
+            "num_codes = 1000000000000000000000: input should be less than 2147483648",
+        ),
+        ({**GS, "kl_warmup": 2**31}, "kl_warmup = 2147483648: input should be less than 2147483648"),
+        ({"estimator": "fsq", "levels": [1000] * 4}, "the levels 1000, 1000, 1000, 1000 make 2147483648 codes"),
         ({**GS, "steps": "1e3"}, "give a whole number, 1000; YAML takes 1e3 for a word"),
         ({**GS, "lr": 0.1}, "did you mean 'learning_rate'?"),
         ({**GS, "K": 2}, "did you mean 'num_latents'?"),

@@ -145,7 +145,7 @@ def test_a_password_goes_to_no_host_that_the_server_sends_us_on_to(monkeypatch: 
     told = []
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             told.append(self.headers["Authorization"])
             self.send_response(200 if self.path == "/elsewhere" else 302)
             self.send_header("Location", f"http://localhost:{self.server.server_address[1]}/elsewhere")
