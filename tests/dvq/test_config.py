@@ -39,7 +39,10 @@ GS = {"estimator": "gs-soft"}
             "num_codes = 1000000000000000000000: input should be less than 2147483648",
         ),
         ({**GS, "kl_warmup": 2**31}, "kl_warmup = 2147483648: input should be less than 2147483648"),
-        ({"estimator": "fsq", "levels": [1000] * 4}, "the levels 1000, 1000, 1000, 1000 make 2147483648 codes"),
+        (
+            {"estimator": "fsq", "levels": [1000] * 4},
+            "the levels 1000, 1000, 1000, 1000 make 2147483648 codes",
+        ),
         ({**GS, "steps": "1e3"}, "give a whole number, 1000; YAML takes 1e3 for a word"),
         ({**GS, "lr": 0.1}, "did you mean 'learning_rate'?"),
         ({**GS, "K": 2}, "did you mean 'num_latents'?"),
