@@ -139,8 +139,7 @@ class RemoteStore(Store):
         return part in files or any(path.startswith(f"{part}/") for path in files)
 
     def steps(self, key: str) -> list[int]:
-        files = self._manifests.get(key, Manifest()).files
-        return sorted(int(path.split("/")[1]) for path in files if path.endswith("/checkpoint.json"))
+        return self._manifests.get(key, Manifest()).steps()
 
     def family(self, trial: Trial) -> list[str]:
         return [key for key in self._manifests if key.startswith(f"{trial.family()}-")]
