@@ -4,6 +4,7 @@ import base64
 import contextlib
 import errno
 import http.client
+import io
 import json
 import os
 import re
@@ -42,6 +43,8 @@ OTHER_LOGINS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKIN
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
     """Turn a DvqError, and a disk that is full or cannot be written, into a sentence and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may have no ±; standard error has another way
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except DvqError as error:

@@ -1,6 +1,7 @@
 """Each wrong input is one sentence on standard error and exit status 2, and nothing is begun."""
 
 import datetime
+import io
 import json
 import os
 import resource
@@ -408,6 +409,12 @@ def test_a_full_disk_is_one_sentence(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert ended.value.code == 2
     assert "File too large; make room, or set DVQ_STORE to a folder" in capsys.readouterr().err
+
+
+def test_a_terminal_without_a_character_has_another_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    preflight.application(lambda: print("6.9 ± 0.1", flush=True))([], standalone_mode=False)
+    assert sys.stdout.buffer.getvalue() == b"6.9 ? 0.1\n"  # type: ignore[attr-defined]
 
 
 def test_a_stack_without_what_it_needs_is_one_sentence(
