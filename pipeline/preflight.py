@@ -116,17 +116,21 @@ def set_environment() -> Store:
     for name, value in Stack(home / "stack").environment().items():
         os.environ.setdefault(name, value)
     place = os.environ.get("DVQ_STORE") or str(home / "store")
-    if "://" in place and not place.startswith("s3://"):
+    if ":/" in place and not place.startswith("s3://"):
         raise DvqError("DVQ_STORE: the store is a folder or s3://bucket/prefix; give one of these")
-    os.environ["DVQ_STORE"] = place if place.startswith("s3://") else str(Path(place).absolute())
-    os.environ["DVQ_CACHE"] = str(Path(os.environ.get("DVQ_CACHE") or home / "cache").absolute())
+    os.environ["DVQ_STORE"] = place if place.startswith("s3://") else _absolute(place)
+    os.environ["DVQ_CACHE"] = _absolute(os.environ.get("DVQ_CACHE") or str(home / "cache"))
     tracker = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
-    if tracker.startswith("sqlite:///"):  # a container has another working folder
+    if tracker.startswith("sqlite:///") and tracker != "sqlite:///":  # a container has another working folder
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(tracker.removeprefix('sqlite:///')).absolute()}"
     store = Store.from_environment()
     assert store
     store.check()
     return store
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(os.path.expanduser(folder)).absolute())
 
 
 def check_begun(sweep: Sweep, store: Store, name: str) -> None:
@@ -192,6 +196,10 @@ def check_tracking() -> str:
         raise DvqError(
             f"MLFLOW_TRACKING_URI = '{uri}': MLflow cannot use this address (a folder no more, since MLflow 3); "
             "give a server's, http://host:port, or a database's, sqlite:///path"
+        )
+    if uri.rstrip("/") == f"{scheme}:":
+        raise DvqError(
+            f"MLFLOW_TRACKING_URI = '{uri}': it names no server and nothing that stays; give http://host:port or sqlite:///path"
         )
     if not scheme.startswith("http"):
         return ""

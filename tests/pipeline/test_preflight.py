@@ -106,7 +106,9 @@ def test_a_wrong_argument(
     assert said in refusal("tiny.yaml", *arguments)
 
 
-@pytest.mark.parametrize("place", ["tiny.yaml/store", "gs://bucket/store", "s3://Not_A_Bucket/store"])
+@pytest.mark.parametrize(
+    "place", ["tiny.yaml/store", "gs://bucket/store", "s3://Not_A_Bucket/store", "s3:/bucket/store"]
+)
 def test_a_store_that_cannot_be_written(
     refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -170,6 +172,12 @@ def test_a_home_is_found_where_the_shell_did_not(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "birds.npz").touch()
     assert preflight.find_source("~/birds.npz", "cifar10") == str(tmp_path / "birds.npz")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.setenv("DVQ_STORE", "~/store")
+    monkeypatch.setenv("DVQ_CACHE", "~/cache")
+    assert preflight.set_environment().root == tmp_path / "store"
+    assert os.environ["DVQ_CACHE"] == str(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("command", [submit, report, explain])
@@ -263,6 +271,16 @@ def test_a_tracker_of_no_known_kind(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "foo://bar")
     assert "MLflow cannot use this address (a folder no more" in refusal("tiny.yaml")
     assert "MLflow cannot use this address (a folder no more" in refusal(command=ui)
+
+
+@pytest.mark.parametrize("address", ["sqlite://", "sqlite:///", "sqlite:", "http://"])
+def test_a_tracker_that_is_nowhere(
+    refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    """In memory: each task would have a database of its own, of which nothing stays."""
+    write_sweep(grid=GRID)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert f"'{address}': it names no server and nothing that stays; give" in refusal("tiny.yaml")
 
 
 def test_a_database_is_the_same_one_from_every_folder(
