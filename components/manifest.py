@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from components.folder import write_json
+from components.folder import State, write_json
 from dvq import DvqError
 
 FORMAT = 1
@@ -73,6 +73,10 @@ class Manifest:
     def objects(self) -> set[str]:
         return {piece.object for pieces in self.files.values() for piece in pieces}
 
+    def steps(self) -> list[int]:
+        """Those of the checkpoints."""
+        return sorted(int(path.split("/")[1]) for path in self.files if path.endswith("/checkpoint.json"))
+
 
 class Known(NamedTuple):
     """A local file that is equal to stored pieces for as long as its size and time [ns] are these."""
@@ -93,8 +97,9 @@ def parse(content: bytes, named: str) -> Manifest:
             files = {path: [Piece(*one) for one in pieces] for path, pieces in found["files"].items()}
             made = Manifest(**{**found, "files": files})
             _stay_inside({*files, *made.objects()})
+            State(**(made.state or {"name": "new"})), made.steps()  # can be read
             return made
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DvqError(f"{named} is damaged ({error}); remove it to have all of it made anew") from None
     raise DvqError(
         f"{named} has format {found['format']}, and this version reads {FORMAT}; use the version that wrote it"
@@ -102,10 +107,11 @@ def parse(content: bytes, named: str) -> Manifest:
 
 
 def _stay_inside(names: set[str]) -> None:
-    """ValueError for a path that leads elsewhere: whoever can write to the bucket would write anywhere here."""
+    """ValueError for a path that leads elsewhere, where whoever can write to the bucket would write, or nowhere."""
     for name in names:
-        if any(part in ("", ".", "..") for part in name.split("/")):
-            raise ValueError(f"'{name}' leads out of its folder")
+        name.encode()  # half a character has no bytes
+        if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise ValueError(f"{name!r} leads out of its folder")
 
 
 def _digest(told: dict[str, Any]) -> str:

@@ -139,8 +139,7 @@ class RemoteStore(Store):
         return part in files or any(path.startswith(f"{part}/") for path in files)
 
     def steps(self, key: str) -> list[int]:
-        files = self._manifests.get(key, Manifest()).files
-        return sorted(int(path.split("/")[1]) for path in files if path.endswith("/checkpoint.json"))
+        return self._manifests.get(key, Manifest()).steps()
 
     def keys(self) -> list[str]:
         """As the last look found them."""

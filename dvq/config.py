@@ -220,26 +220,13 @@ def read_sweep(text: str) -> Sweep:
 
 def load_sweep(path: Path) -> Sweep:
     """The sweep in a YAML file, its name the file's; DvqError for what is wrong with it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DvqError(f"sweep file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise DvqError(f"sweep file {path}: this is no text in UTF-8; give a YAML file") from None
+    content = _content(path)
     if not NAME.match(path.stem):
         better = plain_name(path.stem, "my-sweep")
         raise DvqError(
             f"sweep file {path}: a sweep has its file's name; call it {better}{path.suffix}: small "
             "letters, digits and hyphens"
         )
-    try:
-        content = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise DvqError(
-            f"sweep file {path}{line}: not valid YAML: {getattr(error, 'problem', error)}"
-        ) from None
     if not isinstance(content, dict):
         raise DvqError(f"sweep file {path}: expected 'base:' and 'grid:', each with lines of 'field: value'")
     # a key with nothing under it, 'grid:', is as good as none
@@ -258,3 +245,23 @@ def load_sweep(path: Path) -> Sweep:
         return Sweep.model_validate({"name": path.stem, **content})
     except ValidationError as error:
         raise sentence(error, f"sweep file {path}") from None
+
+
+def _content(path: Path) -> Any:
+    """What a YAML file holds, if it can travel as JSON."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        json.dumps(content, default=str, ensure_ascii=False).encode()
+    except OSError as error:
+        raise DvqError(f"sweep file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DvqError(f"sweep file {path}: this is no text in UTF-8; give a YAML file") from None
+    except RecursionError:
+        raise DvqError(f"sweep file {path}: it is nested too deep; give 'base:' and 'grid:'") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # as of a date in month 13
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise DvqError(
+            f"sweep file {path}{line}: not valid YAML: {getattr(error, 'problem', error)}"
+        ) from None
+    return content

@@ -6,7 +6,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -28,9 +28,15 @@ def sync(path: Path) -> None:
 def replace(path: Path, text: str) -> None:
     """Write under another name, sync, and rename: a reader sees the whole file or the one before."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say whose file it was
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 @dataclass(frozen=True)

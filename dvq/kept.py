@@ -77,7 +77,7 @@ def _read(path: Path) -> Result:
     try:
         found: Result = json.loads(path.read_text(encoding="utf-8"))
         found["evaluation"], trial(found["trial"])
-    except (ValueError, KeyError, TypeError, DvqError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DvqError) as error:
         raise DvqError(f"{path}: no results of a trial ({error}); remove it, or make results anew") from None
     return found
 

@@ -1,5 +1,6 @@
 """Images of one's own, from a file of numpy arrays: checked, and named by their content."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,16 @@ def _arrays(source: str) -> dict[str, npt.NDArray[Any]]:
         raise DvqError(f"DATA: name the file of your images, DATA=file.npz; in it {WANTED}")
     if "://" in source:
         raise DvqError(f"DATA={source}: images of your own come from a file; fetch it, and give that")
+    path = Path(source).expanduser()
     try:
-        with np.load(Path(source).expanduser()) as file:
+        if path.is_fifo():  # which would wait for ever
+            raise OSError(errno.EINVAL, "it is a pipe; give a file")
+        with np.load(path) as file:
             found = {key: file[key] for key in file.files}
     except OSError as error:
         raise DvqError(f"DATA={source}: cannot be read ({error.strerror or error})") from None
+    except MemoryError:
+        raise DvqError(f"DATA={source}: its arrays do not fit into memory; give fewer images") from None
     except Exception:  # zip, zlib, tokenize and numpy each say otherwise what is wrong
         raise DvqError(
             f"DATA={source}: this is no whole file that numpy.savez writes; give one with {WANTED}"

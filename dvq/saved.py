@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Size, Tensor, dtype
 
 from dvq import DvqError, disk
 from dvq.config import trial as make_trial
@@ -58,8 +58,9 @@ def load(path: str | Path) -> Model:
             raise DvqError(f"{folder}: no model here: {name} is missing{hint}")
     try:
         return _read(folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DvqError(f"{folder}: the model's files are damaged: {error}") from None
+    except (OSError, ValueError, TypeError, RuntimeError, MemoryError, SafetensorError) as error:
+        told = (str(error).splitlines() or ["out of memory"])[0]
+        raise DvqError(f"{folder}: the model's files are damaged: {told}") from None
 
 
 def _read(folder: Path) -> Model:
@@ -70,14 +71,17 @@ def _read(folder: Path) -> Model:
     with safe_open(folder / "model.safetensors", "pt") as file:
         written = (file.metadata() or {}).get("sha256")
     weights = load_file(folder / "model.safetensors")
+    model = Model(make_trial(fields, where=str(folder / "trial.json")))
+    if _kinds(weights) != _kinds(model.state_dict()):
+        raise ValueError("model.safetensors holds another network than trial.json describes")
     if written not in (None, _digest(weights)):  # older models do not say
         raise ValueError("model.safetensors does not have the SHA-256 that it was written with")
-    model = Model(make_trial(fields, where=str(folder / "trial.json")))
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError:
-        raise ValueError("model.safetensors holds another network than trial.json describes") from None
+    model.load_state_dict(weights)
     return model.eval()
+
+
+def _kinds(weights: dict[str, Tensor]) -> dict[str, tuple[Size, dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
 
 
 def _digest(weights: dict[str, Tensor]) -> str:

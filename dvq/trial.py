@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     Step = int | Tensor
 
 Split = Literal["test", "tune"]
-Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Several = Annotated[int, Field(ge=2, lt=2**31)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Unkeyed: dict[str, Any] = {"key": False}  # a field that changes no number: it is left out of the trial's key
@@ -67,7 +69,7 @@ class Trial(BaseModel):
     split: Split = "test"
     """test: train on all training images, evaluate on the test images. tune: train without the images held
     out of the training set and evaluate on those; every choice is made here, never on test images."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Whole = 0
 
     num_latents: Count = 8
     """K, latent variables at each of the 8×8 positions (of images of H×W: H/4 × W/4)"""
@@ -75,7 +77,7 @@ class Trial(BaseModel):
     """D, dimensions of a code vector; the paper does not say"""
     features: Count = 256
     """F, feature maps in the encoder's and decoder's layers"""
-    residual_blocks: Annotated[int, Field(ge=0)] = 2
+    residual_blocks: Whole = 2
     """the paper's "two layers of two residual blocks", read as van den Oord et al. 2017 have them; read as 2 × 2 it
     is 4, the first thing to try at full size"""
     normalization: Literal["batch", "none"] = "batch"
@@ -89,7 +91,7 @@ class Trial(BaseModel):
     """the paper does not say; no schedule looks at the last step, so that a longer trial goes on from this one"""
     batch_size: Count = 64
     learning_rate: Positive = 5e-4
-    decay_after: Annotated[int, Field(ge=0)] | None = None
+    decay_after: Whole | None = None
     """steps after which the learning rate falls, by half every ``decay_half_life``; None: it is constant, as in
     the paper. As the other schedules it does not look at the last step: longer trials go on from shorter ones."""
     decay_half_life: Count = 10_000
@@ -194,7 +196,7 @@ class Trial(BaseModel):
 class Warmed(Trial):
     """What the estimators with a KL term share: its weight may rise from 0."""
 
-    kl_warmup: Annotated[int, Field(ge=0)] = 0
+    kl_warmup: Whole = 0
     """steps over which the KL's weight in the surrogate rises linearly to 1; 0: it is 1 from the start, as
     in the paper. Evaluation always weighs it with 1."""
 
@@ -206,7 +208,7 @@ class Warmed(Trial):
 class Discrete(Trial):
     """What the estimators of discrete latent variables share: how many codes, and their prior."""
 
-    num_codes: Annotated[int, Field(ge=2)] = 512
+    num_codes: Several = 512
     """C, categories of each latent variable"""
     prior: Literal["trained", "uniform"] = "trained"
     """trained: by maximum likelihood along with the model, and counted in the rate; uniform: 1/C"""
@@ -229,7 +231,7 @@ class Stochastic(Warmed, LearnedCodes):
 
     distance_scale: Positive = 1.0
     """s in the posterior's logits −s‖v − m‖²"""
-    probe_draws: Annotated[int, Field(ge=0), AfterValidator(_none_or_several)] = Field(
+    probe_draws: Annotated[Whole, AfterValidator(_none_or_several)] = Field(
         default=0, json_schema_extra=Unkeyed
     )
     """at each evaluation along training, look at the gradient's bias and variance with so many draws (2 or

@@ -72,19 +72,15 @@ class Connection:
         return made
 
     def _check(self) -> None:
-        ask = api.HealthzServiceApi(self._client).healthz_service_get_healthz_with_http_info
+        ask = api.HealthzServiceApi(self._client).healthz_service_get_healthz
         try:
-            health, _, headers = self._ask(ask)
+            health = self._ask(ask)
         except api.ApiException as error:
             if error.status != 404:
                 raise self._refused(error) from None
             raise DvqError(
                 f"{self}: there is no KFP API 2 there; KFP_HOST is the address before /apis"
             ) from None
-        if "json" not in headers.get("Content-Type", ""):
-            raise DvqError(
-                f"{self} answers with a page to log in: set KFP_TOKEN, or KFP_COOKIE to its session's"
-            )
         if health.multi_user and not self.namespace:
             raise DvqError(f"{self} has a namespace for each user; name yours: KFP_NAMESPACE")
         if not health.multi_user and self.namespace:
@@ -97,15 +93,26 @@ class Connection:
         return f"Kubeflow Pipelines at {self.host}"
 
     def _ask(self, ask: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """The answer; ApiException if it is an error."""
+        """The answer; ApiException if it is an error, DvqError if it is none of KFP's."""
+        answer = None
         try:
-            return ask(*arguments, _request_timeout=TIMEOUT, **named)
+            answer = ask(*arguments, _request_timeout=TIMEOUT, **named)
         except api.ApiException as error:
             if error.status:
                 raise
             raise self._unreachable(error.reason or "") from None
         except HTTPError as error:
             raise self._unreachable(str(error)) from None
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # of what it cannot read
+            pass
+        last = getattr(self._client, "last_response", None)
+        if last and "json" not in last.getheader("Content-Type", ""):  # a session may end at any time
+            raise DvqError(
+                f"{self} answers with a page to log in: set KFP_TOKEN, or KFP_COOKIE to its session's"
+            )
+        if answer is None:
+            raise DvqError(f"{self} answers with what is no answer of KFP's API 2; is KFP_HOST right?")
+        return answer
 
     def _get(self, ask: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """The answer; DvqError if it is an error."""
@@ -148,12 +155,13 @@ def _message(error: Any) -> str:
         said = (content, *(content.get("details") or ()))  # an upload's error has its message itself
         details = [one.get("error_message") for one in said]
         return line(next(filter(None, details), "") or content.get("message") or content.get("error") or "")
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, RecursionError):
         return line(str(error.reason or "no reason"))
 
 
 def line(text: str) -> str:
-    line = " ".join(text.split())
+    """What a server says, in a line, without what would steer the terminal."""
+    line = "".join(filter(str.isprintable, " ".join(text.split())))
     return line if len(line) <= 300 else f"{line[:300]}…"
 
 

@@ -51,10 +51,11 @@ def check(folder: Path, arguments: Mapping[str, str]) -> None:
             "run from a folder without 'python3' in its path"
         )
     for name, value in arguments.items():
-        if "python3" in value:
-            raise DvqError(
-                f"kfp's local runner would rewrite 'python3' in {name}; use a text or path without it"
-            )
+        for word in ("python3", "{{$"):  # the latter begins kfp's own placeholders
+            if word in value:
+                raise DvqError(
+                    f"kfp's local runner would rewrite '{word}' in {name}; use a text or path without it"
+                )
 
 
 @contextlib.contextmanager

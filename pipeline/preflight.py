@@ -2,7 +2,9 @@
 
 import base64
 import contextlib
+import errno
 import http.client
+import io
 import json
 import os
 import re
@@ -33,17 +35,29 @@ PROFILE = {"docker": "docker", "kfp": "nvidia"}
 
 TRACKERS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 """What an address of MLflow may begin with."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+"""What the system says where files cannot be written; all else that it says is a bug."""
 OTHER_LOGINS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
 
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turn a DvqError into its sentence and exit status 2."""
+    """Turn a DvqError, and a disk that is full or cannot be written, into a sentence and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may have no ±; standard error has another way
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except DvqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        told = str(error)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        place = error.filename or "the disk"
+        told = f"{place}: {error.strerror}; make room, or set DVQ_STORE to a folder that can be written"
+    else:
+        return
+    print(f"error: {told}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def application(command: Callable[..., None]) -> typer.Typer:
@@ -90,7 +104,7 @@ def again(path: Path) -> Sweep:
         return Sweep(name=re.sub("[^a-z0-9]+", "-", path.stem), base=fields, include=[{}], seeds=[seed])
     except OSError as error:
         raise DvqError(f"results file {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DvqError(
             f"results file {path}: it holds no trial; give a file that make results wrote"
         ) from None
@@ -102,17 +116,21 @@ def set_environment() -> Store:
     for name, value in Stack(home / "stack").environment().items():
         os.environ.setdefault(name, value)
     place = os.environ.get("DVQ_STORE") or str(home / "store")
-    if "://" in place and not place.startswith("s3://"):
+    if ":/" in place and not place.startswith("s3://"):
         raise DvqError("DVQ_STORE: the store is a folder or s3://bucket/prefix; give one of these")
-    os.environ["DVQ_STORE"] = place if place.startswith("s3://") else str(Path(place).absolute())
-    os.environ["DVQ_CACHE"] = str(Path(os.environ.get("DVQ_CACHE") or home / "cache").absolute())
+    os.environ["DVQ_STORE"] = place if place.startswith("s3://") else _absolute(place)
+    os.environ["DVQ_CACHE"] = _absolute(os.environ.get("DVQ_CACHE") or str(home / "cache"))
     tracker = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
-    if tracker.startswith("sqlite:///"):  # a container has another working folder
+    if tracker.startswith("sqlite:///") and tracker != "sqlite:///":  # a container has another working folder
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(tracker.removeprefix('sqlite:///')).absolute()}"
     store = Store.from_environment()
     assert store
     store.check()
     return store
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(os.path.expanduser(folder)).absolute())
 
 
 def check_begun(sweep: Sweep, store: Store, name: str) -> None:
@@ -179,6 +197,10 @@ def check_tracking() -> str:
             f"MLFLOW_TRACKING_URI = '{uri}': MLflow cannot use this address (a folder no more, since MLflow 3); "
             "give a server's, http://host:port, or a database's, sqlite:///path"
         )
+    if uri.rstrip("/") == f"{scheme}:":
+        raise DvqError(
+            f"MLFLOW_TRACKING_URI = '{uri}': it names no server and nothing that stays; give http://host:port or sqlite:///path"
+        )
     if not scheme.startswith("http"):
         return ""
     try:
@@ -188,7 +210,7 @@ def check_tracking() -> str:
     user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
     if user:
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
-        request.add_header("Authorization", f"Basic {basic}")
+        request.add_unredirected_header("Authorization", f"Basic {basic}")
     try:
         urllib.request.urlopen(request, timeout=5).close()
     except urllib.error.HTTPError as error:

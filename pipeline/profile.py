@@ -118,10 +118,10 @@ def find_profile(name: str) -> Profile:
     except OSError as error:
         known = ", ".join(sorted(one.stem for one in PROFILES.glob("*.yaml")))
         raise DvqError(f"PROFILE = '{name}': {error.strerror}; known: {known}; or give a file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DvqError(f"{path} is no YAML: {str(error).splitlines()[0]}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its content"
         keys = Cluster.model_fields if first["loc"][:1] == ("cluster",) else Profile.model_fields
         raise DvqError(f"{path}: {where}: {first['msg']}; keys there: {', '.join(keys)}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # as of a date in month 13
+        raise DvqError(f"{path} is no YAML: {str(error).splitlines()[0]}") from None

@@ -56,8 +56,8 @@ class KubeflowServer:
     def __init__(self) -> None:
         self.multi_user, self.namespaces = False, {"alice"}
         self.token = self.cookie = ""
-        self.page = ""
-        """an HTML page instead of any answer"""
+        self.page, self.kind = b"", "text/html"
+        """what is sent instead of any answer, a page to log in, and its Content-Type"""
         self.faults: list[tuple[int, str]] = []
         """statuses and messages of the next answers"""
         self.blind = False
@@ -235,7 +235,7 @@ class Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(split.query).items()}
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         if state.page:
-            self._send(200, state.page.encode(), "text/html")
+            self._send(200, state.page, state.kind)
             return
         try:
             path = split.path.removeprefix("/pipeline")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dvq.trial import Count, Discrete, Loss, Unkeyed
+from dvq.trial import Count, Discrete, Loss, Several, Unkeyed
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -33,7 +33,7 @@ class FSQ(Discrete):
     levels: Annotated[tuple[Level, ...], Field(min_length=1)] = (8, 8, 8)
     """L of each dimension; their number is D and their product C. The authors advise 5 or more; with 2, tanh is flat
     where v = 0"""
-    num_codes: Annotated[int, Field(ge=2)] = Field(default=512, json_schema_extra=Unkeyed)
+    num_codes: Several = Field(default=512, json_schema_extra=Unkeyed)
     """C, which the levels decide; there is no need to set it"""
     code_dim: Count = Field(default=3, json_schema_extra=Unkeyed)
     """D, which the levels decide; there is no need to set it"""
@@ -41,10 +41,12 @@ class FSQ(Discrete):
     @model_validator(mode="after")
     def _levels_decide(self) -> Self:
         made = {"num_codes": (math.prod(self.levels), "codes"), "code_dim": (len(self.levels), "dimensions")}
+        levels = ", ".join(map(str, self.levels))
+        if math.prod(self.levels) >= 2**31:
+            raise ValueError(f"the levels {levels} make 2147483648 codes or more; give fewer")
         for name, (right, what) in made.items():
             given = getattr(self, name)
             if name in self.model_fields_set and given != right:
-                levels = ", ".join(map(str, self.levels))
                 raise ValueError(
                     f"{name} = {given}: the levels {levels} make {right} {what}; set levels to others, "
                     f"or {name} to {right}"

@@ -1,10 +1,8 @@
 """Gumbel-Softmax, soft: the decoder sees a continuous relaxation of the codes."""
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
-from dvq.trial import Loss, Positive, Stochastic, progress
+from dvq.trial import Count, Loss, Positive, Stochastic, progress
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -33,7 +31,7 @@ class GSSoft(Stochastic):
     """τ, or where its annealing begins; the paper's 0.5 balances bias and variance"""
     final_temperature: Positive | None = None
     """τ falls to this, geometrically, over ``annealing_steps``; None: τ is constant, as in the paper"""
-    annealing_steps: Annotated[int, Field(ge=1)] = 50_000
+    annealing_steps: Count = 50_000
 
     def temperature_at(self, step: "Step") -> "float | Tensor":
         """τ at a training step."""

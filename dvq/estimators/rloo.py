@@ -1,10 +1,8 @@
 """RLOO: the score function on S samples, the baseline of each the mean over the others."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from dvq.trial import Loss, Stochastic
+from dvq.trial import Loss, Several, Stochastic
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -26,7 +24,7 @@ class RLOO(Stochastic):
     """
 
     estimator: Literal["rloo"] = "rloo"
-    samples: Annotated[int, Field(ge=2)] = 4
+    samples: Several = 4
     """S; each costs a pass through the decoder"""
 
     def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:

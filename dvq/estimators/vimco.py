@@ -1,10 +1,8 @@
 """VIMCO: the score function on S samples, each sample's baseline made from the others."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from dvq.trial import Loss, Stochastic
+from dvq.trial import Loss, Several, Stochastic
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -31,7 +29,7 @@ class VIMCO(Stochastic):
     """
 
     estimator: Literal["vimco"] = "vimco"
-    samples: Annotated[int, Field(ge=2)] = 4
+    samples: Several = 4
     """S; each costs a pass through the decoder"""
     backward: Literal["all", "one"] = "all"
     """which samples' decoder gradients are taken: all of them, weighed by w̃, as in the paper; or one, drawn in

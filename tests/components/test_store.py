@@ -127,6 +127,27 @@ def test_why_a_shorter_trial_cannot_be_copied(tmp_path: Path, monkeypatch: pytes
             begin(tmp_path / "longer", one, "name", tmp_path / "shorter")
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"state": {"name": "finished", "evil": 1}},
+        {"state": ["finished"]},
+        {"state": "finished"},
+        {"files": {"checkpoints/abc/checkpoint.json": []}},
+        {"files": {"events/\ud800": []}},
+        {"files": {"events/\0": []}},
+    ],
+)
+def test_a_manifest_that_no_trial_has_is_damaged(told: dict[str, Any]) -> None:
+    with pytest.raises(DvqError, match=r"m is damaged \(.*\); remove it to have all of it made anew"):
+        parse(Manifest(**told).content(), "m")
+
+
+def test_a_manifest_nested_without_end_is_damaged() -> None:
+    with pytest.raises(DvqError, match="m is damaged"):
+        parse(b'{"state":' * 100_000, "m")
+
+
 @pytest.mark.parametrize("path", ["events/../../x", "/etc/x", "..", "a//b", "./a", ""])
 def test_a_manifest_whose_paths_lead_elsewhere_is_refused(path: str) -> None:
     """Whoever can write to the bucket would write anywhere on the machines that read it."""

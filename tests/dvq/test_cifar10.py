@@ -44,7 +44,7 @@ def refused(source, tmp_path, *parts, by_check=True):
 
 
 @pytest.mark.parametrize(
-    "form", ["batches", "parent", "archive", "archive's folder", "mirror", "unsized mirror"]
+    "form", ["batches", "parent", "archive", "archive's folder", "mirror", "unsized mirror", "odd mirror"]
 )
 def test_every_form_of_the_source_gives_the_same_arrays(form, official, server, tmp_path):
     source = {
@@ -54,6 +54,7 @@ def test_every_form_of_the_source_gives_the_same_arrays(form, official, server, 
         "archive's folder": official.archive.parent,
         "mirror": f"{server.address}/cifar",
         "unsized mirror": f"{server.address}/unsized",
+        "odd mirror": f"{server.address}/odd",
     }[form]
     folder = tmp_path / "store" / "prepared"
     data.check_source("cifar10", str(source))
@@ -156,6 +157,14 @@ def test_a_broken_connection_is_refused(server, official, tmp_path):
     size = official.archive.stat().st_size
     parts = ("the connection broke", f"after {size // 2} of {size} bytes", "try again", "set DATA to")
     refused(f"{server.address}/cut", tmp_path, *parts, by_check=False)
+
+
+def test_a_download_without_end_is_cut_off(server, official, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(cifar10, "CHUNK", 1000)
+    with pytest.raises(DvqError, match=f"{server.address}/goes-on: the MD5 is .*another file; get it again"):
+        cifar10.read(f"{server.address}/goes-on", tmp_path, lambda *at: told.append(at[0]))
+    assert max(told) <= official.archive.stat().st_size + 1000
 
 
 def test_a_server_that_stalls_is_given_up(server, tmp_path, monkeypatch):

@@ -213,6 +213,18 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder):
     assert [path.name for path in folder.parent.iterdir()] == [".prepared.lock"]
 
 
+def test_of_a_file_that_has_no_room_nothing_stays_but_the_one_before(tmp_path):
+    disk.replace(tmp_path / "x.json", "before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*x\.json'$"):
+            disk.replace(tmp_path / "x.json", "afterwards")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
 @pytest.mark.parametrize(("where", "step"), [(data, "statistics"), (disk, "sync"), (data, "_publish")])
 def test_an_interruption_leaves_nothing(where, step, official, folder, monkeypatch):
     def interrupt(*_):

@@ -1,6 +1,7 @@
 """Images of one's own: checked, named by their content, prepared like CIFAR-10."""
 
 import contextlib
+import os
 
 import numpy as np
 import pytest
@@ -213,6 +214,24 @@ def test_no_file_of_images_is_one_sentence(birds, tmp_path):
         own.name("")
     with pytest.raises(DvqError, match=r"call it my-birds.npz"):
         own.name(str(birds.rename(tmp_path / "My birds.npz")))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "birds.npz")
+    writer = os.open(tmp_path / "birds.npz", os.O_RDWR)  # so that a reader gets something, and this test ends
+    os.write(writer, b"birds" * 20)
+    with pytest.raises(DvqError, match=r"birds.npz: cannot be read \(it is a pipe; give a file\)"):
+        own.name(str(tmp_path / "birds.npz"))
+    os.close(writer)
+
+
+def test_images_beyond_the_memory_are_one_sentence(birds, monkeypatch):
+    def load(_):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "load", load)
+    with pytest.raises(DvqError, match=r"birds.npz: its arrays do not fit into memory; give fewer images"):
+        own.name(str(birds))
 
 
 def test_a_damaged_file_is_one_sentence(birds, tmp_path):

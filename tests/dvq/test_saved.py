@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dvq
 from dvq import DvqError, provenance
@@ -148,9 +149,14 @@ def _flip(folder):
         file.write(bytes([byte[0] ^ 1]))
 
 
-def _other_size(folder):
+def _other_size(folder, **sizes):
     fields = json.loads((folder / "trial.json").read_text())
-    (folder / "trial.json").write_text(json.dumps({**fields, "num_codes": 6}))
+    (folder / "trial.json").write_text(json.dumps({**fields, **(sizes or {"num_codes": 6})}))
+
+
+def _other_type(folder, kind):
+    weights = {name: tensor.to(kind) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"sha256": "0"})
 
 
 DAMAGE = {
@@ -158,7 +164,15 @@ DAMAGE = {
     "cut short": (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "damaged"),
     "no JSON": (lambda folder: (folder / "trial.json").write_text('{"a":'), "damaged"),
     "a list": (lambda folder: (folder / "trial.json").write_text("[1]"), "holds no trial"),
+    "nested without end": (lambda folder: (folder / "trial.json").write_text("[" * 100_000), "damaged"),
     "another size": (_other_size, "another network"),
+    "no size at all": (
+        lambda folder: _other_size(folder, num_latents=2**31 - 1, code_dim=2**31 - 1),
+        "damaged",
+    ),
+    "bfloat16": (lambda folder: _other_type(folder, torch.bfloat16), "another network"),
+    "float8": (lambda folder: _other_type(folder, torch.float8_e5m2), "another network"),
+    "float64": (lambda folder: _other_type(folder, torch.float64), "another network"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
 }
 
@@ -168,8 +182,9 @@ def test_a_damaged_model_is_refused(folder, damage) -> None:
     assert torch.equal(dvq.load(folder).encode(IMAGES), model().encode(IMAGES))
     act, told = DAMAGE[damage]
     act(folder)
-    with pytest.raises(DvqError, match=told):
+    with pytest.raises(DvqError, match=told) as caught:
         dvq.load(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_trials_folder_is_told_from_its_model(folder) -> None:

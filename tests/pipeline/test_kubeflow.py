@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from dvq import DvqError
-from pipeline.connection import UnreachableError
+from pipeline.connection import UnreachableError, line
 from pipeline.kubeflow import Kubeflow
 from pipeline.profile import Cluster
 from tests.kubeflow_server import KubeflowServer
@@ -198,8 +198,44 @@ def test_who_asks(address: str, server: KubeflowServer, monkeypatch: pytest.Monk
     assert "refuses the cookie" in refused(address)
     monkeypatch.setenv("KFP_COOKIE", "authservice_session=abc")
     Kubeflow(Cluster(host=address))
-    server.page = "<html>Log in to Your Account</html>"
+    server.page = b"<html>Log in to Your Account</html>"
     assert "answers with a page to log in: set KFP_TOKEN" in refused(address)
+
+
+@pytest.mark.parametrize(
+    ("page", "kind", "told"),
+    [
+        (
+            b"<html>Log in to Your Account</html>",
+            "text/html; charset=utf-8",
+            "a page to log in: set KFP_TOKEN",
+        ),
+        (b"<html>\xff</html>", "text/html", "a page to log in: set KFP_TOKEN"),
+        (b"null", "application/json", "what is no answer of KFP's API 2"),
+        (b'"\xff"', "application/json", "what is no answer of KFP's API 2"),
+        (b"{}", "application/json; charset=klingon", "what is no answer of KFP's API 2"),
+        (b'{"run_details":' * 5000, "application/json", "what is no answer of KFP's API 2"),
+        (b"[" * 100_000, "application/json", "what is no answer of KFP's API 2"),
+    ],
+)
+def test_a_session_may_end_at_any_time(
+    kubeflow: Kubeflow, address: str, server: KubeflowServer, page: bytes, kind: str, told: str
+) -> None:
+    """A page to log in has no state, which is no run that waits, and nothing was started or cancelled by it."""
+    server.page, server.kind = page, kind
+    assert told in refused(address)
+    for ask in (
+        lambda: kubeflow.look("x"),
+        lambda: kubeflow.cancel("x"),
+        lambda: kubeflow.start("sweep-1", "x", ("x", "x"), {}, ""),
+        lambda: kubeflow.upload("text", "dvq-sweep"),
+    ):
+        with pytest.raises(DvqError, match=told):
+            ask()
+
+
+def test_what_a_server_says_steers_no_terminal() -> None:
+    assert line("a\x1b]0;b\x07\n\tc\u202e  dé") == "a]0;b c dé"
 
 
 def test_addresses_that_lead_nowhere(address: str) -> None:

@@ -1,12 +1,16 @@
 """Each wrong input is one sentence on standard error and exit status 2, and nothing is begun."""
 
 import datetime
+import io
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import pytest
 from components.store import Store
 from dvq import DvqError
 from dvq.config import load_sweep
-from pipeline import conclusion, explain, local, preflight, replay, report, submit, ui
+from pipeline import conclusion, explain, local, preflight, replay, report, stack, submit, ui
 from pipeline.stack import Stack
 
 GRID = {"estimator": ["gs-soft"]}
@@ -102,7 +106,9 @@ def test_a_wrong_argument(
     assert said in refusal("tiny.yaml", *arguments)
 
 
-@pytest.mark.parametrize("place", ["tiny.yaml/store", "gs://bucket/store", "s3://Not_A_Bucket/store"])
+@pytest.mark.parametrize(
+    "place", ["tiny.yaml/store", "gs://bucket/store", "s3://Not_A_Bucket/store", "s3:/bucket/store"]
+)
 def test_a_store_that_cannot_be_written(
     refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -138,10 +144,40 @@ def test_an_address_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         preflight.check_tracking()
 
 
+def test_a_password_goes_to_no_host_that_the_server_sends_us_on_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            told.append(self.headers["Authorization"])
+            self.send_response(200 if self.path == "/elsewhere" else 302)
+            self.send_header("Location", f"http://localhost:{self.server.server_address[1]}/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+        monkeypatch.setenv("no_proxy", "*")
+        assert preflight.check_tracking() == ""
+        server.shutdown()
+    assert told == ["Basic bWU6", None]
+
+
 def test_a_home_is_found_where_the_shell_did_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "birds.npz").touch()
     assert preflight.find_source("~/birds.npz", "cifar10") == str(tmp_path / "birds.npz")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.setenv("DVQ_STORE", "~/store")
+    monkeypatch.setenv("DVQ_CACHE", "~/cache")
+    assert preflight.set_environment().root == tmp_path / "store"
+    assert os.environ["DVQ_CACHE"] == str(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("command", [submit, report, explain])
@@ -237,6 +273,16 @@ def test_a_tracker_of_no_known_kind(
     assert "MLflow cannot use this address (a folder no more" in refusal(command=ui)
 
 
+@pytest.mark.parametrize("address", ["sqlite://", "sqlite:///", "sqlite:", "http://"])
+def test_a_tracker_that_is_nowhere(
+    refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    """In memory: each task would have a database of its own, of which nothing stays."""
+    write_sweep(grid=GRID)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert f"'{address}': it names no server and nothing that stays; give" in refusal("tiny.yaml")
+
+
 def test_a_database_is_the_same_one_from_every_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +328,14 @@ def test_a_path_that_kfp_cannot_run_from(
     write_sweep(grid=GRID)
     monkeypatch.setattr(sys, "executable", "/my project/.venv/bin/python")
     assert "space" in refusal("tiny.yaml")
+
+
+@pytest.mark.parametrize(("text", "word"), [("on python3.12", "python3"), ("{{$.pipeline_job_name}}", "{{$")])
+def test_a_text_that_kfp_would_rewrite(
+    refusal: Refusal, write_sweep: Callable[..., Path], text: str, word: str
+) -> None:
+    write_sweep(grid=GRID, description=text)
+    assert f"would rewrite '{word}' in sweep" in refusal("tiny.yaml")
 
 
 def test_a_child_says_nothing_of_its_own_where_all_is_well(tmp_path: Path) -> None:
@@ -348,6 +402,37 @@ def test_what_replay_met_is_not_hidden(
         replay.app(["smoke"])
     assert ended.value.code == 2
     assert "no room in the store" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [report, replay, stack])
+def test_a_full_disk_is_one_sentence(
+    command: Any,
+    write_sweep: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'x.db'}")
+    monkeypatch.setattr(replay.tracking, "ensure", lambda: None)
+    for trial in load_sweep(write_sweep(grid=GRID)).trials().values():
+        (tmp_path / "store/trials" / trial.key() / "checkpoints/000000003").mkdir(parents=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # write() fails as it does on a full disk
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command.app(["down" if command is stack else "tiny.yaml"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.value.code == 2
+    assert "File too large; make room, or set DVQ_STORE to a folder" in capsys.readouterr().err
+
+
+def test_a_terminal_without_a_character_has_another_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    preflight.application(lambda: print("6.9 ± 0.1", flush=True))([], standalone_mode=False)
+    assert sys.stdout.buffer.getvalue() == b"6.9 ? 0.1\n"  # type: ignore[attr-defined]
 
 
 def test_a_stack_without_what_it_needs_is_one_sentence(

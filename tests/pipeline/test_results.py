@@ -250,7 +250,9 @@ def test_the_sample_and_unknown_sweeps_are_refused(
     assert files(root) == set(TUNE)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"trial": {"estimator": "gs-soft"}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"trial": {"estimator": "gs-soft"}}', '{"trial": 5}', "[" * 100_000]
+)
 def test_a_file_that_is_no_result_is_one_sentence(content: str, tmp_path: Path) -> None:
     path = tmp_path / "gs-soft.json"
     path.write_text(content)

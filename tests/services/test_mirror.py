@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 
 from components import mirror as mirrors
 from components.bucket import Bucket
+from components.folder import State
 from components.manifest import Manifest, Piece, parse, paths
 from components.mirror import Mirror, OvertakenError
 from components.s3 import MissingError
@@ -39,7 +41,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def worker(bucket: Bucket, folder: Path) -> Mirror:
     """A worker with its cache in ``folder``; those with different ones are as on different machines."""
-    return Mirror(bucket, "trials/x-1", folder, lambda folder: {"files": len(paths(folder))})
+    return Mirror(
+        bucket, "trials/x-1", folder, lambda folder: asdict(State("interrupted", step=len(paths(folder))))
+    )
 
 
 def claimed(bucket: Bucket, folder: Path) -> Mirror:
