@@ -79,7 +79,9 @@ def test_a_run_repeats_bit_for_bit(estimator: str, options: dict[str, Any], gpu:
 
 
 @pytest.mark.parametrize("head", ["1x1", "transposed"])
-@pytest.mark.parametrize("estimator", ["gs-soft", "gs-hard", "reinmax", "vimco", "rloo", "vq-ema", "fsq", "gaussian"])
+@pytest.mark.parametrize(
+    "estimator", ["gs-soft", "gs-hard", "reinmax", "vimco", "rloo", "vq-ema", "fsq", "gaussian"]
+)
 def test_bfloat16_changes_bits_per_dim_by_less_than_0_005(
     estimator: str, head: str, gpu: torch.device
 ) -> None:
