@@ -42,8 +42,9 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
 
 def write(sweep: Sweep, store: Store) -> tuple[Path, dict[str, str]]:
     """Write the sweep's report to the store and to MLflow; its path, and why trials are not finished, by name. Of
-    several processes that do, as launches that waited for the same trial, one waits for the other."""
-    with disk.locked(store.report(sweep.name).with_name(f".{sweep.name}.lock")):
+    several processes on a machine that do, as launches that waited for the same trial, one waits for the other."""
+    lock = store.report(sweep.name).with_name(f".{sweep.name}.lock")
+    with disk.locked(lock, lambda: print("waiting for another launch that writes this report", flush=True)):
         return _write(sweep, store)
 
 

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from components import logged
 from components.folder import read_json
 from components.tracking import experiment_id
-from dvq import DvqError, fingerprints, style
+from dvq import DvqError, fingerprints
 from dvq.events import Tail
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Run:
         self.server, self.folder, self.id = server, folder, run.info.run_id
         self._status, self._reason = run.info.status, run.data.tags.get("dvq.failure", "")
         self._name, self._model = document["name"], _model(server, run)
-        self._shape = fingerprints.shape(document["trial"]["data"])
+        self._shape, self._about = fingerprints.shape(document["trial"]["data"]), _about(document)
         # The points of a name come in the order of their steps, and of training that goes on after an interruption
         # the same come again: what is new lies beyond the last. Only here has MLflow the steps of the last points.
         self._last = {metric.key: metric.step for metric in run.data._metric_objs}
@@ -97,10 +97,10 @@ class Run:
             return
         if reason:
             self.server.set_tag(self.id, "dvq.failure", reason)
-            self.server.set_tag(self.id, "mlflow.note.content", f"`{self._name}` failed: {reason}")
+            self.server.set_tag(self.id, "mlflow.note.content", f"{self._about} failed: {reason}")
         elif self._reason:  # it is tried again
             self.server.delete_tag(self.id, "dvq.failure")
-            self.server.set_tag(self.id, "mlflow.note.content", f"`{self._name}`, tried again")
+            self.server.set_tag(self.id, "mlflow.note.content", self._about)
         if status == "RUNNING":
             self.server.update_run(self.id, status=status)
         else:
@@ -153,17 +153,22 @@ def _find_or_create(
             return run
         if _store():
             server.delete_run(run.info.run_id)
-    label = fingerprints.label(document["trial"]["data"])
+    from dvq.style import tint
+
     tags = {
         "dvq.key": document["key"],
         "dvq.attempt": document["attempt"],
         "dvq.store": _store(),
-        "dvq.data": label,
-        "mlflow.note.content": f"`{document['name']}` on {label}",
-        "mlflow.runColor": style.tint(document["trial"]["estimator"], document["name"]),
+        "dvq.data": fingerprints.label(document["trial"]["data"]),
+        "mlflow.note.content": _about(document),
+        "mlflow.runColor": tint(document["trial"]["estimator"], document["name"]),
     }
     first = next(Tail(folder).fresh(), {"time": time.time()})
     return server.create_run(experiment, round(first["time"] * 1000), tags, run_name=document["name"])
+
+
+def _about(document: dict[str, Any]) -> str:
+    return f"`{document['name']}` on {fingerprints.label(document['trial']['data'])}"
 
 
 def _send_inputs(server: "MlflowClient", run_id: str, trial: dict[str, Any]) -> None:

@@ -121,7 +121,7 @@ class Store:
 
     def keys(self) -> list[str]:
         """Of every trial in the store, whatever sweep it is of."""
-        return [folder.name for folder in (self.root / "trials").glob("*-*")]
+        return [folder.name for folder in (self.root / "trials").glob("[!.]*-*")]
 
     def family(self, trial: Trial) -> list[str]:
         """The keys of the trials of the same family."""

@@ -101,11 +101,12 @@ def experiment_id(server: "MlflowClient", name: str) -> str:
 
 
 def newest() -> str:
-    """The id of the experiment of the run that began last; empty if there is none, or MLflow does not tell."""
+    """The id of the experiment of our run that began last; empty if there is none, or MLflow does not tell."""
     try:
         server = client()
         known = [one.experiment_id for one in server.search_experiments()]
-        found = server.search_runs(known, order_by=["attributes.start_time DESC"], max_results=1)
+        order = ["attributes.start_time DESC"]
+        found = server.search_runs(known, "tags.`dvq.store` LIKE '%'", order_by=order, max_results=1)
     except Exception as error:
         print(f"tracking: {told(error)}", flush=True)
         return ""

@@ -21,6 +21,8 @@ from dvq.trial import Trial
 
 Point = dict[str, Any]
 NAME = re.compile(r"^[a-z0-9][a-z0-9-]*$")
+LARGEST = 4 << 20
+"""bytes of a sweep's file, with what it refers to written out"""
 """of a sweep, which is also its experiment's in MLflow and its report's folder"""
 
 
@@ -251,7 +253,9 @@ def _content(path: Path) -> Any:
     """What a YAML file holds, if it can travel as JSON."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        json.dumps(content, default=str, ensure_ascii=False).encode()
+        written = json.JSONEncoder(default=str, ensure_ascii=False).iterencode(content)
+        if any(size > LARGEST for size in itertools.accumulate(len(part.encode()) for part in written)):
+            raise ValueError(f"it holds more than {LARGEST >> 20} MB")  # as what stands for itself may
     except OSError as error:
         raise DvqError(f"sweep file {path}: {error.strerror}") from None
     except UnicodeDecodeError:

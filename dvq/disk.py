@@ -44,7 +44,7 @@ class Arrays:
     """Arrays that are kept in a file together."""
 
     def save(self, path: Path) -> None:
-        """Write the arrays to ``path``, which should end in ``.npz``."""
+        """Write the arrays to ``path``, which ends in ``.npz``."""
         np.savez_compressed(path, **asdict(self))
         sync(path)
 
@@ -58,7 +58,7 @@ class Arrays:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(**arrays)
-        except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        except (EOFError, TypeError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise DvqError(
                 f"{path} is damaged ({error}); remove its folder, or give FRESH=1, to have the trial computed anew"
             ) from None

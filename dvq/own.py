@@ -86,8 +86,8 @@ def _arrays(source: str) -> dict[str, npt.NDArray[Any]]:
         raise DvqError(f"DATA: name the file of your images, DATA=file.npz; in it {WANTED}")
     if "://" in source:
         raise DvqError(f"DATA={source}: images of your own come from a file; fetch it, and give that")
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if path.is_fifo():  # which would wait for ever
             raise OSError(errno.EINVAL, "it is a pipe; give a file")
         with np.load(path) as file:

@@ -139,10 +139,6 @@ def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[
     if best and best["bits_per_dim"] is not None:
         lowest = "lowest mean over seeds" if several else "lowest"
         parts.append(f"{lowest}: {escape(best['name'])}, {shown(best, 'bits_per_dim')} bits/dim")
-        if other := fitted_first(several or finished):
-            parts.append(
-                f"{lowest} when fitted: {escape(other['name'])}, {shown(other, 'fitted_bits_per_dim')} bits/dim"
-            )
         compared = [row for row in several[1:] if row["above"] is not None]
         if compared:
             near = len(compared) - sum(map(told_apart, compared))
@@ -151,6 +147,10 @@ def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[
             )
         if lone := len(several[1:]) - len(compared):
             parts.append(f"{lone} cannot be compared: no two seeds in common with it")
+        if other := fitted_first(several or finished):
+            parts.append(
+                f"{lowest} by fitted bits/dim: {escape(other['name'])}, {shown(other, 'fitted_bits_per_dim')}"
+            )
         parts.append(f"split {finished[0]['split']}")
     return " · ".join(parts)
 

@@ -13,7 +13,7 @@ from torch import Size, Tensor, dtype
 from dvq import DvqError, disk
 from dvq.config import trial as make_trial
 from dvq.model import Model
-from dvq.trial import values
+from dvq.trial import Trial, values
 
 
 def save(model: Model, folder: Path) -> None:
@@ -57,27 +57,35 @@ def load(path: str | Path) -> Model:
             )
             raise DvqError(f"{folder}: no model here: {name} is missing{hint}")
     try:
-        return _read(folder)
-    except (OSError, ValueError, TypeError, RuntimeError, MemoryError, SafetensorError) as error:
-        told = (str(error).splitlines() or ["out of memory"])[0]
-        raise DvqError(f"{folder}: the model's files are damaged: {told}") from None
+        fields, weights, written = _files(folder)
+        trial = make_trial(fields, where=str(folder / "trial.json"))
+        model = _network(trial, folder)
+        if _kinds(weights) != _kinds(model.state_dict()):
+            raise ValueError("model.safetensors holds another network than trial.json describes")
+        if written not in (None, _digest(weights)):  # older models do not say
+            raise ValueError("model.safetensors does not have the SHA-256 that it was written with")
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise DvqError(f"{folder}: the model's files are damaged: {str(error).splitlines()[0]}") from None
+    model.load_state_dict(weights)
+    return model.eval()
 
 
-def _read(folder: Path) -> Model:
-    """ValueError for files that do not belong together, or are not what was written."""
+def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
+    """The trial's fields, the weights, and the SHA-256 that they were written with."""
     fields = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
     if not isinstance(fields, dict):
         raise ValueError("trial.json holds no trial")
     with safe_open(folder / "model.safetensors", "pt") as file:
         written = (file.metadata() or {}).get("sha256")
-    weights = load_file(folder / "model.safetensors")
-    model = Model(make_trial(fields, where=str(folder / "trial.json")))
-    if _kinds(weights) != _kinds(model.state_dict()):
-        raise ValueError("model.safetensors holds another network than trial.json describes")
-    if written not in (None, _digest(weights)):  # older models do not say
-        raise ValueError("model.safetensors does not have the SHA-256 that it was written with")
-    model.load_state_dict(weights)
-    return model.eval()
+    return fields, load_file(folder / "model.safetensors"), written
+
+
+def _network(trial: Trial, folder: Path) -> Model:
+    try:
+        return Model(trial)
+    except (MemoryError, RuntimeError) as error:
+        told = (str(error).splitlines() or ["out of memory"])[0]
+        raise DvqError(f"{folder}: the network of trial.json cannot be made: {told}") from None
 
 
 def _kinds(weights: dict[str, Tensor]) -> dict[str, tuple[Size, dtype]]:

@@ -101,10 +101,13 @@ def best(results: Sequence[Result]) -> Result | None:
 
 
 def fitted_first(table: Sequence[Row]) -> Row | None:
-    """The row of lowest fitted bits/dim, where that is another than the first, which has the lowest bits/dim."""
-    known = [row for row in table if row.get("fitted_bits_per_dim") is not None]
-    lowest = min(known, key=lambda row: float(row["fitted_bits_per_dim"]), default=None)
-    return None if lowest is None or lowest is table[0] else lowest
+    """The row of lowest fitted bits/dim, where that is another than the first, which has the lowest bits/dim, and
+    every row has it."""
+    fitted = [row.get("fitted_bits_per_dim") for row in table]
+    if not fitted or None in fitted:
+        return None
+    lowest = min(table, key=lambda row: float(row["fitted_bits_per_dim"]))
+    return None if lowest is table[0] else lowest
 
 
 def settings(results: Sequence[Result]) -> list[Row]:

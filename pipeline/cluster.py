@@ -44,9 +44,9 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
         )
     job = bring_data(job)
     submit = Submitter(job, profile, kubeflow, experiment, console)
+    plan, began = forecast.plan(job.trials, job.store, profile, fresh), time.time()
     if fresh:  # now that nothing more can be refused
         remove(job)
-    plan, began = forecast.plan(job.trials, job.store, profile), time.time()
     conclusion.say(console, f"sweep {job.sweep.name}: {len(job.trials)} trials on {label(_data(job))}")
     if sum(plan.states.values()) - plan.states["finished"] > most:
         conclusion.say(

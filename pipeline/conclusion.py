@@ -43,7 +43,7 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
             console.print(_table(several, {key: SETTINGS[key] for key in SETTING}))
         if other := fitted_first(several or rows(finished, {})):
             value = shown(other, "fitted_bits_per_dim")
-            say(console, f"when fitted the order is another: lowest {other['name']}, {value}", prose=True)
+            say(console, f"by fitted bits/dim another is lowest: {other['name']}, {value}", prose=True)
         say(console, f"certificate {certificate(finished)}: equal when every number is equal, bit for bit")
         lost = goodput([one["training"]["goodput"] for one in finished])
         if lost:

@@ -94,7 +94,7 @@ class Connection:
 
     def _ask(self, ask: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """The answer; ApiException if it is an error, DvqError if it is none of KFP's."""
-        answer = None
+        answer = self._client.last_response = None
         try:
             answer = ask(*arguments, _request_timeout=TIMEOUT, **named)
         except api.ApiException as error:
@@ -104,8 +104,9 @@ class Connection:
         except HTTPError as error:
             raise self._unreachable(str(error)) from None
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # of what it cannot read
-            pass
-        last = getattr(self._client, "last_response", None)
+            if self._client.last_response is None:
+                raise
+        last = self._client.last_response
         if last and "json" not in last.getheader("Content-Type", ""):  # a session may end at any time
             raise DvqError(
                 f"{self} answers with a page to log in: set KFP_TOKEN, or KFP_COOKIE to its session's"

@@ -7,6 +7,7 @@ are those that a GPU is held: training and every evaluation, by the trials' own 
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ HELD = ("training", "evaluating")
 """The states in which a trial holds its GPU."""
 TASKS = 3
 """of a trial"""
+PROFILES = "the profile"
+"""in the place of a device"""
 
 
 @dataclass(frozen=True)
@@ -70,26 +73,31 @@ def plan(trials: Mapping[str, Trial], store: Store, profile: Profile, fresh: boo
     """Look at the store, and reckon; ``fresh``: as if it had nothing of the trials but their speed."""
     keys = [one.key() for one in trials.values()]
     store.look(keys)
-    families = {key for one in trials.values() for key in store.family(one)}
-    known = _measured(families, store, profile)
-    if any(_like(one) not in known for one in trials.values()):  # other sweeps' too, which may be many
-        known = _measured(store.keys(), store, profile)
+    done = {name for name, one in trials.items() if not fresh and store.state(one.key()).name == "finished"}
+    known = _measured({key for one in trials.values() for key in store.family(one)}, store, profile)
+    others: dict[str, Speed] = {}
+    if any(_like(one) not in known for name, one in trials.items() if name not in done):
+        with suppress(DvqError):  # what is wrong with another sweep's trials is not this one's concern
+            store.look(store.keys())
+            others = _measured(store.keys(), store, profile)
     states = dict.fromkeys(("finished", "going on", "failed before", "new"), 0)
-    seconds, guessed, unknown = 0.0, 0, []
+    seconds, guessed, unknown, used = 0.0, 0, [], set[str]()
     for name, one in trials.items():
         reached = 0 if fresh else store.reached(one)
         state = "new" if fresh else store.state(one.key()).name
         told = {"finished": state, "failed": "failed before"}.get(state, "going on" if reached else "new")
         states[told] += 1
-        if state == "finished":
+        if name in done:
             continue
-        like = known.get(_like(one)) or _guess(one, known, profile)
-        guessed += _like(one) not in known and like is not None
+        alike = known.get(_like(one)) or others.get(_like(one))
+        like = alike or _guess(one, known, profile) or _guess(one, others, profile)
+        guessed += alike is None and like is not None
         if like is None:
             unknown.append(name)
         else:
             seconds += (one.steps - reached) * one.batch_size / like[0]
-    measured_on = tuple(sorted({device for _, device in known.values()}))
+            used.add(like[1])
+    measured_on = tuple(sorted(used - {PROFILES}))
     return Plan(states, seconds * devices(profile) / 3600, guessed, tuple(unknown), measured_on)
 
 
@@ -99,17 +107,18 @@ Speed = tuple[float, str]
 
 def _measured(keys: Iterable[str], store: Store, profile: Profile) -> dict[str, Speed]:
     """The slowest speed that was measured, by :func:`_like`, of those of the trials ``keys`` that are finished."""
-    store.look(keys := sorted(keys))
-    store.follow(keys := [key for key in keys if store.has(key, "results.json")])
+    keys = [key for key in sorted(keys) if store.has(key, "results.json")]
+    store.follow(keys)
     kind, found = "cuda" if profile.gpu else "cpu", dict[str, Speed]()
     for key in keys:
-        result: dict[str, Any] = store.results(key) or {}
-        device = result.get("provenance", {}).get("device", "")
-        if device.startswith(kind):
-            images = result["trial"]["steps"] * result["trial"]["batch_size"]
-            seconds = max(held(store.trial(key)), result["training"]["seconds"])
-            like = _shape(result["trial"])
-            found[like] = min(found.get(like, (float("inf"), "")), (images / seconds, device))
+        with suppress(DvqError, KeyError):  # a damaged one tells nothing here
+            result: dict[str, Any] = store.results(key) or {}
+            device = result.get("provenance", {}).get("device", "")
+            if device.startswith(kind):
+                images = result["trial"]["steps"] * result["trial"]["batch_size"]
+                seconds = max(held(store.trial(key)), result["training"]["seconds"])
+                like = _shape(result["trial"])
+                found[like] = min(found.get(like, (float("inf"), "")), (images / seconds, device))
     return found
 
 
@@ -131,7 +140,7 @@ def _guess(trial: Trial, known: Mapping[str, Speed], profile: Profile) -> Speed 
         if one["estimator"] == name and fingerprints.shape(one["data"]) == trial.image_shape
     ]
     if name in profile.images_per_second:
-        like.append((profile.images_per_second[name], "the profile"))
+        like.append((profile.images_per_second[name], PROFILES))
     return min(like, default=None)
 
 

@@ -37,6 +37,8 @@ TRACKERS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databric
 """What an address of MLflow may begin with."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
 """What the system says where files cannot be written; all else that it says is a bug."""
+ASKED = (errno.EACCES, errno.ENAMETOOLONG)
+"""Of these, what may be of any file that was named."""
 OTHER_LOGINS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
 
 
@@ -53,7 +55,10 @@ def one_sentence() -> Iterator[None]:
         if error.errno not in NO_ROOM:
             raise
         place = error.filename or "the disk"
-        told = f"{place}: {error.strerror}; make room, or set DVQ_STORE to a folder that can be written"
+        mended = (
+            "" if error.errno in ASKED else "; make room, or set DVQ_STORE to a folder that can be written"
+        )
+        told = f"{place}: {error.strerror}{mended}"
     else:
         return
     print(f"error: {told}", file=sys.stderr)

@@ -198,7 +198,10 @@ def test_a_failed_run_goes_on_when_its_trial_does(tmp_path: Path) -> None:
     tracking.TrialRun(folder, "sweep").sync()
     (failed,) = runs()
     assert (failed.info.status, failed.data.tags["dvq.failure"]) == ("FAILED", "the machine was on fire")
-    assert failed.data.tags["mlflow.note.content"] == "`gs-soft-c4-k8-s0` failed: the machine was on fire"
+    assert (
+        failed.data.tags["mlflow.note.content"]
+        == "`gs-soft-c4-k8-s0` on the bundled sample of CIFAR-10 failed: the machine was on fire"
+    )
     again = Events(folder)
     again.state("training")
     again.metrics(3, {"train/rate": 0.3})
@@ -400,7 +403,8 @@ def test_the_newest_experiment_is_that_of_the_run_that_began_last(
     assert tracking.newest() == ""
     first, second = (tracking.experiment_id(server, name) for name in ("first", "second"))
     for at, experiment in ((2000, first), (1000, second)):
-        server.create_run(experiment, at)
+        server.create_run(experiment, at, {"dvq.store": ""})
+    server.create_run(second, 3000)  # somebody else's
     assert tracking.newest() == first
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     assert tracking.newest() == ""

@@ -14,6 +14,10 @@ from dvq.fingerprints import FINGERPRINTS
 from dvq.trial import Discrete
 
 GS = {"estimator": "gs-soft"}
+ALIASES = "".join(
+    f"a{n}: &a{n} [{', '.join(10 * [f'*a{n - 1}' if n else 'x'])}]\n" for n in range(9)
+).encode()
+"""ten to the ninth words"""
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,7 @@ def test_a_sweep_may_merge_and_set_anew(tmp_path: Path) -> None:
         ("hex.yaml", b"base: {steps: 0x%s}" % (b"f" * 5000), "not valid YAML: Exceeds the limit"),
         ("nested.yaml", b"{a: " * 3000, "nested too deep"),
         ("round.yaml", b"base: {num_codes: &a [*a]}", "not valid YAML: Circular reference"),
+        ("much.yaml", ALIASES, "it holds more than 4 MB"),
         ("half.yaml", b'description: "\\uD800"', "surrogates not allowed"),
         ("date.yaml", b"base: {2024-01-01: 1}", "not valid YAML: keys must be str"),
         ("missing.yaml", None, "No such file"),

@@ -192,13 +192,14 @@ def test_settings_are_compared_seed_by_seed(sweep):
     assert [*map(tables.told_apart, rows[1:])] == [True, False]
     page = Page(report.page(smoke(), made, {}, {})).text
     assert "lowest mean over seeds: gs-soft-c16-k4, 7.500 ± 0.289 bits/dim" in page
-    assert "when fitted" not in page
+    assert "by fitted" not in page
     for one in made:
         one["evaluation"]["fitted_bits_per_dim"] = 8 - one["evaluation"]["bits_per_dim"] / 10
     page = report.page(smoke(), made, {}, {})
     other = tables.fitted_first(tables.settings(made))
     assert other is not None
-    assert f"lowest mean over seeds when fitted: {other['name']}, " in page
+    assert tables.fitted_first([{"fitted_bits_per_dim": bits} for bits in (None, 5.4)]) is None, "not known"
+    assert f"lowest mean over seeds by fitted bits/dim: {other['name']}, " in page
     assert "1 of 2 other settings cannot be told from it (95%, each by itself)" in page
     assert tables.settings(made[:3])[0]["above"] is None
 

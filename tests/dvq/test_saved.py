@@ -168,7 +168,7 @@ DAMAGE = {
     "another size": (_other_size, "another network"),
     "no size at all": (
         lambda folder: _other_size(folder, num_latents=2**31 - 1, code_dim=2**31 - 1),
-        "damaged",
+        "cannot be made",
     ),
     "bfloat16": (lambda folder: _other_type(folder, torch.bfloat16), "another network"),
     "float8": (lambda folder: _other_type(folder, torch.float8_e5m2), "another network"),
@@ -232,3 +232,9 @@ def test_another_repository_around_the_code_is_not_its_version(
     assert commit() == "unknown"
     subprocess.run([*git, "add", "."], check=True)
     assert commit().endswith("-dirty")
+
+
+def test_a_bug_in_an_estimator_is_no_damage(folder, monkeypatch) -> None:
+    monkeypatch.setattr("dvq.saved.Model", lambda _: len(None))
+    with pytest.raises(TypeError):
+        dvq.load(folder)

@@ -92,14 +92,14 @@ def test_settings_are_told_by_their_differences(tmp_path: Path) -> None:
     lines = re.sub(r"\x1b\[\d*m", "", out.getvalue()).partition("means over seeds")[2].splitlines()
     assert "+0.505 ± 0.005" in lines[4]
     assert max(map(len, lines)) <= 80
-    assert "when fitted" not in out.getvalue()
+    assert "by fitted" not in out.getvalue()
     for one in sweep.trials().values():
         path = Store(tmp_path).trial(one.key()) / "results.json"
         found = json.loads(path.read_text())
         found["evaluation"]["fitted_bits_per_dim"] = 6.5 - one.num_codes / 100
         path.write_text(json.dumps(found))
     conclusion.show(sweep, sweep.trials(), Store(tmp_path), Console(file=out, width=80))
-    assert "when fitted the order is another: lowest vq-ema-c32-k8, 6.180 ± 0.000" in out.getvalue()
+    assert "by fitted bits/dim another is lowest: vq-ema-c32-k8, 6.180 ± 0.000" in out.getvalue()
 
 
 def test_what_interruptions_cost_is_told_where_there_were_some() -> None:

@@ -166,3 +166,34 @@ def test_what_was_spent_counts_from_its_beginning(store: Store) -> None:
     assert forecast.spent(trials, store, GPU, 1e9 + 60) * 3600 == pytest.approx(HELD - 60)
     assert forecast.spent(trials, store, GPU, 1e9 + 3795) * 3600 == pytest.approx(5)
     assert forecast.spent(trials, store, GPU, 1e9 + 5000) == 0
+
+
+@pytest.mark.parametrize("damage", ["{", '{"provenance": {"device": "cuda"}, "trial": {}}'])
+def test_what_is_wrong_with_other_sweeps_trials_is_left_out(damage: str, store: Store) -> None:
+    """As are the store's locks."""
+    finish(store, sweep("vq-ema"), "vq-ema-c512-k8-s0")
+    finish(store, sweep("gs-soft"), "gs-soft-c512-k8-s0")
+    (store.root / "trials" / ".vq-ema-1.lock").touch()
+    (store.trial(sweep("gs-soft").trials()["gs-soft-c512-k8-s0"].key()) / "results.json").write_text(damage)
+    found = forecast.plan(sweep("vq-ema", seeds=(7,)).trials(), store, GPU)
+    assert (found.hours * 3600, found.unknown) == (pytest.approx(HELD), ())
+    assert len(store.keys()) == 2
+
+
+def test_a_sweeps_own_trials_tell_more_than_others(store: Store) -> None:
+    """A guess is of its own slowest; a device that told of nothing is not named."""
+    finish(store, sweep("vq-ema"), "vq-ema-c512-k8-s0")
+    slow = [(0, "state", "training"), (5000, "state", "finished")]
+    finish(store, sweep("vq-ema", num_codes=[16]), "vq-ema-c16-k8-s0", "cuda:0 (slow)", slow)
+    found = forecast.plan(sweep("vq-ema", num_codes=[8, 512]).trials(), store, GPU)
+    assert (found.hours * 3600, found.guessed) == (pytest.approx(3 * HELD), 2)
+    assert found.devices == ("cuda:0 (H200)",)
+
+
+def test_for_a_sweep_that_is_finished_no_other_is_looked_at(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sweep("vq-ema", seeds=(0,))
+    finish(store, whole, "vq-ema-c512-k8-s0", "cpu (AVX512)")
+    monkeypatch.setattr(Store, "keys", lambda _: 1 / 0)
+    assert forecast.plan(whole.trials(), store, GPU).states["finished"] == 1
