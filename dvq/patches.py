@@ -5,6 +5,8 @@ Neurophysiology knows it as the spike-triggered average (de Boer & Kuyper 1968):
 Shapes: K latent variables, each with a codebook of C codes, of which the n most used are kept; patches of S×S pixels.
 """
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -56,25 +58,28 @@ def take(model: "Model", images: NDArray[np.uint8]) -> Patches:
     Raises:
         DvqError: other images, or a model whose latent variables are continuous.
     """
+    import torch
+
     images = np.array(images[: -(-PLACES // model.trial.positions)])
-    codes = model.encode(images).cpu().numpy().reshape(-1, model.trial.num_latents).T  # (K, N)
+    pieces = np.split(images, range(at_once := max(1, model.trial.images_at_once // 5), len(images), at_once))
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    found = [model.encode(piece, generator).cpu().numpy() for piece in pieces]  # each (B, H/4, W/4, K)
+    codes = np.concatenate(found).reshape(-1, model.trial.num_latents).T  # (K, N)
     counts = np.stack([np.bincount(one, minlength=model.latents.codebook.shape[1]) for one in codes])
     most = (-counts).argsort(axis=1, kind="stable")[:, :CODES]
     times = np.take_along_axis(counts, most, axis=1)
     there = codes[:, None] == most[..., None]  # (K, n, N)
-    sums, total = (
-        np.zeros((*most.shape, SIDE * SIDE * images.shape[-1])),
-        np.zeros(SIDE * SIDE * images.shape[-1]),
-    )
-    for start in range(0, len(images), at_once := model.trial.images_at_once):
-        patches = _patches(images[start : start + at_once])
-        places = slice(start * model.trial.positions, (start + at_once) * model.trial.positions)
-        sums += there[..., places].astype(np.float32) @ patches  # of whole numbers under 2²⁴: exact
+    size = (SIDE, SIDE, images.shape[-1])
+    sums, total = np.zeros((*most.shape, math.prod(size))), np.zeros(math.prod(size))
+    for start, piece in zip(itertools.count(0, at_once * model.trial.positions), pieces, strict=False):
+        patches = _patches(piece)
+        chosen = there[..., start : start + len(patches)].astype(np.float32)
+        sums += chosen @ patches  # whole numbers under 2²⁴: exact
         total += patches.sum(axis=0, dtype=np.float64)
     means = sums / times.clip(min=1)[..., None]
     differences = np.where(times[..., None], means - total / codes.shape[1], 0)
-    shape = (*most.shape, SIDE, SIDE, images.shape[-1])
-    return Patches(most, times / codes.shape[1], differences.reshape(shape).astype(np.float32))
+    share = times / codes.shape[1]
+    return Patches(most, share, differences.reshape(*most.shape, *size).astype(np.float32))
 
 
 def _patches(images: NDArray[np.uint8]) -> NDArray[np.float32]:
