@@ -47,7 +47,8 @@ def test_failures_are_named_and_only_they_are_tried_again(
     launcher: Any, write_sweep: Callable[..., Path], wait: Wait
 ) -> None:
     """One trial raises, one runs out of memory, one is killed with SIGKILL, and one is well."""
-    points: list[dict[str, Any]] = [{}, {"learning_rate": 1e30}, {"num_codes": 2**40}, {"steps": 40}]
+    much = {"num_codes": 2**30, "code_dim": 2**20}
+    points: list[dict[str, Any]] = [{}, {"learning_rate": 1e30}, much, {"steps": 40}]
     sweep = write_sweep(include=[{"estimator": "gs-soft", **point} for point in points])
     trials = Trials(sweep)
     good, diverged, memory, killed = trials.folders
