@@ -198,10 +198,9 @@ def test_a_failed_run_goes_on_when_its_trial_does(tmp_path: Path) -> None:
     tracking.TrialRun(folder, "sweep").sync()
     (failed,) = runs()
     assert (failed.info.status, failed.data.tags["dvq.failure"]) == ("FAILED", "the machine was on fire")
-    assert (
-        failed.data.tags["mlflow.note.content"]
-        == "`gs-soft-c4-k8-s0` on the bundled sample of CIFAR-10 failed: the machine was on fire"
-    )
+    said = failed.data.tags["mlflow.note.content"]
+    assert said.startswith("`gs-soft-c4-k8-s0` on bundled sample")
+    assert said.endswith(" failed: the machine was on fire")
     again = Events(folder)
     again.state("training")
     again.metrics(3, {"train/rate": 0.3})
