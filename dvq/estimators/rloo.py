@@ -20,7 +20,7 @@ class RLOO(Stochastic):
 
         surrogate = −(1/S) Σ_s [stopgrad(w_s − (1/(S−1)) Σ_{r≠s} w_r)·log q(z_s|x) + log p(x, z_s)].
 
-    Source: Kool, van Hoof & Welling 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", section 2.
+    Source: Kool, van Hoof & Welling 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
     """
 
     estimator: Literal["rloo"] = "rloo"
