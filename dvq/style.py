@@ -1,5 +1,6 @@
 """What the pictures share: an estimator's colour, the look of an axis, which trials there is room for, the files."""
 
+import hashlib
 import math
 import re
 import textwrap
@@ -169,7 +170,7 @@ def varied(result: Result) -> str:
 
 def tint(estimator: str, name: str) -> str:
     """The estimator's colour, so much lighter, up to the half, as the trial's name decides: for runs side by side."""
-    lighter = zlib.crc32(name.encode()) % 6 / 10
+    lighter = hashlib.sha256(name.encode()).digest()[0] % 6 / 10
     red, green, blue = (one + (1 - one) * lighter for one in to_rgb(style(estimator)[1]))
     return to_hex((red, green, blue))
 

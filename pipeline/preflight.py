@@ -35,10 +35,9 @@ PROFILE = {"docker": "docker", "kfp": "nvidia"}
 
 TRACKERS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 """What an address of MLflow may begin with."""
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
-"""What the system says where files cannot be written; all else that it says is a bug."""
-ASKED = (errno.EACCES, errno.ENAMETOOLONG)
-"""Of these, what may be of any file that was named."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+REFUSED = (errno.EACCES, errno.ENAMETOOLONG)
+"""What the system says of a disk, and of a file that was named; all else that it says is a bug."""
 OTHER_LOGINS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
 
 
@@ -52,13 +51,11 @@ def one_sentence() -> Iterator[None]:
     except DvqError as error:
         told = str(error)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in NO_ROOM + REFUSED:
             raise
         place = error.filename or "the disk"
-        mended = (
-            "" if error.errno in ASKED else "; make room, or set DVQ_STORE to a folder that can be written"
-        )
-        told = f"{place}: {error.strerror}{mended}"
+        mended = "; make room, or set DVQ_STORE to a folder that can be written"
+        told = f"{place}: {error.strerror}" + mended * (error.errno in NO_ROOM)
     else:
         return
     print(f"error: {told}", file=sys.stderr)

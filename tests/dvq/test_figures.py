@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 from matplotlib import colormaps
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from matplotlib.text import Text
 
@@ -316,6 +317,17 @@ def test_an_unknown_estimator_has_its_own_fixed_colour():
     assert style.style("mine") == style.style("mine")
     assert style.style("mine")[0] == "mine"
     assert len({style.style(name)[1] for name in style.STYLES}) == len(style.STYLES)
+
+
+def test_runs_have_their_estimators_colour_in_shades():
+    names = [f"gs-soft-c{codes}-k4-s0" for codes in (16, 32, 64, 128)]
+    shades = [np.array(to_rgb(style.tint("gs-soft", name))) for name in names]
+    white, pure = np.ones(3), np.array(to_rgb(style.style("gs-soft")[1]))
+    for shade in shades:
+        lighter = (shade - pure) / (white - pure)
+        assert np.ptp(lighter) < 0.02, "but for what eight bits round"
+        assert -0.01 < lighter[0] < 0.52
+    assert len({tuple(shade) for shade in shades}) > 1
 
 
 def test_figure_1b_shows_all_codes_beside_the_used():
