@@ -65,7 +65,7 @@ def evaluate(data: Path, model: Path, evaluation: Path, record: bool = False) ->
 
 
 def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:
-    from dvq import device
+    from dvq import autoregressive, device
     from dvq import load as load_model
     from dvq.evaluate import evaluate as judge
     from dvq.provenance import provenance
@@ -74,7 +74,9 @@ def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:
     place = device.pick()
     judged, split = load_model(model).to(place), trial.split
     seen = images.training(split)[0] if images.fits(trial) else None
-    found = judge(judged, images.evaluation(split)[0], bound_samples=trial.bound_samples, training=seen)
+    steps = 0 if seen is None else getattr(trial, "autoregressive_steps", 0)
+    prior = autoregressive.fit(judged, seen, steps) if steps else None
+    found = judge(judged, images.evaluation(split)[0], None, 0, trial.bound_samples, seen, prior)
     made_by = provenance(str(place))  # it may be another than trained it
     return {"split": split, **found, "provenance": {**made_by, **_judged(images, model)}}
 

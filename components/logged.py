@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 REQUIREMENTS = ("torch", "numpy", "pydantic", "pyyaml", "safetensors", "mlflow")
 """of the logged model"""
-FINAL = ("fitted_bits_per_dim", "bound", "components_95_weighted")
+FINAL = ("fitted_bits_per_dim", "autoregressive_bits_per_dim", "bound", "components_95_weighted")
 """What the results have beside the curves: few, for MLflow draws a chart of each."""
 
 

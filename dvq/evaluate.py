@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dvq import DvqError
+from dvq.autoregressive import Autoregressive
 from dvq.latents import Codebooks, Sample, per_image
 from dvq.model import Model
 from dvq.quantizers import Deterministic
@@ -35,6 +36,7 @@ class _Pass:
     rates: list[Tensor] = field(default_factory=list)  # (B, K)
     draws: list[Tensor] = field(default_factory=list)  # (S, B), the ELBO of each draw
     bounds: list[Tensor] = field(default_factory=list)  # (B,), L_S
+    autoregressive: list[Tensor] = field(default_factory=list)  # (B,), the rate under an autoregressive prior
     usage: Tensor | None = None  # (K, C)
 
     def add(self, sample: Sample, distortion: Tensor) -> None:
@@ -55,6 +57,7 @@ def evaluate(
     seed: int = 0,
     bound_samples: int = 1,
     training: NDArray[np.uint8] | None = None,
+    prior: Autoregressive | None = None,
 ) -> dict[str, Any]:
     """The single-sample ELBO with hard samples z ~ q(z|x), on all ``images`` (N, H, W, 3) uint8.
 
@@ -66,14 +69,15 @@ def evaluate(
     one draw at a time, so that memory does not grow with S. Of a deterministic q (VQ-VAE, FSQ) it is the ELBO.
 
     With ``training``, the images that the model was trained on, also the ELBO of the model that :func:`fit` makes
-    of it.
+    of it. With an autoregressive ``prior`` of the model's codes, also the ELBO with it in place of p(z).
 
     Returns:
         all in bits/dim: ``bits_per_dim``, ``rate`` and ``distortion``, with standard errors over images
         (``_se``); ``bound`` (−L_S), and ``draws_se``, the standard deviation of the mean over images between
         repeated draws; ``ledger``: ``latents`` (the rate of each of the K) and ``channels`` (the distortion of
         red, green and blue, or of gray), which add up to ``bits_per_dim``; with ``training``,
-        ``fitted_bits_per_dim``. For discrete latent variables also ``rate_uniform`` (P·K·log C, VQ-VAE's and FSQ's
+        ``fitted_bits_per_dim``; with ``prior``, ``rate_autoregressive`` and ``autoregressive_bits_per_dim``, of the
+        same draw. For discrete latent variables also ``rate_uniform`` (P·K·log C, VQ-VAE's and FSQ's
         rate under a uniform prior), ``rate_least`` (under the prior of these images' own codes, for which no
         factorial prior has less: no bound), ``usage`` (K lists of C counts over the whole pass), ``perplexity``
         (mean over k of exp H(usage_k)) and ``dead_codes``.
@@ -98,6 +102,8 @@ def evaluate(
             distortion = model.channel_distortions(sample.vectors, batch)
             if draw == 0:
                 gathered.add(sample, distortion)
+                if prior is not None:
+                    gathered.autoregressive.append(_rate_under(prior, model, sample, len(batch)))
             nll = distortion.sum(1).double()
             elbos.append(nll + per_image(sample.rate, len(batch)))
             weights.append(-nll - per_image(sample.log_ratio, len(batch)))
@@ -109,6 +115,13 @@ def evaluate(
         result["fitted_bits_per_dim"] = evaluate(fitted, images, batch_size, seed)["bits_per_dim"]
     model.train(was_training)
     return result
+
+
+def _rate_under(prior: Autoregressive, model: Model, sample: Sample, images: int) -> Tensor:
+    """log q(z|x) − log r(z) [nats] of each image, by its draw: (B,)."""
+    assert sample.codes is not None
+    log_q = per_image(sample.log_ratio + model.latents.log_p_each(sample.codes), images)
+    return log_q - prior(sample.codes.T.unflatten(0, (images, *model.trial.grid)))
 
 
 @torch.no_grad()
@@ -193,6 +206,10 @@ def _summary(gathered: _Pass, bound_samples: int, model: Model) -> dict[str, Any
         result["bound"] = (torch.cat(gathered.bounds).mean() * trial.bits_per_nat).item()
         result["bound_samples"] = bound_samples
         result["draws_se"] = means.std().item() if len(means) > 1 else 0.0
+    if gathered.autoregressive:
+        under = torch.cat(gathered.autoregressive).mean().item() * trial.bits_per_nat
+        result["rate_autoregressive"] = under
+        result["autoregressive_bits_per_dim"] = result["distortion"] + under
     result["ledger"] = {"latents": rates.mean(0).tolist(), "channels": distortions.mean(0).tolist()}
     if gathered.usage is not None:
         k, c = gathered.usage.shape

@@ -134,8 +134,9 @@ def page(results: Sequence[Result], place: Path) -> str:
         "Written by `make results SWEEP=…` from the JSON files of this folder. To compute a row again: "
         f"`make submit-sweep SWEEP={place}/<its file> DATA=…`. Bits/dim is the single-sample ELBO of hard "
         "samples over every image of the split, ± its standard error over images. Beside it stand L_S; `fitted`, the "
-        "same with prior and batch normalization's statistics fitted to the training images; and for VQ-VAE and FSQ "
-        "the bits/dim under a `uniform prior`. Minutes are of training, some beside other work on the machine; "
+        "same with prior and batch normalization's statistics fitted to the training images; `AR prior`, with an "
+        "autoregressive prior of the codes; and for VQ-VAE and FSQ the bits/dim under a `uniform prior`. Minutes are "
+        "of training, some beside other work on the machine; "
         "`code` is the commit that trained.",
         f"## The paper's numbers\n\n{PUBLISHED}",
     ]
@@ -198,6 +199,7 @@ def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str
         "other settings": _told(others),
         "bits/dim": f"{judged['bits_per_dim']:.3f} ± {judged['bits_per_dim_se']:.3f}",
         "fitted": _number(judged.get("fitted_bits_per_dim"), ".3f"),
+        "AR prior": _number(judged.get("autoregressive_bits_per_dim"), ".3f"),
         "rate": f"{judged['rate']:.3f}",
         "distortion": f"{judged['distortion']:.3f}",
         "L_S": _number(judged.get("bound"), ".3f"),

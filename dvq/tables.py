@@ -23,6 +23,7 @@ COLUMNS = {
     "seed": ("seed", "d"),
     "bits_per_dim": ("bits/dim", ".3f"),
     "fitted_bits_per_dim": ("fitted", ".3f"),
+    "autoregressive_bits_per_dim": ("AR prior", ".3f"),
     "bound": ("L_S", ".3f"),
     "rate": ("rate", ".3f"),
     "distortion": ("distortion", ".3f"),
@@ -41,7 +42,7 @@ SETTINGS = {
     "above": ("above lowest", "+.3f"),
     "fitted_bits_per_dim": COLUMNS["fitted_bits_per_dim"],
     "fitted_above": ("above, fitted", "+.3f"),
-    **{key: COLUMNS[key] for key in ("rate", "distortion", "perplexity")},
+    **{key: COLUMNS[key] for key in ("autoregressive_bits_per_dim", "rate", "distortion", "perplexity")},
     "dead_codes": ("dead", ".0f"),
 }
 MEANS = [key for key in SETTINGS if key in COLUMNS and key != "name"]
@@ -63,7 +64,11 @@ def _row(result: Result) -> Row:
     row = {
         **{key: trial.get(key) for key in ("estimator", "num_codes", "num_latents", "seed", "steps")},
         **{key: evaluation.get(key) for key in ("bits_per_dim", "bits_per_dim_se", "rate", "distortion")},
-        **{key: evaluation.get(key) for key in ("fitted_bits_per_dim", "bound", "perplexity", "dead_codes")},
+        **{
+            key: evaluation.get(key)
+            for key in ("fitted_bits_per_dim", "autoregressive_bits_per_dim", "bound")
+        },
+        **{key: evaluation.get(key) for key in ("perplexity", "dead_codes")},
         "name": result["name"],
         "key": result.get("key"),
         "trial": trial,

@@ -162,9 +162,10 @@ class Trial(BaseModel):
         shorter ones of their family, for no schedule looks at the last step.
 
         That is the fields that differ from their defaults (so that a new field with a neutral default
-        invalidates nothing), the data's fingerprint and ``dvq.NUMERICS``.
+        invalidates nothing), the data's fingerprint and ``dvq.NUMERICS``; not what begins after training.
         """
-        chosen = {name: value for name, value in self.changed().items() if name != "steps"}
+        after = ("steps", "autoregressive_steps")
+        chosen = {name: value for name, value in self.changed().items() if name not in after}
         chosen |= {"estimator": self.estimator, "data": fingerprints.of(self.data), "numerics": dvq.NUMERICS}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -212,6 +213,14 @@ class Discrete(Trial):
     """C, categories of each latent variable"""
     prior: Literal["trained", "uniform"] = "trained"
     """trained: by maximum likelihood along with the model, and counted in the rate; uniform: 1/C"""
+    autoregressive_steps: Whole = 0
+    """the final evaluation also fits an autoregressive prior to the training images' codes, in so many steps, and
+    gives the bits/dim under it (``dvq.autoregressive``); 0: it does not. A trial that is trained is not trained again
+    for this"""
+
+    def key(self) -> str:
+        """The trial's name in the store, which tells the steps of an autoregressive prior too."""
+        return super().key() + (f"r{self.autoregressive_steps}" if self.autoregressive_steps else "")
 
 
 class LearnedCodes(Discrete):

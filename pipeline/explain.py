@@ -39,7 +39,7 @@ def explain(
 
 def _told(state: State, trained: bool, reached: int) -> str:
     start = f"goes on from step {reached}" if reached else "starts from the beginning"
-    new = f"it {start} of a trial of another length" if reached else "computed from the beginning"
+    new = f"it {start} of another trial" if reached else "computed from the beginning"
     if trained:
         start = "is only evaluated and analysed"
     return {
@@ -75,6 +75,9 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> 
         lines.append(
             f"  {'fitted':21} {evaluation['fitted_bits_per_dim']:9.5f}  prior and statistics estimated anew"
         )
+    if "autoregressive_bits_per_dim" in evaluation:
+        told = f"under an autoregressive prior, rate {evaluation['rate_autoregressive']:.5f}"
+        lines.append(f"  {'AR prior':21} {evaluation['autoregressive_bits_per_dim']:9.5f}  {told}")
     if "bound" in evaluation:
         lines.append(f"  {'L_S':21} {evaluation['bound']:9.5f}  S = {evaluation['bound_samples']}")
     model = store.trial(key) / "model"

@@ -20,7 +20,8 @@ def evaluate(
 
     Returns:
         evaluation: bits_per_dim, rate and distortion [bits/dim] with standard errors, fitted_bits_per_dim (with
-            batch normalization and prior fitted to the training images), and the codes' usage.
+            batch normalization and prior fitted to the training images), with the trial's autoregressive_steps also
+            autoregressive_bits_per_dim, and the codes' usage.
     """
     from pathlib import Path
 

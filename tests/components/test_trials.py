@@ -307,6 +307,22 @@ def test_a_longer_trial_goes_on_from_a_shorter_one(store: Store, prepared: Path,
     assert resumed["curves"] == once["curves"]
 
 
+def test_an_autoregressive_prior_asks_for_no_training(store: Store, prepared: Path, tmp_path: Path) -> None:
+    run("estimator=vq-ema", prepared, tmp_path / "without")
+    run("estimator=vq-ema autoregressive_steps=2", prepared, tmp_path / "with")
+    without, found = (
+        store.results(trial({**BASE, "estimator": "vq-ema", "autoregressive_steps": n}).key()) for n in (0, 2)
+    )
+    assert without is not None
+    assert found is not None
+    assert found["training"]["goodput"] == {"attempts": 1, "steps_lost": 0, "seconds_lost": 0.0}
+    assert found["curves"] == without["curves"], "of the same training"
+    told = dict(found["evaluation"])
+    assert told.pop("rate_autoregressive") != pytest.approx(told["rate"], rel=1e-6)
+    assert told.pop("autoregressive_bits_per_dim") < 10
+    assert told == without["evaluation"]
+
+
 def test_the_end_of_the_shorter_trial_is_not_the_longer_ones(
     store: Store, prepared: Path, tmp_path: Path
 ) -> None:

@@ -375,7 +375,7 @@ def test_explain_tells_every_state(
         "begun and not finished: it starts from the beginning",
         "only evaluated",
         "begun and not finished: it goes on from step 3",
-        "new: it goes on from step 2 of a trial of another length",
+        "new: it goes on from step 2 of another trial",
         "new: computed from the beginning",
         "it rained): it is tried again and is only evaluated and analysed",
         "7 of 8",

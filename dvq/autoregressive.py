@@ -1,0 +1,126 @@
+"""An autoregressive prior of the codes of a trained model, in place of the factorial one.
+
+    log r(z) = Σ_p Σ_k log r(z_pk | z_<p, z_p,<k),  positions p row by row, latent variables k in their order
+
+A causal transformer sees the codes of the positions before (van den Oord et al. 2017, section 3.3, has a PixelCNN
+there), and a small network for each k those of the latent variables before it at its own position.
+
+    rate = E_q[log q(z|x) − log r(z)],
+
+so that distortion + rate is −ELBO under r as it is under p. The model stays as it is: r learns from its codes of the
+training images alone.
+
+Shapes: B images, P = H/4·W/4 positions, K latent variables a position, C categories.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Generator, Tensor, nn
+
+from dvq import inputs
+from dvq.model import Model
+from dvq.randomness import minibatch, noise
+
+WIDTH, LAYERS, HEADS = 128, 4, 4
+
+
+class Autoregressive(nn.Module):
+    """r(z), which begins as the model's own factorial prior.
+
+    Args:
+        model: of whose codes it is; with continuous latent variables DvqError.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        inputs.discrete(model.trial)
+        self.trial = model.trial
+        log_prior = model.latents.log_prior().detach()
+        k, c = log_prior.shape
+        self.before = nn.Embedding(k * c, WIDTH)  # what the positions behind see of a code
+        self.beside = nn.Embedding(k * c, WIDTH)  # and the latent variables behind, at its own position
+        self.place = nn.Parameter(0.02 * torch.randn(model.trial.positions, WIDTH))
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, HEADS, 4 * WIDTH, dropout=0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.body = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.hidden = nn.Linear(WIDTH, k * WIDTH)
+        self.out = nn.Parameter(torch.zeros(k, WIDTH, c))
+        self.bias = nn.Parameter(log_prior.clone().unsqueeze(1))
+        self.register_buffer("first", c * torch.arange(k), persistent=False)
+        self.first: Tensor  # where the embeddings of each k begin
+        self.to(log_prior.device)
+
+    def context(self, codes: Tensor) -> Tensor:
+        """What each position sees of those before it: (B, p, K) → (B, p, WIDTH)."""
+        seen = self.before(codes + self.first).sum(2)
+        seen = torch.cat([torch.zeros_like(seen[:, :1]), seen[:, :-1]], 1) + self.place[: codes.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(codes.shape[1], device=codes.device)
+        found: Tensor = self.body(seen, mask=mask, is_causal=True)
+        return found
+
+    def logits(self, context: Tensor, codes: Tensor) -> Tensor:
+        """Of every latent variable, from those before it: (B, p, WIDTH), (B, p, K) → (K, B·p, C)."""
+        beside = self.beside(codes + self.first)
+        seen = beside.cumsum(2) - beside
+        hidden = nn.functional.gelu(self.hidden(context).unflatten(-1, seen.shape[2:]) + seen)
+        return torch.baddbmm(self.bias, hidden.flatten(0, 1).transpose(0, 1), self.out)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """log r(z) [nats] of each image: (B, H/4, W/4, K) → (B,)."""
+        codes = codes.flatten(1, 2)
+        logits = self.logits(self.context(codes), codes)
+        wanted = codes.flatten(0, 1).T.flatten()  # (K·B·P,)
+        nats = nn.functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="none")
+        return -nats.unflatten(0, (-1, *codes.shape[:2])).sum((0, 2))
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
+        """``n`` draws z ~ r(z), (n, H/4, W/4, K), for the model's ``decode``."""
+        device = self.place.device
+        generator = generator or Generator(device).manual_seed(0)
+        codes = torch.zeros(n, self.trial.positions, self.trial.num_latents, dtype=torch.long, device=device)
+        for p in range(codes.shape[1]):
+            context = self.context(codes[:, : p + 1])[:, -1:]
+            for k in range(codes.shape[2]):
+                q = self.logits(context, codes[:, p : p + 1])[k].softmax(-1)
+                codes[:, p, k] = q.multinomial(1, generator=generator).squeeze(-1)
+        return codes.unflatten(1, self.trial.grid)
+
+
+def fit(
+    model: Model,
+    training: NDArray[np.uint8],
+    steps: int = 5000,
+    seed: int = 0,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+) -> Autoregressive:
+    """The prior that maximizes log r(z), z ~ q(z|x) (VQ-VAE's nearest codes), over the training images.
+
+    By Adam, whose learning rate falls linearly to 0.
+
+    Args:
+        model: a trained one, which stays as it is.
+        training: the images (N, H, W, 3) uint8 that it was trained on.
+
+    Raises:
+        DvqError: other images, or a model whose latent variables are continuous.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        prior = Autoregressive(model)
+    device, was_training = prior.place.device, model.training
+    model.eval()
+    optimizer = torch.optim.Adam(prior.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+    for step in range(steps):
+        images = training[minibatch(step, batch_size, len(training), seed)]
+        loss = -prior(model.encode(images, noise(seed, step, device))).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.train(was_training)
+    return prior.eval()

@@ -1,0 +1,133 @@
+"""The autoregressive prior: a distribution over codes, which begins as the model's own prior and learns more."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dvq import DvqError
+from dvq.autoregressive import Autoregressive, fit
+from dvq.config import trial
+from dvq.evaluate import evaluate
+from dvq.model import Model
+
+TINY: dict[str, Any] = {
+    "data": "bits@8x4x1-0123456789abcdef",  # two positions
+    "features": 4,
+    "num_latents": 2,
+    "num_codes": 3,
+    "code_dim": 3,
+    "residual_blocks": 1,
+    "batch_size": 16,
+    "steps": 1,
+}
+
+
+def tiny(estimator: str = "vq-ema", **options: Any) -> Model:
+    torch.manual_seed(0)
+    model = Model(trial({**TINY, "estimator": estimator, **options})).eval()
+    if estimator != "gaussian":
+        with torch.no_grad():
+            model.latents.prior_logits.copy_(torch.randn(2, 3))
+    return model
+
+
+def every_code() -> torch.Tensor:
+    """All z of two positions with two latent variables each, (81, 2, 1, 2)."""
+    return torch.tensor(list(itertools.product(range(3), repeat=4))).reshape(-1, 2, 1, 2)
+
+
+def shaken(model: Model) -> Autoregressive:
+    """A prior that is far from where it begins."""
+    prior = Autoregressive(model)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return prior
+
+
+def images(count: int) -> np.ndarray:
+    """Of one brightness each: the codes of all positions hang together."""
+    levels = np.random.default_rng(0).integers(0, 256, (count, 1, 1, 1))
+    return np.broadcast_to(levels, (count, 8, 4, 1)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_sums_to_1_over_all_codes(training: bool) -> None:
+    prior = shaken(tiny()).train(training)
+    with torch.no_grad():
+        log_r = prior(every_code()).double()
+    assert log_r.std() > 0.5
+    assert log_r.exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_it_begins_as_the_models_own_prior() -> None:
+    model = tiny()
+    codes = every_code()
+    own = model.latents.log_p_each(codes.flatten(0, 2).T).unflatten(1, (-1, 2)).sum((0, 2))
+    torch.testing.assert_close(Autoregressive(model)(codes), own)
+
+
+def test_samples_come_as_often_as_it_says() -> None:
+    prior, n = shaken(tiny()).eval(), 20_000
+    codes = prior.sample(n)
+    assert codes.shape == (n, 2, 1, 2)
+    counts = np.bincount((codes.flatten(1) @ torch.tensor([27, 9, 3, 1])).numpy(), minlength=81)
+    with torch.no_grad():
+        expected = n * prior(every_code()).double().exp().numpy()
+    assert ((counts - expected) ** 2 / expected).sum() < 126  # χ², 80 degrees of freedom, 0.1%
+    assert np.array_equal(prior.sample(5), prior.sample(5))
+
+
+@pytest.mark.parametrize("estimator", ["vq-ema", "gs-soft"])
+def test_bits_under_it_are_the_elbos_with_it_for_the_prior(estimator: str) -> None:
+    model = tiny(estimator)
+    prior = Autoregressive(model)  # = p(z)
+    found = evaluate(model, images(300), prior=prior)
+    assert found["rate_autoregressive"] == pytest.approx(
+        found["rate"], rel=1e-5 if estimator == "vq-ema" else 0.05
+    )
+    assert found["autoregressive_bits_per_dim"] == found["distortion"] + found["rate_autoregressive"]
+    moved = evaluate(model, images(300), prior=shaken(model))
+    assert {name: x for name, x in moved.items() if "autoregressive" not in name} == {
+        name: x for name, x in found.items() if "autoregressive" not in name
+    }
+    assert moved["rate_autoregressive"] > found["rate_autoregressive"]
+
+
+def test_fitted_to_codes_that_hang_together_it_costs_less_than_any_factorial_prior() -> None:
+    model = tiny()
+    shades = torch.tensor([40, 128, 215], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 8, 4, 1)
+    model.latents.place(model.encoder(shades).detach()[:, ::2])  # (2, 3, 3), of each shade's first position
+    prior = fit(model, images(200), 60)
+    found = evaluate(model, images(200), prior=prior)
+    assert found["rate_autoregressive"] < 0.7 * found["rate_least"]
+    again = fit(model, images(200), 60)
+    assert all(
+        torch.equal(one, other) for one, other in zip(prior.parameters(), again.parameters(), strict=True)
+    )
+
+
+def test_fitting_leaves_the_model_and_the_random_numbers_alone() -> None:
+    model = tiny("gs-soft").train()
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.random.get_rng_state()
+    fit(model, images(20), 2)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_what_has_no_codes_has_no_such_prior() -> None:
+    fields = {name: value for name, value in TINY.items() if name != "num_codes"}
+    continuous = Model(trial({**fields, "estimator": "gaussian"}))
+    with pytest.raises(DvqError, match="continuous"):
+        fit(continuous, images(20), 2)
+    with pytest.raises(DvqError, match="images are"):
+        fit(tiny(), np.zeros((3, 32, 32, 3), np.uint8), 2)
+
+
+def test_the_key_tells_its_steps_and_the_family_does_not() -> None:
+    plain, more = (trial({**TINY, "estimator": "vq-ema", "autoregressive_steps": n}) for n in (0, 5))
+    assert (plain.family(), f"{plain.key()}r5") == (more.family(), more.key())
