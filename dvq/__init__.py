@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-NUMERICS = 3
+NUMERICS = 4
 """Raised by hand when an edit changes any number that a trial computes; it is part of every trial's key.
 
 The golden loss curves (tests/dvq/test_golden.py) fail when numbers change without a raise."""

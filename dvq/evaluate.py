@@ -37,7 +37,8 @@ class _Pass:
     draws: list[Tensor] = field(default_factory=list)  # (S, B), the ELBO of each draw
     bounds: list[Tensor] = field(default_factory=list)  # (B,), L_S
     autoregressive: list[Tensor] = field(default_factory=list)  # (B,), the rate under an autoregressive prior
-    usage: Tensor | None = None  # (K, C)
+    usage: Tensor | None = None  # (K, C), counts
+    mass: Tensor | float = 0.0  # (K, C), Σ q(z|x)
 
     def add(self, sample: Sample, distortion: Tensor) -> None:
         images = len(distortion)
@@ -46,7 +47,9 @@ class _Pass:
         if sample.codes is not None:
             if self.usage is None:
                 raise DvqError("latent variables that have codes are of a class of dvq.latents.Codebooks")
-            self.usage.scatter_add_(1, sample.codes, torch.ones_like(sample.codes))
+            counts = torch.zeros_like(self.usage).scatter_add_(1, sample.codes, torch.ones_like(sample.codes))
+            self.usage += counts
+            self.mass = self.mass + (counts if sample.mass is None else sample.mass).double()
 
 
 @torch.no_grad()
@@ -78,9 +81,9 @@ def evaluate(
         red, green and blue, or of gray), which add up to ``bits_per_dim``; with ``training``,
         ``fitted_bits_per_dim``; with ``prior``, ``rate_autoregressive`` and ``autoregressive_bits_per_dim``, of the
         same draw. For discrete latent variables also ``rate_uniform`` (P·K·log C, VQ-VAE's and FSQ's
-        rate under a uniform prior), ``rate_least`` (under the prior of these images' own codes, for which no
-        factorial prior has less: no bound), ``usage`` (K lists of C counts over the whole pass), ``perplexity``
-        (mean over k of exp H(usage_k)) and ``dead_codes``.
+        rate under a uniform prior), ``rate_least`` (under the mean of q over these images and positions: no factorial
+        prior has less, and no bound), ``usage`` (K lists of C counts over the whole pass), ``perplexity`` (mean over
+        k of exp H(usage_k)) and ``dead_codes``.
 
     Raises:
         DvqError: no images, or others.
@@ -214,8 +217,8 @@ def _summary(gathered: _Pass, bound_samples: int, model: Model) -> dict[str, Any
     if gathered.usage is not None:
         k, c = gathered.usage.shape
         result["rate_uniform"] = trial.positions * k * math.log(c) * trial.bits_per_nat
-        usage, log_prior = gathered.usage.double(), model.latents.log_prior().double()
-        gain = torch.xlogy(usage, usage / usage.sum(1, keepdim=True)).sum() - (usage * log_prior).sum()
+        mass, log_prior = torch.as_tensor(gathered.mass), model.latents.log_prior().double()
+        gain = torch.xlogy(mass, mass / mass.sum(1, keepdim=True)).sum() - (mass * log_prior).sum()
         result["rate_least"] = result["rate"] - gain.item() / len(rate) * trial.bits_per_nat
         result |= usage_summary(gathered.usage.cpu().numpy())
     return result

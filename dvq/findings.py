@@ -120,7 +120,7 @@ def as_evaluated(result: Result) -> float:
 
 def signal(result: Result) -> float:
     """‖E g‖² / E‖g − E g‖² of the gradient after training, 1/variance: this, not the variance, has a mean over
-    seeds where the draws cannot tell E g from 0."""
+    seeds where the draws hardly tell E g from 0. The probe gives no signal below 0, so there it is a little high."""
     if not result.get("probe"):
         raise DvqError(
             f"trial '{result['name']}' was computed without a look at its gradient, for another sweep; "
@@ -173,7 +173,7 @@ def noise(mini: Miniature) -> Iterator[Claim]:
         shown = ", ".join(f"{1 / one.mean:.3g} at L = {POSITIONS * at}" for at, one in found.items())
         says = f"the variance of {label(name)}'s gradient {'grows' if grows else 'does not grow'} with L"
         evidence = power[name] if grows else -power[name]
-        yield Claim(2, says, f"variance {shown}; as L to the power {power[name]}", (evidence,))
+        yield Claim(2, says, f"variance/‖E g‖² {shown}; as L to the power {power[name]}", (evidence,))
     more = power["vimco"] - power["gs-soft"]
     yield Claim(2, "VIMCO's grows faster than GS-Soft's", f"difference of the powers: {more}", (more,))
 

@@ -27,6 +27,8 @@ class Sample(NamedTuple):
     """(K, N) [nats]: log q(z|x) − log p(z) of this sample, whose mean over samples is the rate"""
     codes: Tensor | None = None
     """(K, N) integers, where the latent variables are discrete"""
+    mass: Tensor | None = None
+    """(K, C): Σ_n q(z|x), where that is not the count of the codes"""
 
 
 def per_image(terms: Tensor, images: int) -> Tensor:
@@ -137,7 +139,7 @@ class Categorical(Codebooks):
         codes = self.draw(logits, generator)
         log_q = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         log_ratio = log_q - self.log_p_each(codes)
-        return Sample(self.vectors(codes), self.kl(logits), log_ratio, codes)
+        return Sample(self.vectors(codes), self.kl(logits), log_ratio, codes, logits.softmax(-1).sum(1))
 
 
 class Baselined(Categorical):
@@ -156,17 +158,20 @@ class Baselined(Categorical):
         self.register_buffer("variance", torch.ones(()))
         self.register_buffer("begun", torch.zeros(()))
 
-    def signal(self, w: Tensor, v: Tensor, update: bool) -> tuple[Tensor, Tensor]:
-        """The learning signal, a constant, and what trains the baseline: (B,), (K, N, D) → (B,), (B,).
+    def damped(self, v: Tensor) -> Tensor:
+        """v itself, whose gradient is divided by max(1, σ), σ² the running variance: (K, N, D) → (K, N, D)."""
+        return v.detach().lerp(v, 1 / self.variance.sqrt().clamp(min=1))
 
-        The statistics are those from before this minibatch, so that they do not depend on its samples; in
-        the first one, where there are none, the signal is 0.
+    def signal(self, w: Tensor, v: Tensor, update: bool) -> tuple[Tensor, Tensor]:
+        """The learning signal w − c − b(x), a constant, and what trains the baseline: (B,), (K, N, D) → (B,), (B,).
+
+        The signal's statistics are those from before this minibatch, so that they do not depend on its samples; in
+        the first one, where there are none, it is 0. The variance is that within minibatches.
         """
         x = v.unflatten(1, (len(w), -1)).mean(2).transpose(0, 1).flatten(1)  # (B, K·D)
         baseline = self.baseline(x).squeeze(-1)
         rest = w - baseline.detach()
-        centered = rest - self.mean
-        signal = centered / self.variance.sqrt().clamp(min=1) * (self.begun if update else 1)
+        signal = (rest - self.mean) * (self.begun if update else 1)
         if update:
             weight = torch.where(self.begun > 0, 1 - self.decay, 1.0)
             self.mean.lerp_(rest.mean(), weight)

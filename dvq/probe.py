@@ -27,8 +27,7 @@ def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: 
         the KL's weight in warm-up,
 
     both means over ``draws``. The norms are of means over few draws, so the bias is a proxy: it cannot fall
-    under the noise, about √(variance / draws). NVIL's g is the ELBO's by 1 / max(1, σ), so that its bias tends to 1
-    where σ, the deviation of its signal, is large; its direction has none.
+    under the noise, about √(variance / draws).
 
     Batch normalization is as in evaluation here, so that images do not depend on each other: of the bias that it
     gives score functions in training nothing is seen.

@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 
 
 class NVIL(Stochastic):
-    """NVIL: gradients of the ELBO from one sample, unbiased up to a positive scale of the encoder's with
-    ``normalization: none`` (see VIMCO).
+    """NVIL: gradients of the ELBO from one sample, unbiased with ``normalization: none`` (see VIMCO) but for a
+    positive scale of the encoder's.
 
-    w = log p(x, z) − log q(z|x);  signal = (w − c − b(x)) / max(1, √var), with running mean c and variance
-    of w − b(x), and b(x) a small network trained by (w − c − b(x))².
+    w = log p(x, z) − log q(z|x);  signal = w − c − b(x), with the running mean c of w − b(x), and b(x) a small
+    network trained by (w − c − b(x))².
 
         surrogate = −stopgrad(signal)·log q(z|x) − log p(x, z) + (stopgrad(w − c) − b(x))²
+
+    The encoder's gradient is divided by max(1, σ), σ² the running variance of w − b(x) within a minibatch. The paper
+    divides the signal, where no parameter is both q's and p's; here the codebooks are, and of them a divided signal
+    would scale one part of the gradient and not the other.
 
     Source: Mnih & Gregor 2014, "Neural Variational Inference and Learning in Belief Networks", section 2.3
     and algorithm 1.
@@ -42,7 +46,7 @@ class NVIL(Stochastic):
         latents: Baselined = model.latents
         B, beta = len(images), self.kl_weight(step)
         v = model.encoder(images)
-        (z,), each_log_q, rate = latents.score(v, 1, generator)  # (K, N)
+        (z,), each_log_q, rate = latents.score(latents.damped(v), 1, generator)  # (K, N)
         log_q, log_p = per_image(each_log_q[0], B), latents.log_p(z, B)  # (B,)
         total, nll = model.distortion(latents.vectors(z), images)
         w = beta * (log_p - log_q).detach() - nll

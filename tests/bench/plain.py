@@ -139,12 +139,13 @@ def rloo(net: Plain, images: Tensor, samples: int = 4) -> Tensor:
 
 def nvil(net: Plain, images: Tensor) -> Tensor:
     v = net.encode(images)
-    posterior = Categorical(logits=-net.distances(v))
+    damped = v.detach() + (v - v.detach()) / net.variance.sqrt().clamp(min=1)
+    posterior = Categorical(logits=-net.distances(damped))
     z = posterior.sample()
     log_q, log_p, nll = per_image(posterior.log_prob(z)), net.log_p(z), net.nll(net.codes(z), images)
     x = v.detach().view(net.k, -1, P, net.d).mean(2).transpose(0, 1).flatten(1)
     rest = (log_p - log_q - nll).detach() - net.baseline(x).squeeze(-1)
-    signal = ((rest - net.mean) / net.variance.sqrt().clamp(min=1)).detach()
+    signal = (rest - net.mean).detach()
     fit = (rest - net.mean.clone()).square()
     with torch.no_grad():
         net.mean.lerp_(rest.mean(), 0.1)

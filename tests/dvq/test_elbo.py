@@ -252,6 +252,12 @@ def test_the_least_rate_is_that_of_the_codes_own_frequencies() -> None:
     assert found["rate_least"] < found["rate"]
 
 
+def test_the_least_rate_of_a_posterior_that_looks_at_nothing_is_0() -> None:
+    """By the posteriors themselves: one draw of each underrates their mean's entropy."""
+    found = evaluate(tiny("gs-soft", codebook_std=1e-4, num_codes=64), images(7))
+    assert found["rate_least"] == pytest.approx(0, abs=1e-7)
+
+
 @pytest.mark.parametrize("change", [lambda x: x / 255, lambda x: x.transpose(0, 3, 1, 2), lambda x: x[:0]])
 def test_other_images_are_not_evaluated(change: Any) -> None:
     with pytest.raises(DvqError, match="give uint8"):

@@ -133,6 +133,16 @@ def test_they_are_unbiased_for_the_elbo(estimator: str, more: dict[str, Any]) ->
     assert worst_z(estimates(one, toy, 200, 200), gradients(exact_bound(toy, 1), toy)) < 4
 
 
+def test_nvils_deviation_scales_the_encoders_gradient_alone() -> None:
+    """The codebooks have one part of it from q and one from p(x|z), which keep their proportion."""
+    one, toy = unbiased("nvil")
+    toy.latents.variance.fill_(100)
+    encoders = {id(p) for p in toy.linear.parameters()}
+    scale = torch.cat([torch.full((p.numel(),), 0.1 if id(p) in encoders else 1.0) for p in parameters(toy)])
+    assert scale.min() < 1
+    assert worst_z(estimates(one, toy, 200, 200), scale * gradients(exact_bound(toy, 1), toy)) < 4
+
+
 @pytest.mark.parametrize("backward", ["all", "one"])
 def test_vimco_is_unbiased_for_its_bound_and_not_for_the_elbo(backward: str) -> None:
     one, toy = unbiased("vimco", backward=backward)
@@ -193,7 +203,7 @@ def test_the_relaxations_bias_falls_with_the_temperature(estimator: str, falls_t
 
 
 def test_gs_hard_trains_the_decoder_without_bias() -> None:
-    """Its decoder sees exact samples; the encoder's gradient alone is the relaxation's."""
+    """Its decoder sees exact samples; the posterior's gradient alone is the relaxation's."""
     one = options("gs-hard")
     toy = Toy(one, seed=1).eval()
     decoder = torch.cat([torch.full((p.numel(),), p is toy.decoder.weight) for p in parameters(toy)])

@@ -260,7 +260,7 @@ def test_leave_one_out_is_the_equation_written_out() -> None:
 # --- NVIL
 
 
-def test_nvil_normalizes_by_statistics_from_before_the_minibatch() -> None:
+def test_nvils_signal_is_centered_by_statistics_from_before_the_minibatch() -> None:
     scored = small("nvil").latents
     with torch.no_grad():
         scored.baseline[2].weight.zero_()
@@ -270,13 +270,22 @@ def test_nvil_normalizes_by_statistics_from_before_the_minibatch() -> None:
     assert first.tolist() == [0.0] * 4  # no statistics yet
     assert (scored.mean.item(), scored.variance.item()) == pytest.approx((2.0, 5.0))
     second, fit = scored.signal(w + 10, v, update=True)
-    assert second.tolist() == pytest.approx([(x + 10 - 2 - 2) / 5**0.5 for x in w.tolist()])
+    assert second.tolist() == pytest.approx([x + 10 - 2 - 2 for x in w.tolist()])
     assert scored.mean.item() == pytest.approx(0.9 * 2.0 + 0.1 * 12.0)
     (gradient,) = torch.autograd.grad(fit.sum(), scored.baseline[2].bias)
     assert gradient.item() == pytest.approx(-2 * (w + 10 - scored.mean - 2).sum().item())
-    scored.variance.fill_(0.25)  # a small one does not make the signal larger
-    small_one, _ = scored.signal(w, v, update=False)
-    assert small_one.tolist() == pytest.approx((w - 2 - scored.mean).tolist())
+    seen, _ = scored.signal(w, v, update=False)
+    assert seen.tolist() == pytest.approx((w - 2 - scored.mean).tolist())
+
+
+@pytest.mark.parametrize(("variance", "share"), [(400.0, 1 / 20), (0.25, 1.0)])
+def test_nvil_divides_the_encoders_gradient_by_a_deviation_above_1(variance: float, share: float) -> None:
+    scored = small("nvil").latents
+    scored.variance.fill_(variance)
+    v = some_v(4).requires_grad_()
+    assert torch.equal(scored.damped(v), v)
+    (gradient,) = torch.autograd.grad(scored.damped(v).sum(), v)
+    torch.testing.assert_close(gradient, torch.full_like(v, share))
 
 
 def test_nvils_loss_trains_the_baseline_to_fit() -> None:
