@@ -72,15 +72,9 @@ class Connection:
         return made
 
     def _check(self) -> None:
-        ask = api.HealthzServiceApi(self._client).healthz_service_get_healthz
-        try:
-            health = self._ask(ask)
-        except api.ApiException as error:
-            if error.status != 404:
-                raise self._refused(error) from None
-            raise DvqError(
-                f"{self}: there is no KFP API 2 there; KFP_HOST is the address before /apis"
-            ) from None
+        health = self._ask(api.HealthzServiceApi(self._client).healthz_service_get_healthz, but=404)
+        if health is None:
+            raise DvqError(f"{self}: there is no KFP API 2 there; KFP_HOST is the address before /apis")
         if health.multi_user and not self.namespace:
             raise DvqError(f"{self} has a namespace for each user; name yours: KFP_NAMESPACE")
         if not health.multi_user and self.namespace:
@@ -92,15 +86,17 @@ class Connection:
     def __str__(self) -> str:
         return f"Kubeflow Pipelines at {self.host}"
 
-    def _ask(self, ask: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """The answer; ApiException if it is an error, DvqError if it is none of KFP's."""
+    def _ask(self, ask: Callable[..., Any], *arguments: Any, but: int = 0, **named: Any) -> Any:
+        """The answer; None if it is the error ``but``, DvqError if it is another, or none of KFP's."""
         answer = self._client.last_response = None
         try:
             answer = ask(*arguments, _request_timeout=TIMEOUT, **named)
         except api.ApiException as error:
-            if error.status:
-                raise
-            raise self._unreachable(error.reason or "") from None
+            if not error.status:
+                raise self._unreachable(error.reason or "") from None
+            if error.status != but:
+                raise self._refused(error) from None
+            return None
         except HTTPError as error:
             raise self._unreachable(str(error)) from None
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # of what it cannot read
@@ -114,13 +110,6 @@ class Connection:
         if answer is None:
             raise DvqError(f"{self} answers with what is no answer of KFP's API 2; is KFP_HOST right?")
         return answer
-
-    def _get(self, ask: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """The answer; DvqError if it is an error."""
-        try:
-            return self._ask(ask, *arguments, **named)
-        except api.ApiException as error:
-            raise self._refused(error) from None
 
     def _unreachable(self, told: str) -> DvqError:
         if "CERTIFICATE_VERIFY_FAILED" in told:

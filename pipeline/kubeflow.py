@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,55 +49,46 @@ class Kubeflow(Connection):
         """The ids of the pipeline ``name`` and of its version whose text this is; what is not there is uploaded."""
         version = f"{__version__}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         pipeline = self._pipeline(name)
-        for _ in range(ATTEMPTS):
-            if found := self._version(pipeline, version):
-                return pipeline, found
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, f"{name}.yaml")
-                path.write_text(text, encoding="utf-8")
-                upload = self._uploads.upload_pipeline_version
-                self._unless_there(upload, str(path), name=version, display_name=version, pipelineid=pipeline)
-        raise self._hidden(f"the version {version} of the pipeline '{name}'")
 
-    def _hidden(self, what: str) -> DvqError:
-        where = f" in namespace '{self.namespace}'" if self.namespace else ""
-        return DvqError(f"{self} took {what} and does not show it: may you list what is there{where}?")
+        def find() -> str | None:
+            ask = self._pipelines.pipeline_service_list_pipeline_versions
+            found = self._all(ask, "pipeline_versions", pipeline, filter=_named(version))
+            ours = (one for one in found if version in (one.display_name, one.name))
+            return next((str(one.pipeline_version_id) for one in ours), None)
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"{name}.yaml")
+            path.write_text(text, encoding="utf-8")
+            named = {"name": version, "display_name": version, "pipelineid": pipeline}
+            make = partial(self._uploads.upload_pipeline_version, str(path), **named)
+            return pipeline, self._made(f"the version {version} of the pipeline '{name}'", find, make)
 
     def _pipeline(self, name: str) -> str:
         """The pipeline's id; it is made if it is not there."""
+
+        def find() -> str | None:
+            ask = self._pipelines.pipeline_service_get_pipeline_by_name
+            found = self._ask(ask, name, but=404, namespace=self.namespace)
+            return found and str(found.pipeline_id)
+
+        made = api.V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace)
+        make = partial(self._pipelines.pipeline_service_create_pipeline, made)
+        return self._made(f"the pipeline '{name}'", find, make)
+
+    def _made(self, what: str, find: Callable[[], str | None], make: Callable[..., Any]) -> str:
+        """The id that ``find`` finds; what is not there is made, by us or by another at the same time."""
         for _ in range(ATTEMPTS):
-            try:
-                found = self._ask(
-                    self._pipelines.pipeline_service_get_pipeline_by_name, name, namespace=self.namespace
-                )
-                return str(found.pipeline_id)
-            except api.ApiException as error:
-                if error.status != 404:
-                    raise self._refused(error) from None
-            made = api.V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace)
-            self._unless_there(self._pipelines.pipeline_service_create_pipeline, made)
-        raise self._hidden(f"the pipeline '{name}'")
-
-    def _unless_there(self, ask: Callable[..., Any], *arguments: Any, **named: Any) -> None:
-        """Create something that another may create at the same time."""
-        try:
-            self._ask(ask, *arguments, **named)
-        except api.ApiException as error:
-            if error.status != 409:
-                raise self._refused(error) from None
-
-    def _version(self, pipeline: str, name: str) -> str | None:
-        ask = self._pipelines.pipeline_service_list_pipeline_versions
-        for one in self._all(ask, "pipeline_versions", pipeline, filter=_named(name)):
-            if name in (one.display_name, one.name):
-                return str(one.pipeline_version_id)
-        return None
+            if found := find():
+                return found
+            self._ask(make, but=409)
+        where = f" in namespace '{self.namespace}'" if self.namespace else ""
+        raise DvqError(f"{self} took {what} and does not show it: may you list what is there{where}?")
 
     def _all(self, ask: Callable[..., Any], what: str, *arguments: Any, **named: Any) -> Iterator[Any]:
         """What all pages of a list have."""
         token: str | None = None
         while True:
-            page = self._get(ask, *arguments, page_token=token, page_size=100, **named)
+            page = self._ask(ask, *arguments, page_token=token, page_size=100, **named)
             yield from getattr(page, what) or ()
             token = page.next_page_token
             if not token:
@@ -104,14 +96,15 @@ class Kubeflow(Connection):
 
     def experiment(self, name: str) -> str:
         """The experiment's id; it is made if it is not there."""
-        for _ in range(ATTEMPTS):
+
+        def find() -> str | None:
             ask = self._experiments.experiment_service_list_experiments
-            for one in self._all(ask, "experiments", filter=_named(name), namespace=self.namespace):
-                if one.display_name == name:
-                    return str(one.experiment_id)
-            made = api.V2beta1Experiment(display_name=name, namespace=self.namespace)
-            self._unless_there(self._experiments.experiment_service_create_experiment, made)
-        raise self._hidden(f"the experiment '{name}'")
+            found = self._all(ask, "experiments", filter=_named(name), namespace=self.namespace)
+            return next((str(one.experiment_id) for one in found if one.display_name == name), None)
+
+        made = api.V2beta1Experiment(display_name=name, namespace=self.namespace)
+        make = partial(self._experiments.experiment_service_create_experiment, made)
+        return self._made(f"the experiment '{name}'", find, make)
 
     def start(
         self, name: str, experiment: str, version: tuple[str, str], arguments: dict[str, Any], account: str
@@ -127,17 +120,17 @@ class Kubeflow(Connection):
             runtime_config=api.V2beta1RuntimeConfig(parameters=arguments),
             service_account=account or None,
         )
-        return str(self._get(self._runs.run_service_create_run, run).run_id)
+        return str(self._ask(self._runs.run_service_create_run, run).run_id)
 
     def going(self, experiment: str) -> str | None:
         """The id of the experiment's latest run that has not ended, if there is one."""
         ask = self._runs.run_service_list_runs
-        page = self._get(ask, experiment_id=experiment, sort_by="created_at desc", page_size=20)
+        page = self._ask(ask, experiment_id=experiment, sort_by="created_at desc", page_size=20)
         return next((str(one.run_id) for one in page.runs or () if one.state in GOING), None)
 
     def look(self, run: str) -> Run:
         """The run as it is."""
-        found = self._get(self._runs.run_service_get_run, run)
+        found = self._ask(self._runs.run_service_get_run, run)
         tasks = (found.run_details and found.run_details.task_details) or ()
         errors = [found.error, *(task.error for task in tasks if task.state == "FAILED")]
         told = dict.fromkeys(line(error.message) for error in errors if error and error.message)
@@ -145,12 +138,8 @@ class Kubeflow(Connection):
 
     def cancel(self, run: str) -> None:
         """End the run's pods; DvqError if there is no such run."""
-        try:
-            self._ask(self._runs.run_service_terminate_run, run)
-        except api.ApiException as error:
-            if error.status != 404:
-                raise self._refused(error) from None
-            raise DvqError(f"{self} has no run '{run}'; its id is what stands last in its link") from None
+        if self._ask(self._runs.run_service_terminate_run, run, but=404) is None:
+            raise DvqError(f"{self} has no run '{run}'; its id is what stands last in its link")
 
     def link(self, run: str) -> str:
         """The page of a run."""
