@@ -14,6 +14,7 @@ from dvq import DvqError, fingerprints
 from dvq.config import overrides
 from dvq.fingerprints import FINGERPRINTS, label
 from pipeline import conclusion, containers, definition, forecast, image, pods, preflight
+from pipeline.compile import compiled as as_yaml
 from pipeline.connection import UnreachableError
 from pipeline.kubeflow import SUCCEEDED, Kubeflow, Run
 from pipeline.profile import Profile
@@ -119,21 +120,14 @@ def bring_data(job: Job) -> Job:
 
 def compiled(profile: Profile, jobs: int, store: str) -> str:
     """The pipeline as KFP takes it."""
-    from kfp.compiler import Compiler
-
     cluster = profile.cluster
     assert cluster
-
     record = {"DVQ_RECORD": os.environ["DVQ_RECORD"]} if "DVQ_RECORD" in os.environ else {}
 
     def settle(task: object, name: str) -> object:
         return pods.settle(task, name, profile, {"DVQ_STORE": store, **record})
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "pipeline.yaml")
-        made = definition.sweep_pipeline(jobs, profile.image, settle, cluster.ttl, cluster.limit)
-        Compiler().compile(made, str(path))
-        return path.read_text(encoding="utf-8")
+    return as_yaml(definition.sweep_pipeline(jobs, profile.image, settle, cluster.ttl, cluster.limit))
 
 
 class Submitter:

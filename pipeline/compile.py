@@ -19,11 +19,11 @@ FOLDER = Path(__file__).parent.parent / "components"
 TABLES = re.compile(r"(<!-- interface.*?-->)\n.*?(<!-- end -->)", re.DOTALL)
 
 
-def compiled(component: Any) -> str:
-    """The component as YAML."""
+def compiled(made: Any) -> str:
+    """A component, or a pipeline, as YAML."""
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "component.yaml"
-        compiler.Compiler().compile(component, str(path))
+        path = Path(scratch) / "made.yaml"
+        compiler.Compiler().compile(made, str(path))
         return path.read_text(encoding="utf-8")
 
 
