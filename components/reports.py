@@ -1,9 +1,9 @@
 """What report does: a sweep's page from the store."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from components import tracking
 from components.store import Store
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from dvq.patches import Patches
     from dvq.pictures import Pictures
 
+A = TypeVar("A", bound=disk.Arrays)
+TRIAL = ("name", "bits_per_dim", "fitted_bits_per_dim", "rate", "distortion")
 SETTING = ("name", "seeds", "bits_per_dim", "above", "fitted_bits_per_dim", "fitted_above")
-"""of a setting's columns as many as MLflow's page has room for"""
+"""of a trial's and a setting's columns as many as MLflow's page has room for"""
 
 
 def report(sweep_json: str, page: Path | None = None) -> Path:
@@ -67,14 +69,7 @@ def gather(sweep: Sweep, store: Store) -> "tuple[list[dict[str, Any]], dict[str,
     from dvq.analyze import Analysis
 
     results, failures = store.outcomes(sweep.trials())
-    keys = {result["name"]: result["key"] for result in results}
-    store.look(keys.values(), "analysis.npz")
-    analyses = {
-        name: Analysis.load(store.trial(key) / "analysis.npz")
-        for name, key in keys.items()
-        if (store.trial(key) / "analysis.npz").exists()
-    }
-    return results, analyses, failures
+    return results, _arrays(Analysis, "analysis.npz", results, store), failures
 
 
 def _seen(results: list[dict[str, Any]], store: Store) -> "tuple[dict[str, Pictures], dict[str, Patches]]":
@@ -83,17 +78,16 @@ def _seen(results: list[dict[str, Any]], store: Store) -> "tuple[dict[str, Pictu
     from dvq.pictures import Pictures
     from dvq.style import shown
 
-    keys = {group.results[0]["name"]: group.results[0]["key"] for group in shown(results)}
-    store.look(keys.values(), "patches.npz", "pictures.npz")
-    folders = {name: store.trial(key) for name, key in keys.items()}
-    pictures, patches = (
-        {name: folder / file for name, folder in folders.items() if (folder / file).exists()}
-        for file in ("pictures.npz", "patches.npz")
-    )
-    return (
-        {name: Pictures.load(path) for name, path in pictures.items()},
-        {name: Patches.load(path) for name, path in patches.items()},
-    )
+    first = [group.results[0] for group in shown(results)]
+    return _arrays(Pictures, "pictures.npz", first, store), _arrays(Patches, "patches.npz", first, store)
+
+
+def _arrays(kind: type[A], file: str, results: Iterable[Mapping[str, Any]], store: Store) -> dict[str, A]:
+    """What the trials that have such a file keep in it, by name."""
+    keys = {result["name"]: result["key"] for result in results}
+    store.look(keys.values(), file)
+    paths = {name: store.trial(key) / file for name, key in keys.items()}
+    return {name: kind.load(path) for name, path in paths.items() if path.exists()}
 
 
 def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
@@ -117,25 +111,22 @@ def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
 
 def _note(description: str, results: list[dict[str, Any]], failures: dict[str, str]) -> str:
     """What the sweep is in the first line, and its table, as Markdown."""
-    from dvq.tables import COLUMNS, SETTINGS, certificate, filled, rows, settings, shown
+    from dvq.tables import COLUMNS, SETTINGS, certificate, filled, rows, settings
 
-    columns = ("name", "bits_per_dim", "fitted_bits_per_dim", "rate", "distortion")
-    lines = [_line(COLUMNS[key][0] for key in columns), "|" + " --- |" * len(columns)]
-    lines += [_line(shown(row, key) for key in columns) for row in rows(results, {})]
+    lines = _table(rows(results, {}), {key: COLUMNS[key][0] for key in TRIAL})
     if several := settings(results):
-        kept = {key: one for key, one in filled(several, SETTINGS).items() if key in SETTING}
-        lines += [
-            "",
-            _line(heading for heading, _ in kept.values()),
-            "|" + " --- |" * len(kept),
-        ]
-        lines += [_line(shown(row, key) for key in kept) for row in several]
+        there = filled(several, SETTINGS)
+        lines += ["", *_table(several, {key: there[key][0] for key in SETTING if key in there})]
     label = f"{results[0]['data']['label']}, certificate `{certificate(results)}`" if results else ""
     label = " ".join(filter(None, (description, label and f"On {label}")))
     failed = [f"- {name} is not finished: {reason}" for name, reason in failures.items()]
     return "\n".join([label, "", *lines, "", *failed])
 
 
-def _line(cells: Iterable[str]) -> str:
-    """A table's line; MLflow's pages leave no space between columns of their own."""
-    return f"| {' | '.join(f'{cell}&emsp;' for cell in cells)} |"
+def _table(found: Iterable[dict[str, Any]], headings: Mapping[str, str]) -> list[str]:
+    """The lines of a table; MLflow's pages leave no space between columns of their own."""
+    from dvq.tables import shown
+
+    cells = [list(headings.values()), *([shown(row, key) for key in headings] for row in found)]
+    head, *body = (f"| {' | '.join(f'{cell}&emsp;' for cell in line)} |" for line in cells)
+    return [head, "|" + " --- |" * len(headings), *body]
