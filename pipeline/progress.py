@@ -5,8 +5,10 @@ Both are drawn from the events that the tasks append to the trials' folders in t
 
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -59,12 +61,8 @@ class Row:
         if event["kind"] == "state":
             self.state = event["state"]
             self.began = self.began or event["time"]
-            if self.state != FINISHED:
-                self.news.append(self.state)
-            else:
-                self.news.append(
-                    f"{FINISHED}: {self.bits_per_dim:.3f} bits/dim" if self.bits_per_dim else FINISHED
-                )
+            known = self.state == FINISHED and self.bits_per_dim
+            self.news.append(f"{FINISHED}: {self.bits_per_dim:.3f} bits/dim" if known else self.state)
         elif event["kind"] == "failure":
             self.state, self.reason = FAILED, event["reason"]
             self.news.append(f"{FAILED}: {self.reason}")
@@ -92,11 +90,6 @@ class Row:
             return None
         remaining = (self.trial.steps - self.step) * (self.at - self.began) / (self.step - self.base)
         return max(0.0, remaining - ((now or self.at) - self.at))
-
-
-def display(console: Console, jobs: int) -> "LiveTable | PlainLines":
-    """The live table if ``console`` is a terminal, else plain lines."""
-    return LiveTable(console, jobs) if console.is_terminal else PlainLines(console)
 
 
 class LiveTable:
@@ -195,14 +188,12 @@ def _cells(row: Row, now: float, width: int) -> Iterable[str]:
         f"{row.step}/{row.trial.steps}" if row.step else "",
         f"{speed:.0f}" if speed and row.state not in (FINISHED, FAILED) else "",
         (f"{bits:.3f}" if bits < 1000 else f"{bits:.2g}") + " train" * (not row.evaluated) if bits else "",
-        clock(left) if left is not None else "",
+        clock(left),
     )
 
 
 def _caption(rows: list[Row], note: str, jobs: int, elapsed: float, now: float) -> str:
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row.state] = counts.get(row.state, 0) + 1
+    counts = Counter(row.state for row in rows)
     told = ", ".join(f"{count} {state}" for state, count in counts.items())
     left = sweep_seconds_left(rows, jobs, now)
     ends = f" · about {clock(left)} left" if left else ""
@@ -211,12 +202,12 @@ def _caption(rows: list[Row], note: str, jobs: int, elapsed: float, now: float) 
 
 def sweep_seconds_left(rows: list[Row], jobs: int, now: float) -> float | None:
     """A guess from the trials in motion: those that wait will take as long a step as the mean of these."""
-    moving = [row for row in rows if row.seconds_left(now) is not None]
+    moving = [(row, left) for row in rows if (left := row.seconds_left(now)) is not None]
     if not moving:
         return None
-    per_step = sum((row.at - row.began) / (row.step - row.base) for row in moving) / len(moving)
+    per_step = fmean((row.at - row.began) / (row.step - row.base) for row, _ in moving)
     waiting = sum((row.trial.steps - row.base) * per_step for row in rows if row.state == WAITING)
-    running = [row.seconds_left(now) or 0.0 for row in moving]
+    running = [left for _, left in moving]
     return max(max(running), (sum(running) + waiting) / jobs)
 
 

@@ -13,7 +13,7 @@ from dvq.config import Sweep
 from dvq.events import Tail
 from dvq.trial import Trial
 from pipeline.profile import Profile
-from pipeline.progress import FINISHED, LOOK, Row, display
+from pipeline.progress import FINISHED, LOOK, LiveTable, PlainLines, Row
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def watch(
 ) -> None:
     """Show how the trials go, by what happened after the time ``since``, until ``look`` says that all ended; it
     also says what goes on beside them."""
-    with display(console, job.jobs) as screen:
+    screen = LiveTable(console, job.jobs) if console.is_terminal else PlainLines(console)
+    with screen:
         while True:
             ended, note = look()
             for row in shown:
