@@ -28,8 +28,8 @@ from pipeline.progress import FAILED, FINISHED, Row
 from pipeline.watch import Job, remove, rows, watch
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-ERROR = re.compile(r"([\w.]*(Error|Exception)|error): ")
-SUMMARY = re.compile(r"\d+ of \d+ trials failed: ")  # the report's own end: it repeats the reasons
+ERROR = re.compile(r"([\w.]*(Error|Exception)|error): (?!\d+ of \d+ trials failed: )")
+"""begins a line that says why; the report's own end only repeats the reasons"""
 DOWNLOAD = re.compile(r"downloading: .*")
 
 
@@ -189,9 +189,7 @@ def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
         return deaths
     if DID_NOT_START in failures.values():
         errors = [line for line in lines if ERROR.match(line)]
-        sentences = [line.partition(": ")[2] for line in errors if line.startswith("error: ")]
-        sentences = [line for line in sentences if not SUMMARY.match(line)]
-        errors = [line for line in errors if not SUMMARY.match(line.partition(": ")[2])]
+        sentences = [line.removeprefix("error: ") for line in errors if line.startswith("error: ")]
         return [*sentences, *errors, f"the pipeline ended with exit status {code}"][:1]
     if code != 0 and not failures:
         return ["the pipeline failed after the trials; the end of its log:", *lines[-15:]]
