@@ -48,7 +48,7 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
     plan, began = forecast.plan(job.trials, job.store, profile, fresh), time.time()
     if fresh:  # now that nothing more can be refused
         remove(job)
-    conclusion.say(console, f"sweep {job.sweep.name}: {len(job.trials)} trials on {label(_data(job))}")
+    conclusion.say(console, f"sweep {job.sweep.name}: {len(job.trials)} trials on {label(job.data)}")
     if sum(plan.states.values()) - plan.states["finished"] > most:
         conclusion.say(
             console, f"{most} of them in each run; the next one goes on, by WAIT=1 or this command"
@@ -71,10 +71,6 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
         )
         return 130
     return conclude(job, plan, profile, ended, began, console)
-
-
-def _data(job: Job) -> str:
-    return job.arguments["data_name"]
 
 
 def check(job: Job) -> Profile:
@@ -104,7 +100,7 @@ def check(job: Job) -> Profile:
 
 def bring_data(job: Job) -> Job:
     """The job, with data of this machine uploaded to the store, where the pods find it."""
-    source, name = job.arguments["source"], _data(job)
+    source, name = job.arguments["source"], job.data
     if source.startswith("s3://") or (name in FINGERPRINTS and (not source or "://" in source)):
         return job  # the pods find it
     preflight.check_data(name, source, job.store)

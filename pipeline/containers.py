@@ -54,18 +54,25 @@ def reason(error: DockerException) -> str:
     return (str(told or error).splitlines() or [""])[0]
 
 
+def has(client: docker.DockerClient, image: str) -> bool:
+    """Whether the daemon has the image."""
+    try:
+        client.images.get(image)
+    except ImageNotFound:
+        return False
+    return True
+
+
 def check_image(image: str) -> None:
     """DvqError unless the daemon has the image or can pull it."""
     client = connect()
     try:
-        client.images.get(image)
-    except ImageNotFound:
-        try:
+        if not has(client, image):
             client.images.pull(image)
-        except DockerException as error:
-            raise DvqError(
-                f"the image {image} is not here and cannot be pulled ({reason(error)}): make image"
-            ) from None
+    except DockerException as error:
+        raise DvqError(
+            f"the image {image} is not here and cannot be pulled ({reason(error)}): make image"
+        ) from None
 
 
 def check_pushed(image: str) -> None:

@@ -25,7 +25,7 @@ from components import IMAGE
 from dvq import DvqError, __version__
 from dvq.provenance import commit
 from pipeline import preflight
-from pipeline.containers import connect, reason
+from pipeline.containers import connect, has, reason
 from pipeline.profile import Cluster, Profile, find_profile
 
 ROOT = Path(__file__).parent.parent
@@ -126,15 +126,6 @@ def index_arguments(settings: Mapping[str, list[str]]) -> dict[str, str]:
     )
     told = {"PIP_INDEX_URL": index, "UV_DEFAULT_INDEX": index, "UV_INDEX": extra, "UV_FIND_LINKS": links}
     return {name: value for name, value in told.items() if value}
-
-
-def has(client: docker.DockerClient, tag: str) -> bool:
-    """Whether the daemon has the image."""
-    try:
-        client.images.get(tag)
-    except docker.errors.ImageNotFound:
-        return False
-    return True
 
 
 def build(client: docker.DockerClient, made_of: Content) -> None:

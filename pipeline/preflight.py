@@ -22,7 +22,6 @@ from components import datasets, tracking
 from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep, load_sweep
-from pipeline.profile import Profile
 from pipeline.stack import Stack
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -168,15 +167,6 @@ def check_place(place: str) -> None:
     known = ("local", *PROFILE)
     if place not in known:
         raise DvqError(f"ON = '{place}': a sweep runs ON={', ON='.join(known)}")
-
-
-def find_containers(profile: Profile) -> Profile:
-    """The profile with an image that is there: its own, or the one of this checkout."""
-    from pipeline import containers, image
-
-    name = image.name(profile, pushed=False)
-    containers.check_image(name)
-    return profile.model_copy(update={"image": name})
 
 
 def check_tracking() -> str:

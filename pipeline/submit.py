@@ -21,8 +21,7 @@ from components import tracking
 from components.store import DID_NOT_FINISH, DID_NOT_START
 from dvq import DvqError, fingerprints
 from dvq.trial import Trial
-from pipeline import conclusion, forecast, local, preflight
-from pipeline.containers import ENDED
+from pipeline import conclusion, containers, forecast, image, local, preflight
 from pipeline.profile import Profile, find_profile
 from pipeline.progress import FAILED, FINISHED, Row
 from pipeline.watch import Job, remove, rows, watch
@@ -70,7 +69,7 @@ def submit(
         from pipeline import cluster
 
         raise SystemExit(cluster.run(job, Console(), wait, fresh))
-    job = prepare(job, on)
+    job = prepare(job)
     if fresh:
         remove(job)
     raise SystemExit(run(job, Console(), fresh))
@@ -97,8 +96,6 @@ def look_at(name: str, jobs: str, source: str, profile: Profile | None) -> Job:
 
 
 def _print_plan(job: Job, cap: float | None, on: str, fresh: bool) -> None:
-    from pipeline import image
-
     profile = job.profile or Profile(parallelism=job.jobs)
     plan = forecast.plan(job.trials, job.store, profile, fresh)
     name = image.name(profile, pushed=on == "kfp") if on != "local" else "none: processes of this machine"
@@ -108,11 +105,14 @@ def _print_plan(job: Job, cap: float | None, on: str, fresh: bool) -> None:
     forecast.check(plan, cap, profile)
 
 
-def prepare(job: Job, on: str) -> Job:
-    """See that it can run on this machine; DvqError for what is missing."""
-    profile = job.profile and preflight.find_containers(job.profile) if on == "docker" else None
+def prepare(job: Job) -> Job:
+    """The job, with the image of its containers, as it can run on this machine; DvqError for what is missing."""
+    if job.profile:
+        name = image.name(job.profile, pushed=False)
+        containers.check_image(name)
+        job = replace(job, profile=job.profile.model_copy(update={"image": name}))
     local.check(job.folder, job.arguments)
-    preflight.check_data(job.arguments["data_name"], job.arguments["source"], job.store)
+    preflight.check_data(job.data, job.arguments["source"], job.store)
     fault = preflight.check_tracking()
     if fault:
         print(
@@ -121,7 +121,7 @@ def prepare(job: Job, on: str) -> Job:
         )
     preflight.check_cache(job.store)
     preflight.check_writable(job.folder, "run from a folder that can")
-    return replace(job, profile=profile)
+    return job
 
 
 def run(job: Job, console: Console, fresh: bool = False) -> int:
@@ -130,7 +130,7 @@ def run(job: Job, console: Console, fresh: bool = False) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _interrupt)
     shown, began = rows(job), time.time()
-    count, on = f"{len(shown)} trial{'s' * (len(shown) > 1)}", fingerprints.label(job.arguments["data_name"])
+    count, on = f"{len(shown)} trial{'s' * (len(shown) > 1)}", fingerprints.label(job.data)
     conclusion.say(console, f"sweep {job.sweep.name}: {count} on {on}", prose=True)
     try:
         with local.running(job.arguments, job.jobs, job.folder, job.profile) as process:
@@ -151,10 +151,9 @@ def _interrupt(*_: object) -> NoReturn:
 
 def _note(shown: list[Row], job: Job) -> str:
     """What goes on beside the trials."""
-    name = job.arguments["data_name"]
-    if not (job.store.data(fingerprints.of(name)) / "data.json").exists():
+    if not (job.store.data(fingerprints.of(job.data)) / "data.json").exists():
         told = DOWNLOAD.findall((job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace"))
-        return f"preparing {name}" + (f": {told[-1]}" if told else "")
+        return f"preparing {job.data}" + (f": {told[-1]}" if told else "")
     return "writing the report" if all(row.state in (FINISHED, FAILED) for row in shown) else ""
 
 
@@ -184,7 +183,9 @@ def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
     """What kfp's log tells beyond the trials' own reasons."""
     text = COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
     lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
-    deaths = [line for line in lines if line.startswith(ENDED) and not line.endswith("exit code 1")]
+    deaths = [
+        line for line in lines if line.startswith(containers.ENDED) and not line.endswith("exit code 1")
+    ]
     if deaths and {DID_NOT_START, DID_NOT_FINISH} & set(failures.values()):
         return deaths
     if DID_NOT_START in failures.values():

@@ -30,6 +30,11 @@ class Job:
     profile: Profile | None
     """of the containers, where the tasks are some"""
 
+    @property
+    def data(self) -> str:
+        """The name of its images."""
+        return self.arguments["data_name"]
+
     def keys(self) -> list[str]:
         """The trials' keys."""
         return [trial.key() for trial in self.trials.values()]

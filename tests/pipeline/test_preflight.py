@@ -200,7 +200,7 @@ def test_results_that_are_cut_off_are_one_sentence(
     def show(job: Any, console: Any, _: bool) -> None:
         conclusion.show(job.sweep, job.trials, job.store, console)
 
-    monkeypatch.setattr(submit, "prepare", lambda job, _: job)
+    monkeypatch.setattr(submit, "prepare", lambda job: job)
     monkeypatch.setattr(submit, "run", show)
     with pytest.raises(SystemExit) as stopped:
         command.app(["tiny.yaml", *(["--trial", trial[0]] if command is explain else [])])
