@@ -22,7 +22,6 @@ from components.mirror import Mirror, OvertakenError
 from components.s3 import MissingError
 from components.store import Store, Work
 from dvq import DvqError, checkpoint, disk, fingerprints
-from dvq.trial import Trial
 
 LOOK = 2.0
 """Seconds between two looks for a new checkpoint, which is pushed at once."""
@@ -65,14 +64,14 @@ class RemoteStore(Store):
         self._manifests = kept | dict(zip(wanted, self.bucket.each(self._manifest, wanted), strict=True))
         if names:
             having = [key for key in sorted(asked) if any(self.has(key, name) for name in names)]
-            self.bucket.each(lambda key: self._bring(key, names.__contains__), having)
+            self.bucket.each(lambda key: self.bring(key, names.__contains__), having)
 
     def follow(self, keys: Iterable[str]) -> None:
         asked = set(keys)
         self.look(asked)
         there = sorted(asked & self._listed.keys())
         changed = [key for key in there if self._followed.get(key) != self._listed[key]]
-        self.bucket.each(lambda key: self._bring(key, _told), changed)
+        self.bucket.each(lambda key: self.bring(key, _told), changed)
         self._followed.update({key: self._listed[key] for key in changed})
 
     def _manifest(self, key: str) -> Manifest:
@@ -93,8 +92,8 @@ class RemoteStore(Store):
         partial.replace(cached)
         return parse(content, named)
 
-    def _bring(self, key: str, wanted: Callable[[str], bool]) -> Path:
-        """Fetch a trial's files; not those of one that this machine works on, whose folder is ahead."""
+    def bring(self, key: str, wanted: Callable[[str], bool] = lambda _: True) -> Path:
+        """What is ``wanted`` of it; nothing of one that this machine works on, whose folder is ahead."""
 
         def busy() -> None:
             raise _BusyError
@@ -108,9 +107,6 @@ class RemoteStore(Store):
                     break
                 mirror.look(mirror.read())
         return self.trial(key)
-
-    def bring(self, key: str) -> Path:
-        return self._bring(key, lambda _: True)
 
     def _mirror(self, key: str) -> Mirror:
         return Mirror(self.bucket, f"trials/{key}", self.trial(key), lambda folder: asdict(state(folder)))
@@ -144,9 +140,6 @@ class RemoteStore(Store):
     def keys(self) -> list[str]:
         """As the last look found them."""
         return list(self._listed)
-
-    def family(self, trial: Trial) -> list[str]:
-        return [key for key in self._manifests if key.startswith(f"{trial.family()}-")]
 
     def has_data(self, name: str) -> bool:
         return bool(self._dataset(fingerprints.of(name)).read().owner) or super().has_data(name)

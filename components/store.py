@@ -125,7 +125,7 @@ class Store:
 
     def family(self, trial: Trial) -> list[str]:
         """The keys of the trials of the same family."""
-        return [folder.name for folder in (self.root / "trials").glob(f"{trial.family()}-*")]
+        return [key for key in self.keys() if key.startswith(f"{trial.family()}-")]
 
     def reached(self, trial: Trial) -> int:
         """The step that the trial would go on from: its own last checkpoint's, or, unless it was begun, a shorter
