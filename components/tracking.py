@@ -73,15 +73,15 @@ def told(error: Exception) -> str:
 def ensure() -> None:
     """Create the sqlite database's tables, before many writers would try at once: under another name, and renamed.
     One that is there is never replaced: a process that has it open would write what nobody reads."""
-    database = _database()
-    if database is None:
+    file = database()
+    if file is None:
         return
-    with disk.locked(database.with_name(f".{database.name}.lock")):
-        if not database.exists():
-            partial = database.with_name(database.name + ".partial")
+    with disk.locked(file.with_name(f".{file.name}.lock")):
+        if not file.exists():
+            partial = file.with_name(file.name + ".partial")
             partial.unlink(missing_ok=True)
             client(f"sqlite:///{partial}").search_experiments()
-            partial.replace(database)
+            partial.replace(file)
 
 
 def experiment_id(server: "MlflowClient", name: str) -> str:
@@ -113,24 +113,25 @@ def newest() -> str:
     return str(found[0].info.experiment_id) if found else ""
 
 
-def _database() -> Path | None:
-    """The sqlite file that tracks, if one does (rather than a server)."""
-    uri = os.environ["MLFLOW_TRACKING_URI"]
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+def database(uri: str | None = None) -> Path | None:
+    """The sqlite file that tracks, or that ``uri`` names, if one does (rather than a server)."""
+    place = os.environ.get("MLFLOW_TRACKING_URI", "") if uri is None else uri
+    file = place.partition("sqlite:///")[2]
+    return Path(file) if file else None
 
 
 def _artifacts(experiment: str) -> str | None:
     """Where an experiment's artifacts go: beside the sqlite file; where a server tracks, it decides."""
-    database = _database()
-    return str(database.absolute().parent / "mlflow-artifacts" / experiment) if database else None
+    file = database()
+    return str(file.absolute().parent / "mlflow-artifacts" / experiment) if file else None
 
 
 def known(folder: Path, experiment: str, content: str = "finished") -> bool:
     """Whether this tracker has ``folder``'s ``content`` in the experiment, without asking it: MLflow is slow
     to import. A note in the folder says so, and a lost sqlite file refutes it."""
-    database = _database()
+    file = database()
     noted = read_json(folder / "tracked.json") or {}
-    return (database is None or database.exists()) and noted.get(_place(experiment)) == content
+    return (file is None or file.exists()) and noted.get(_place(experiment)) == content
 
 
 def remember(folder: Path, experiment: str, content: str = "finished") -> None:
@@ -242,11 +243,9 @@ def download(uri: str) -> str:
         raise DvqError(
             f"{uri}: no MLflow is named; set MLFLOW_TRACKING_URI to its server's address, or sqlite:///outputs/mlflow.db"
         )
-    file = mlflow.get_tracking_uri().removeprefix("sqlite:///")
-    if file != mlflow.get_tracking_uri() and not Path(file).exists():  # likewise
-        raise DvqError(
-            f"{uri}: MLFLOW_TRACKING_URI names the database {Path(file).absolute()}, which is not there"
-        )
+    file = database(mlflow.get_tracking_uri())
+    if file and not file.exists():  # likewise
+        raise DvqError(f"{uri}: MLFLOW_TRACKING_URI names the database {file.absolute()}, which is not there")
     try:
         return str(Path(mlflow.artifacts.download_artifacts(uri)) / "artifacts" / "model")
     except Exception as error:

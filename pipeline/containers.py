@@ -21,6 +21,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 from docker.types import DeviceRequest, Mount
 
+from components import tracking
 from dvq import DvqError, disk
 from pipeline.profile import Profile
 
@@ -119,11 +120,12 @@ def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
 
 
 def _mounts(environment: Mapping[str, str], written: set[Path], source: str) -> Iterator[Mount]:
-    store, tracking = environment.get("DVQ_STORE", ""), environment.get("MLFLOW_TRACKING_URI", "")
-    if store:
+    if store := environment.get("DVQ_STORE", ""):
         written.add(Path(environment["DVQ_CACHE"] if "://" in store else store))
-    if tracking.startswith("sqlite:///"):  # its journal and its artifacts lie beside it
-        written.add(Path(tracking.removeprefix("sqlite:///")).absolute().parent)
+    if file := tracking.database(
+        environment.get("MLFLOW_TRACKING_URI", "")
+    ):  # its journal and its artifacts lie beside it
+        written.add(file.absolute().parent)
     for path in written:
         path.mkdir(parents=True, exist_ok=True)
         yield Mount(str(path), str(path), "bind")

@@ -121,9 +121,9 @@ def set_environment() -> Store:
         raise DvqError("DVQ_STORE: the store is a folder or s3://bucket/prefix; give one of these")
     os.environ["DVQ_STORE"] = place if place.startswith("s3://") else _absolute(place)
     os.environ["DVQ_CACHE"] = _absolute(os.environ.get("DVQ_CACHE") or str(home / "cache"))
-    tracker = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
-    if tracker.startswith("sqlite:///") and tracker != "sqlite:///":  # a container has another working folder
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(tracker.removeprefix('sqlite:///')).absolute()}"
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
+    if file := tracking.database():  # a container has another working folder
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{file.absolute()}"
     store = Store.from_environment()
     assert store
     store.check()

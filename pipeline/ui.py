@@ -3,7 +3,6 @@
 import os
 import socket
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +15,6 @@ from pipeline.stack import Stack
 
 FORM = "?workflowType=machine_learning"
 """of MLflow's pages: for training rather than for language models"""
-FILE = "sqlite:///"
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -35,12 +33,11 @@ def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> N
     if uri.startswith("http"):
         print(f"{uri.rstrip('/')}/{_start()}")
         return
-    if uri.startswith(FILE) and not Path(uri.removeprefix(FILE)).exists():
-        raise DvqError(
-            f"there is no {uri.removeprefix(FILE)}, for no sweep was tracked in it yet: make submit-sweep"
-        )
+    file = tracking.database()
+    if file and not file.exists():
+        raise DvqError(f"there is no {file}, for no sweep was tracked in it yet: make submit-sweep")
     _check_port(port)
-    print(f"MLflow on {uri.removeprefix(FILE)}; Ctrl-C ends it\nhttp://{HOST}:{port}/{_start()}", flush=True)
+    print(f"MLflow on {file or uri}; Ctrl-C ends it\nhttp://{HOST}:{port}/{_start()}", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     command += ["--host", HOST, "--port", port, "--workers", "1", "--uvicorn-opts", "--log-level warning"]
     os.execve(sys.executable, command, {**os.environ, **QUIET})
