@@ -104,13 +104,8 @@ def over(results: Sequence[Result], measure: Measure) -> Estimate:
 def bits_per_dim(result: Result) -> float:
     """With normalization and prior fitted to the training images: in so few steps neither gets there, the prior least
     where few codes are used, and estimators would be told apart by that."""
-    found = result["evaluation"].get("fitted_bits_per_dim")
-    if found is None:
-        raise DvqError(
-            f"trial '{result['name']}' has no fitted_bits_per_dim, for an earlier version evaluated it; compute it "
-            "anew: FRESH=1"
-        )
-    return float(found)
+    lacks = "has no fitted_bits_per_dim, for an earlier version evaluated it;"
+    return _number(result, result["evaluation"].get("fitted_bits_per_dim"), lacks)
 
 
 def as_evaluated(result: Result) -> float:
@@ -121,12 +116,16 @@ def as_evaluated(result: Result) -> float:
 def signal(result: Result) -> float:
     """‖E g‖² / E‖g − E g‖² of the gradient after training, 1/variance: this, not the variance, has a mean over
     seeds where the draws hardly tell E g from 0. The probe gives no signal below 0, so there it is a little high."""
-    if not result.get("probe"):
-        raise DvqError(
-            f"trial '{result['name']}' was computed without a look at its gradient, for another sweep; "
-            "with probe_draws in this one, compute it anew: FRESH=1"
-        )
-    return 1 / float(result["probe"][-1]["variance"])
+    lacks = "was computed without a look at its gradient, for another sweep; with probe_draws in this one,"
+    *_, last = result.get("probe") or [{}]
+    return 1 / _number(result, last.get("variance"), lacks)
+
+
+def _number(result: Result, found: float | None, lacks: str) -> float:
+    """The number; DvqError if the trial ``lacks`` it."""
+    if found is None:
+        raise DvqError(f"trial '{result['name']}' {lacks} compute it anew: FRESH=1")
+    return float(found)
 
 
 def claims(mini: Miniature) -> list[Claim]:
@@ -179,13 +178,8 @@ def noise(mini: Miniature) -> Iterator[Claim]:
 
 
 def _at(result: Result, point: int, term: str) -> float:
-    found = result["curves"][point].get(term)
-    if found is None:
-        raise DvqError(
-            f"trial '{result['name']}' has no {term} along training, for an earlier version trained it; compute it "
-            "anew: FRESH=1"
-        )
-    return float(found)
+    lacks = f"has no {term} along training, for an earlier version trained it;"
+    return _number(result, result["curves"][point].get(term), lacks)
 
 
 def rates(mini: Miniature) -> Iterator[Claim]:
