@@ -22,7 +22,6 @@ from components import datasets, tracking
 from components.store import Store
 from dvq import DvqError
 from dvq.config import Sweep, load_sweep
-from pipeline.stack import Stack
 
 SWEEPS = Path(__file__).parent / "sweeps"
 SIGNED = re.compile(r"[?&][^=&]*(signature|sig|token|secret)=", re.IGNORECASE)
@@ -61,10 +60,11 @@ def one_sentence() -> Iterator[None]:
     raise SystemExit(2)
 
 
-def application(command: Callable[..., None]) -> typer.Typer:
-    """The program of one command, of which every DvqError is its sentence."""
+def application(*commands: Callable[..., None]) -> typer.Typer:
+    """The program of these commands, of which every DvqError is its sentence."""
     made = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    made.command()(one_sentence()(command))
+    for command in commands:
+        made.command()(one_sentence()(command))
     return made
 
 
@@ -113,6 +113,8 @@ def again(path: Path) -> Sweep:
 
 def set_environment() -> Store:
     """Where tasks keep and track what they do, unless the environment says so already; the store."""
+    from pipeline.stack import Stack  # whose commands are made here
+
     home = outputs()
     for name, value in Stack(home / "stack").environment().items():
         os.environ.setdefault(name, value)

@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from dvq import DvqError, disk
+from pipeline import preflight
 from pipeline.services import HOST, PORTS, Service, create_database, endpoint, keys, services
 
 START, STOP = 180, 20
@@ -26,8 +25,6 @@ START, STOP = 180, 20
 STORE = "s3://dvq/store"
 MARK = "DVQ_STACK"
 """What tells a service's process: this variable of its environment names the stack's folder."""
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 class Stack:
@@ -198,15 +195,12 @@ def _free_ports() -> dict[str, int]:
 
 @contextlib.contextmanager
 def _here() -> Iterator[Stack]:
-    """The stack of the current folder, for this process alone; what is wrong is one sentence and exit status 2."""
-    from pipeline.preflight import one_sentence, outputs
-
-    folder = outputs() / "stack"
-    with one_sentence(), disk.locked(folder / "lock"):
+    """The stack of the current folder, for this process alone."""
+    folder = preflight.outputs() / "stack"
+    with disk.locked(folder / "lock"):
         yield Stack(folder)
 
 
-@app.command()
 def up() -> None:
     """Start the stack."""
     with _here() as stack:
@@ -219,12 +213,13 @@ def up() -> None:
         print("make submit-sweep uses it; make stack-down ends it and keeps its data")
 
 
-@app.command()
 def down() -> None:
     """End the stack; its data stays."""
     with _here() as stack:
         print("the stack is down" if stack.down() else "the stack was down")
 
+
+app = preflight.application(up, down)
 
 if __name__ == "__main__":
     app()
