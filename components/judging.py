@@ -32,7 +32,7 @@ def _step(folder: Path, name: str) -> Iterator[None]:
         sys.exit(failures.UNUSABLE)
     except Exception as error:
         traceback.print_exc()
-        diary.failure(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        diary.failure(f"{name}: {failures.reason(error)}")
 
 
 def evaluate(data: Path, model: Path, evaluation: Path, record: bool = False) -> dict[str, Any]:
