@@ -62,24 +62,22 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> 
         raise DvqError(f"trial '{name}' {told}: make submit-sweep SWEEP={sweep} tries it")
     evaluation = results["evaluation"]
     latents = enumerate(evaluation["ledger"]["latents"], start=1)  # as the figures count them
-    entries = [(f"latent variable k = {k}", bits) for k, bits in latents]
+    entries = [(f"latent variable k = {k}", bits, "") for k, bits in latents]
     channels = evaluation["ledger"]["channels"]
-    entries += list(zip(CHANNELS[len(channels)], channels, strict=True))
-    lines = [f"{name} on {results['data']['label']}, split {evaluation['split']}, in bits/dim"]
-    lines += [f"  {entry:21} {bits:9.5f}" for entry, bits in entries]
-    lines.append(f"  {'rate':21} {evaluation['rate']:9.5f}  the latent variables' sum")
-    lines.append(f"  {'distortion':21} {evaluation['distortion']:9.5f}  the channels' sum")
+    entries += [(colour, bits, "") for colour, bits in zip(CHANNELS[len(channels)], channels, strict=True)]
+    entries.append(("rate", evaluation["rate"], "the latent variables' sum"))
+    entries.append(("distortion", evaluation["distortion"], "the channels' sum"))
     error = f"± {evaluation['bits_per_dim_se']:.5f} over {evaluation['images']} images"
-    lines.append(f"  {'bits/dim':21} {evaluation['bits_per_dim']:9.5f}  {error}")
+    entries.append(("bits/dim", evaluation["bits_per_dim"], error))
     if "fitted_bits_per_dim" in evaluation:
-        lines.append(
-            f"  {'fitted':21} {evaluation['fitted_bits_per_dim']:9.5f}  prior and statistics estimated anew"
-        )
+        entries.append(("fitted", evaluation["fitted_bits_per_dim"], "prior and statistics estimated anew"))
     if "autoregressive_bits_per_dim" in evaluation:
         told = f"under an autoregressive prior, rate {evaluation['rate_autoregressive']:.5f}"
-        lines.append(f"  {'AR prior':21} {evaluation['autoregressive_bits_per_dim']:9.5f}  {told}")
+        entries.append(("AR prior", evaluation["autoregressive_bits_per_dim"], told))
     if "bound" in evaluation:
-        lines.append(f"  {'L_S':21} {evaluation['bound']:9.5f}  S = {evaluation['bound_samples']}")
+        entries.append(("L_S", evaluation["bound"], f"S = {evaluation['bound_samples']}"))
+    lines = [f"{name} on {results['data']['label']}, split {evaluation['split']}, in bits/dim"]
+    lines += [f"  {entry:21} {bits:9.5f}  {told}".rstrip() for entry, bits, told in entries]
     model = store.trial(key) / "model"
     if model.is_dir():
         lines.append(f'its model: dvq.load("{model}")')
