@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -44,7 +45,8 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
             f"make cancel RUN={going} ends it"
         )
     job = bring_data(job)
-    submit = Submitter(job, profile, kubeflow, experiment, console)
+    version = kubeflow.upload(compiled(profile, job.jobs, job.store.place), definition.NAME)
+    submit = partial(start, job, kubeflow, experiment, version, console)
     plan, began = forecast.plan(job.trials, job.store, profile, fresh), time.time()
     if fresh:  # now that nothing more can be refused
         remove(job)
@@ -126,24 +128,13 @@ def compiled(profile: Profile, jobs: int, store: str) -> str:
     return as_yaml(definition.sweep_pipeline(jobs, profile.image, settle, cluster.ttl, cluster.limit))
 
 
-class Submitter:
-    """Starts the sweep's pipeline; each call is a run."""
-
-    def __init__(
-        self, job: Job, profile: Profile, kubeflow: Kubeflow, experiment: str, console: Console
-    ) -> None:
-        self._job, self._kubeflow, self._experiment, self._console = job, kubeflow, experiment, console
-        self._account = profile.cluster.service_account if profile.cluster else ""
-        text = compiled(profile, job.jobs, job.store.place)
-        self._version = kubeflow.upload(text, definition.NAME)
-
-    def __call__(self) -> str:
-        name = f"{self._job.sweep.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-        arguments = dict(self._job.arguments)
-        made = self._kubeflow.start(name, self._experiment, self._version, arguments, self._account)
-        conclusion.say(self._console, f"run:    {self._kubeflow.link(made)}")
-        conclusion.say(self._console, f"mlflow: {_mlflow(self._job.sweep.name)}")
-        return made
+def start(job: Job, kubeflow: Kubeflow, experiment: str, version: tuple[str, str], console: Console) -> str:
+    """Start a run of the sweep's pipeline; its id."""
+    name = f"{job.sweep.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    made = kubeflow.start(name, experiment, version, dict(job.arguments))
+    conclusion.say(console, f"run:    {kubeflow.link(made)}")
+    conclusion.say(console, f"mlflow: {_mlflow(job.sweep.name)}")
+    return made
 
 
 def _mlflow(sweep: str) -> str:

@@ -40,6 +40,7 @@ class Kubeflow(Connection):
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(cluster)
+        self._account = cluster.service_account
         self._runs = api.RunServiceApi(self._client)
         self._uploads = api.PipelineUploadServiceApi(self._client)
         self._pipelines = api.PipelineServiceApi(self._client)
@@ -106,9 +107,7 @@ class Kubeflow(Connection):
         make = partial(self._experiments.experiment_service_create_experiment, made)
         return self._made(f"the experiment '{name}'", find, make)
 
-    def start(
-        self, name: str, experiment: str, version: tuple[str, str], arguments: dict[str, Any], account: str
-    ) -> str:
+    def start(self, name: str, experiment: str, version: tuple[str, str], arguments: dict[str, Any]) -> str:
         """Start a run; its id."""
         reference = api.V2beta1PipelineVersionReference(
             pipeline_id=version[0], pipeline_version_id=version[1]
@@ -118,7 +117,7 @@ class Kubeflow(Connection):
             display_name=name,
             pipeline_version_reference=reference,
             runtime_config=api.V2beta1RuntimeConfig(parameters=arguments),
-            service_account=account or None,
+            service_account=self._account or None,
         )
         return str(self._ask(self._runs.run_service_create_run, run).run_id)
 

@@ -94,10 +94,11 @@ def test_what_is_made_and_not_shown_ends_in_a_sentence(kubeflow: Kubeflow, serve
         kubeflow.upload("text", "dvq-sweep")
 
 
-def test_a_run_from_its_start_to_its_end(kubeflow: Kubeflow, server: KubeflowServer) -> None:
+def test_a_run_from_its_start_to_its_end(address: str, server: KubeflowServer) -> None:
+    kubeflow = Kubeflow(Cluster(host=address, service_account="account"))
     version, experiment = kubeflow.upload("text", "dvq-sweep"), kubeflow.experiment("sweep")
     assert kubeflow.going(experiment) is None
-    run = kubeflow.start("sweep-1", experiment, version, {"sweep": "{}"}, "account")
+    run = kubeflow.start("sweep-1", experiment, version, {"sweep": "{}"})
     assert kubeflow.going(experiment) == run
     assert server.runs[run].runtime_config.parameters == {"sweep": "{}"}
     assert server.runs[run].service_account == "account"
@@ -127,7 +128,7 @@ def test_what_pods_met_is_told_with_its_remedy(
     kubeflow: Kubeflow, server: KubeflowServer, told: str, remedy: str
 ) -> None:
     version, experiment = kubeflow.upload("text", "dvq-sweep"), kubeflow.experiment("sweep")
-    run = kubeflow.start("sweep-1", experiment, version, {}, "")
+    run = kubeflow.start("sweep-1", experiment, version, {})
     server.runs[run].state = "FAILED"
     tasks = [
         api.V2beta1PipelineTaskDetail(display_name="plan", state="SUCCEEDED"),
@@ -148,7 +149,7 @@ def test_what_the_api_refuses_is_one_sentence(kubeflow: Kubeflow, server: Kubefl
     version, experiment = kubeflow.upload("text", "dvq-sweep"), kubeflow.experiment("sweep")
     server.faults = [(429, "RESOURCE_EXHAUSTED: exceeded quota: runs")]
     with pytest.raises(DvqError, match=r"exceeded quota: runs\); ask for more quota"):
-        kubeflow.start("sweep-1", experiment, version, {}, "")
+        kubeflow.start("sweep-1", experiment, version, {})
     server.faults = [(500, "database is\n gone")]
     with pytest.raises(DvqError, match=r"answers with an error \(500: database is gone\)$"):
         kubeflow.experiment("sweep")
@@ -227,7 +228,7 @@ def test_a_session_may_end_at_any_time(
     for ask in (
         lambda: kubeflow.look("x"),
         lambda: kubeflow.cancel("x"),
-        lambda: kubeflow.start("sweep-1", "x", ("x", "x"), {}, ""),
+        lambda: kubeflow.start("sweep-1", "x", ("x", "x"), {}),
         lambda: kubeflow.upload("text", "dvq-sweep"),
     ):
         with pytest.raises(DvqError, match=told):
