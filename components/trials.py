@@ -37,18 +37,14 @@ def unfinished(sweep: Sweep, limit: int = 0, experiment: str = "") -> list[Point
     """
     if limit < 0:
         raise DvqError(f"limit = {limit}: give how many trials at most, or 0 for all")
-    trials = sweep.trials().values()
-    store = Store.from_environment()
-    if store:
-        store.look([trial.key() for trial in trials], "tracked.json")
-    points = [
-        point
-        for point in sweep.points()
-        if not (store and _done(store, sweep.trial(point).key(), experiment))
-    ]
-    if store and limit:
-        points.sort(key=lambda one: _patience(store.state(sweep.trial(one).key())))
-    return points[: limit or None]
+    sweep.trials()  # DvqError for what is wrong with one, or with two of them
+    todo = [(point, sweep.trial(point).key()) for point in sweep.points()]
+    if store := Store.from_environment():
+        store.look([key for _, key in todo], "tracked.json")
+        todo = [(point, key) for point, key in todo if not _done(store, key, experiment)]
+        if limit:
+            todo.sort(key=lambda one: _patience(store.state(one[1])))
+    return [point for point, _ in todo[: limit or None]]
 
 
 def _patience(state: State) -> int:
