@@ -21,9 +21,9 @@ from dvq.trial import Trial
 
 Point = dict[str, Any]
 NAME = re.compile(r"^[a-z0-9][a-z0-9-]*$")
+"""of a sweep, which is also its experiment's in MLflow and its report's folder"""
 LARGEST = 4 << 20
 """bytes of a sweep's file, with what it refers to written out"""
-"""of a sweep, which is also its experiment's in MLflow and its report's folder"""
 
 
 class _Loader(yaml.SafeLoader):
@@ -160,13 +160,10 @@ class Sweep(BaseModel):
 
     def points(self) -> list[Point]:
         """What each trial sets over ``base``, in the file's order."""
-        grid = [
-            dict(zip(self.grid, combination, strict=True))
-            for combination in itertools.product(*self.grid.values())
-        ]
-        if not self.grid and self.include:  # with neither the base is a trial
-            grid = []
-        return [{**point, "seed": seed} for point in [*grid, *self.include] for seed in self.seeds]
+        alone = self.include and not self.grid  # with neither of them the base is a trial
+        grid = () if alone else itertools.product(*self.grid.values())
+        points = [*(dict(zip(self.grid, values, strict=True)) for values in grid), *self.include]
+        return [{**point, "seed": seed} for point in points for seed in self.seeds]
 
     def trial(self, point: Point) -> Trial:
         """The trial at ``point``."""
@@ -239,7 +236,8 @@ def load_sweep(path: Path) -> Sweep:
         if key not in Sweep.model_fields:
             known = [field for field in Sweep.model_fields if field != "name"]
             raise DvqError(f"sweep file {path}: unknown key '{key}'{nearest(str(key), known)}")
-    for key, values in (content.get("grid") or {}).items() if isinstance(content.get("grid"), dict) else ():
+    grid = content.get("grid")
+    for key, values in grid.items() if isinstance(grid, dict) else ():
         if not isinstance(values, list) or not values:
             instead = f", [{values}]" if isinstance(values, str | int | float) else ""
             raise DvqError(f"sweep file {path}: grid: '{key}' needs a list of at least one value{instead}")
