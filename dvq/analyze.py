@@ -72,7 +72,8 @@ def analyze(codebook: ArrayLike, usage: ArrayLike | None = None) -> Analysis:
         DvqError: the codebook is not finite.
         ValueError: the shapes do not fit, or a row of counts is negative or sums to 0.
     """
-    codes = np.asarray(codebook, dtype=np.float64)
+    detached = codebook.detach().cpu() if hasattr(codebook, "detach") else codebook  # a parameter's
+    codes = np.asarray(detached, dtype=np.float64)
     if codes.ndim != 3:
         raise ValueError(f"codebook: expected (K, C, D), found {codes.shape}")
     counts = np.ones(codes.shape[:2], np.int64) if usage is None else np.asarray(usage, np.int64)

@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 
 from dvq import inputs
 from dvq.model import Model
-from dvq.randomness import minibatch, noise
+from dvq.randomness import minibatch, noise, seeded
 
 WIDTH, LAYERS, HEADS = 128, 4, 4
 
@@ -79,7 +79,7 @@ class Autoregressive(nn.Module):
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """``n`` draws z ~ r(z), (n, H/4, W/4, K), for the model's ``decode``."""
         device = self.place.device
-        generator = generator or Generator(device).manual_seed(0)
+        generator = inputs.generator(generator, device)
         codes = torch.zeros(n, self.trial.positions, self.trial.num_latents, dtype=torch.long, device=device)
         for p in range(codes.shape[1]):
             context = self.context(codes[:, : p + 1])[:, -1:]
@@ -108,11 +108,9 @@ def fit(
     Raises:
         DvqError: other images, or a model whose latent variables are continuous.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         prior = Autoregressive(model)
-    device, was_training = prior.place.device, model.training
-    model.eval()
+    device = prior.place.device
     optimizer = torch.optim.Adam(prior.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     for step in range(steps):
@@ -122,5 +120,4 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    model.train(was_training)
     return prior.eval()

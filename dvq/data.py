@@ -215,8 +215,8 @@ def _alone(folder: Path) -> Iterator[Path]:
 
 def _read(name: str, source: str, scratch: Path, progress: Progress | None) -> dict[str, Images]:
     if name == "cifar10":
-        return cifar10.read(source, scratch, progress)
-    return read_sample() if name == "cifar10-sample" else own.read(source)
+        return cifar10.read(str(source), scratch, progress)
+    return read_sample() if name == "cifar10-sample" else own.read(str(source))
 
 
 def _write(name: str, arrays: dict[str, Images], work: Path) -> None:

@@ -34,9 +34,7 @@ def pick() -> torch.device:
                 "folder of the driver's libcuda.so.1 in LD_LIBRARY_PATH?"
             )
         return torch.device("cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32 proper
+    exact()
     device = torch.device("cuda", take(count, disk.locks()))
     try:
         torch.cuda.set_device(device)
@@ -49,6 +47,13 @@ def pick() -> torch.device:
             f"({told}); {remedy}"
         ) from None
     return device
+
+
+def exact() -> None:
+    """On GPUs: the same each time, and float32 proper where it is not bfloat16 that was asked for."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def take(count: int, folder: Path) -> int:

@@ -89,10 +89,12 @@ def evaluate(
         DvqError: no images, or others.
     """
     images = _checked(images, model.trial, "the images to evaluate")
+    if bound_samples < 1:
+        raise DvqError(f"bound_samples = {bound_samples}: give 1 or more")
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    first, more = (torch.Generator(device).manual_seed(seed + i) for i in range(2))
+    first, more = (torch.Generator(device).manual_seed(2 * seed + i) for i in range(2))
     gathered = _Pass()
     if isinstance(model.latents, Codebooks):
         gathered.usage = torch.zeros(model.latents.codebook.shape[:2], dtype=torch.long, device=device)

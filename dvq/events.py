@@ -51,7 +51,7 @@ class Events:
 def read(folder: Path) -> Iterator[dict[str, Any]]:
     """The events of the trial in ``folder``, oldest first; a line that is still being written, or damaged, is left
     out."""
-    return Tail(folder).fresh()
+    return Tail(Path(folder)).fresh()
 
 
 class Tail:

@@ -57,6 +57,17 @@ def codes(given: Any, trial: Trial, device: torch.device) -> Tensor:
     return found.to(device)
 
 
+def generator(given: Any, device: torch.device) -> torch.Generator:
+    """The generator; without one, of the same random numbers each time."""
+    if given is None:
+        return torch.Generator(device).manual_seed(0)
+    if not isinstance(given, torch.Generator):
+        raise DvqError(
+            f"the generator is a {type(given).__name__}: give torch.Generator(device).manual_seed(seed)"
+        )
+    return given
+
+
 def _tensor(given: Any, what: str) -> Tensor:
     try:
         return given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))  # a copy, in order

@@ -4,8 +4,10 @@ Source: "Continuous Relaxation Training of Discrete Latent Variable Image Models
 Bayesian Deep Learning), section 3; the residual blocks are those of van den Oord et al. 2017, section 4.1.
 """
 
+import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec
 
 import numpy as np
 import torch
@@ -17,12 +19,31 @@ from dvq.latents import per_image
 from dvq.likelihood import VALUES, plain_nll, tiled_nll
 from dvq.trial import Trial
 
+P = ParamSpec("P")
 Weigh = Callable[[Tensor], Tensor]
 Images = Tensor | NDArray[np.uint8]
 
 
 def _norm(trial: Trial) -> nn.Module:
     return nn.BatchNorm2d(trial.features) if trial.normalization == "batch" else nn.Identity()
+
+
+def _in_evaluation(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """The method in evaluation mode and without gradients; the model's own mode is as it was behind it."""
+
+    @wraps(method)
+    def judged(*args: P.args, **named: P.kwargs) -> Tensor:
+        model = args[0]
+        assert isinstance(model, nn.Module)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                return method(*args, **named)
+        finally:
+            model.train(was_training)
+
+    return judged
 
 
 class Residual(nn.Module):
@@ -72,7 +93,7 @@ class Encoder(_Network):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.to(next(self.parameters()).dtype).div_(127.5).sub_(1)
+        x = images.to(next(self.parameters()).dtype, copy=True).div_(127.5).sub_(1)
         x = x.permute(0, 3, 1, 2)  # (B, 3, H, W), stored NHWC
         with self.autocast(x):
             v: Tensor = self.body(x).permute(0, 2, 3, 1).to(x.dtype)  # (B, H/4, W/4, K·D)
@@ -177,7 +198,7 @@ class Model(nn.Module):
         """−log p(x|z) of each image and colour channel [nats]: (K, N, D), (B, H, W, 3) → (B, 3)."""
         return self.decoder.nll(vectors, images, None)[1]
 
-    @torch.no_grad()
+    @_in_evaluation
     def encode(self, images: Images, generator: torch.Generator | None = None) -> Tensor:
         """One sample z ~ q(z|x); for VQ-VAE the nearest codes.
 
@@ -193,9 +214,9 @@ class Model(nn.Module):
         """
         inputs.discrete(self.trial)
         codes = torch.cat([sample.codes for _, sample in self._samples(images, generator)], 1)
-        return codes.T.unflatten(0, (-1, *self.trial.grid))
+        return codes.T.contiguous().unflatten(0, (-1, *self.trial.grid))
 
-    @torch.no_grad()
+    @_in_evaluation
     def decode(self, codes: Tensor | NDArray[np.integer]) -> Tensor:
         """The mean of p(x|z), rounded: codes (B, H/4, W/4, K), 0 to C − 1 → images (B, H, W, 3) uint8.
 
@@ -203,23 +224,26 @@ class Model(nn.Module):
             DvqError: other codes, or a model whose latent variables are continuous.
         """
         checked = inputs.codes(codes, self.trial, self._device())
-        return self._mean_image(self.latents.vectors(checked.flatten(0, 2).T))
+        pieces = checked.split(self.trial.images_at_once)
+        return torch.cat([self._mean_image(self.latents.vectors(piece.flatten(0, 2).T)) for piece in pieces])
 
-    @torch.no_grad()
+    @_in_evaluation
     def reconstruct(self, images: Images, generator: torch.Generator | None = None) -> Tensor:
         """``decode(encode(images))``, of continuous latent variables too: uint8 (B, H, W, 3) → the same."""
         pieces = [self._mean_image(sample.vectors) for _, sample in self._samples(images, generator)]
         return torch.cat(pieces)
 
-    @torch.no_grad()
+    @_in_evaluation
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """The mean of p(x|z) for ``n`` ≥ 1 draws z ~ p(z), rounded: uint8 (n, H, W, 3)."""
-        if not isinstance(n, int) or n < 1:
+        """The mean of p(x|z) for ``n`` ≥ 1 draws z ~ p(z), rounded: uint8 (n, H, W, 3). Without a generator the same
+        draws each time."""
+        if not hasattr(n, "__index__") or n < 1:
             raise DvqError(f"sample: n = {n!r}; give a whole number of at least 1")
-        generator = generator or torch.Generator(self._device()).manual_seed(0)
-        return self._mean_image(self.latents.prior_sample(n * self.trial.positions, generator))
+        generator = inputs.generator(generator, self._device())
+        vectors = self.latents.prior_sample(operator.index(n) * self.trial.positions, generator)
+        return self._mean_image(vectors)
 
-    @torch.no_grad()
+    @_in_evaluation
     def bits_per_dim(self, images: Images, generator: torch.Generator | None = None) -> Tensor:
         """(distortion + rate) / (H·W·3 ln 2) of each image, by one hard sample: uint8 (B, H, W, 3) → (B,)."""
         nats = [
@@ -234,7 +258,7 @@ class Model(nn.Module):
     def _samples(self, images: Images, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Any]]:
         """The images, checked, in pieces, and a sample of each."""
         checked = inputs.images(images, self.trial, self._device())
-        generator = generator or torch.Generator(checked.device).manual_seed(0)
+        generator = inputs.generator(generator, checked.device)
         for piece in checked.split(self.trial.images_at_once):
             yield piece, self.latents.sample(self.encoder(piece), generator)
 

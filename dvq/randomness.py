@@ -4,6 +4,9 @@ So there is no generator's state to save, and a run can go on from any step.
 """
 
 import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -27,6 +30,18 @@ def minibatch(step: int, batch_size: int, images: int, seed: int) -> NDArray[np.
         permutation(images, seed, epoch)[places[epochs == epoch] % images] for epoch in np.unique(epochs)
     ]
     return np.concatenate(parts)
+
+
+_SEEDED = threading.Lock()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's own random numbers begin with ``seed`` in this block, and are as they were behind it. They are the
+    whole process's, so other threads wait before a block of their own."""
+    with _SEEDED, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def noise_seed(seed: int, step: int, *stream: int) -> int:

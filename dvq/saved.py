@@ -82,7 +82,7 @@ def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | None]
 
 def _network(trial: Trial, folder: Path) -> Model:
     try:
-        return Model(trial)
+        return Model(trial).float()  # whatever type is torch's default
     except (MemoryError, RuntimeError) as error:
         told = (str(error).splitlines() or ["out of memory"])[0]
         raise DvqError(f"{folder}: the network of trial.json cannot be made: {told}") from None

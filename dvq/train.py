@@ -9,6 +9,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dvq import DvqError, checkpoint, events, failures, goodput
+from dvq.config import estimators
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
-from dvq.device import keep_memory, pick
+from dvq.device import exact, keep_memory, pick
 from dvq.evaluate import evaluate
 from dvq.events import Events
 from dvq.model import Model
@@ -35,7 +38,21 @@ from dvq.trial import Trial
 
 
 class Interrupted(BaseException):
-    """SIGTERM came: write a checkpoint and end."""
+    """SIGTERM or SIGINT came: write a checkpoint and end."""
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """torch's settings for the whole process are as they were behind this block; in it gradients are on."""
+    threads, kept = torch.get_num_threads(), bool(torch.tensor(1e-40) * 1)
+    # a number under 1e-38, as hopeless codes' weights are, costs a CPU as much as 100 others
+    torch.set_flush_denormal(True)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(not kept)
 
 
 def curve_point(terms: Tensor, last_step: int, trial: Trial) -> dict[str, float]:
@@ -61,13 +78,15 @@ class Training:
 
     def __init__(self, trial: Trial, data: Data, folder: Path, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        # a number under 1e-38, as hopeless codes' weights are, costs a CPU as much as 100 others
-        torch.set_flush_denormal(True)
-        keep_memory()
         self.trial, self.folder = trial, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.provenance = provenance(device)  # when training ends, git may be at another version
         found = checkpoint.latest(folder, trial.family(), lambda told: print(told, flush=True))
+        if found and found.step > trial.steps:
+            raise DvqError(
+                f"{folder} has a checkpoint of step {found.step}, and the trial ends at {trial.steps}; give it a "
+                "folder of its own"
+            )
         goodput.begin(folder, found.step if found else 0)
         events.truncate(folder, found.about["events"] if found else {})
         self.events = Events(folder)
@@ -77,7 +96,8 @@ class Training:
         self.done = 0
         self.terms: list[Tensor] = []  # of the steps since the last point of the curves
         self.seconds = self.seconds_at_point = 0.0  # spent in training steps
-        self.stopping = self.looking = False
+        self.stopping: int | None = None  # by which signal
+        self.looking = False
         if found:
             self._go_on(found)
         self.events_before = events.sizes(folder)
@@ -91,12 +111,14 @@ class Training:
         self.seconds_at_point = found.about["seconds_at_point"]
         print(f"going on from step {self.done}", flush=True)
 
-    def stop(self, *_: object) -> None:
-        """SIGTERM: end after the step, or, in the middle of a look, at once."""
+    def stop(self, number: int = signal.SIGTERM, *_: object) -> None:
+        """SIGTERM or SIGINT: end after the step, or, in the middle of a look, at once."""
         if not self.stopping:
-            self.stopping = True
+            self.stopping = number
             if self.looking:
                 raise Interrupted
+        elif number == signal.SIGINT:  # once more: a person does not wait
+            raise KeyboardInterrupt
 
     def run(self) -> dict[str, Any]:
         """Train to the last step and publish the model; the summary that the results name."""
@@ -184,7 +206,8 @@ class Training:
 
 def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: int = 1) -> dict[str, Any]:
     """Train ``trial``, or go on with it, and leave in ``folder``: checkpoints/, events/, images/ and, last,
-    model/. SIGTERM ends it after a checkpoint, where this is the main thread.
+    model/. SIGTERM ends it after a checkpoint, and so does SIGINT, with a KeyboardInterrupt, where this is the main
+    thread.
 
     Args:
         trial: what to train.
@@ -196,18 +219,32 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
         steps, seconds, speed, goodput and provenance, which are in model/training.json too.
 
     Raises:
-        DvqError: ``data`` are other images than the trial's; the loss is not finite (names step and term); a
+        DvqError: ``data`` are other images than the trial's; its estimator is not in the list; the folder has more
+            steps of it; the loss is not finite (names step and term); a
             checkpoint is of another configuration or cannot be written.
     """
     data.check(trial)
-    training = Training(trial, data, Path(folder), device, threads)
-    if threading.current_thread() is not threading.main_thread():
-        return training.run()  # which no signal reaches
-    earlier = signal.signal(signal.SIGTERM, training.stop)
-    try:
-        return training.run()
-    finally:
-        signal.signal(signal.SIGTERM, earlier)
+    if trial.estimator not in estimators():
+        raise DvqError(
+            f"'{trial.estimator}' is not in the list of estimators, and its models could not be loaded: "
+            f"dvq.estimators.ESTIMATORS.append({type(trial).__name__})"
+        )
+    if str(device).startswith("cuda"):
+        exact()
+    with _as_before():
+        training = Training(trial, data, Path(folder), str(device), threads)
+        if threading.current_thread() is not threading.main_thread():
+            return training.run()  # which no signal reaches
+        earlier = {number: signal.signal(number, training.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return training.run()
+        except Interrupted:
+            if training.stopping == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
 
 
 def _evaluate(
@@ -218,9 +255,7 @@ def _evaluate(
     told = ("bits_per_dim", "distortion", "rate", "perplexity", "dead_codes", "rate_least")
     diary.metrics(step, {f"{trial.split}/{name}": result[name] for name in told if name in result})
     shown = np.asarray(judged[:COLUMNS])
-    model.eval()
     picture = mosaic(shown, model.reconstruct(shown).cpu().numpy())
-    model.train()
     path = Path("images") / f"reconstructions-{step:08d}.png"
     (folder / "images").mkdir(exist_ok=True)
     save_png(picture, folder / path)
@@ -240,10 +275,11 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     args = parser.parse_args()
+    keep_memory()
     try:
         document = json.loads((args.folder / "trial.json").read_text(encoding="utf-8"))
         train(make_trial(document["trial"]), load(args.data), args.folder, str(pick()))
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         return 128 + signal.SIGTERM
     except failures.UnusableError as error:
         Events(args.folder).state("interrupted", failures.reason(error))

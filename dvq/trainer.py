@@ -12,7 +12,7 @@ from torch import Tensor
 from dvq import DvqError
 from dvq.codes import kmeans
 from dvq.model import Model
-from dvq.randomness import minibatch, noise
+from dvq.randomness import minibatch, noise, seeded
 from dvq.recorded import Recorded
 from dvq.trial import LearnedCodes, Loss, Trial
 
@@ -44,10 +44,10 @@ class Trainer:
     def __init__(
         self, trial: Trial, images: NDArray[np.uint8], device: torch.device, dtype: torch.dtype
     ) -> None:
-        torch.manual_seed(trial.seed)
         self.trial, self.images, self.device = trial, images, device
         on_gpu = device.type == "cuda"
-        self.model = Model(trial).to(device, dtype)
+        with seeded(trial.seed):
+            self.model = Model(trial).to(device, dtype)
         self.model.mix((trial.precision if on_gpu else trial.cpu_precision) == "bfloat16")
         if isinstance(trial, LearnedCodes) and trial.codebook_init == "kmeans":
             self._place_codebooks(trial)

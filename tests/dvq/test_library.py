@@ -1,13 +1,24 @@
 """dvq as a library: what the README shows of it, as in a notebook whose cells are run again."""
 
 import re
+import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
+import torch
 
-from dvq import DvqError
+import dvq
+from dvq import DvqError, config, data, events
+from dvq.estimators import ESTIMATORS
+from dvq.estimators.gs_soft import GSSoft
+from dvq.evaluate import evaluate
+from dvq.model import Model
+from dvq.train import Training, train
+from dvq.trainer import Trainer
 
 CELL = re.compile(r"```python\n(from pathlib import Path\n\nimport dvq\n.*?)```", re.DOTALL)
 
@@ -37,3 +48,153 @@ def test_the_readmes_cell_runs_and_runs_again(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(DvqError, match="the trial is of cifar10, and these images are cifar10-sample"):
         exec(cell.replace('"data": "cifar10-sample", ', "").replace("my-trial", "other"), {})
     assert not (tmp_path / "other").exists()
+
+
+TINY: dict[str, Any] = {
+    "estimator": "gs-soft",
+    "data": "cifar10-sample",
+    "features": 4,
+    "num_latents": 2,
+    "num_codes": 4,
+    "code_dim": 3,
+    "residual_blocks": 1,
+    "batch_size": 4,
+    "steps": 6,
+    "evaluate_every": 100,
+    "checkpoint_every": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> data.Data:
+    folder = tmp_path_factory.mktemp("sample")
+    data.prepare("cifar10-sample", "", folder)
+    return data.load(folder)
+
+
+def test_fewer_steps_in_a_folder_with_more_are_refused(images: data.Data, tmp_path: Path) -> None:
+    """Its weights were published as those of fewer steps."""
+    train(config.trial(TINY), images, tmp_path)
+    before = (tmp_path / "model" / "training.json").read_bytes()
+    with pytest.raises(
+        DvqError, match="has a checkpoint of step 6, and the trial ends at 3; give it a folder"
+    ):
+        train(config.trial({**TINY, "steps": 3}), images, tmp_path)
+    assert (tmp_path / "model" / "training.json").read_bytes() == before
+
+
+def test_training_leaves_the_process_as_it_was(images: data.Data, tmp_path: Path) -> None:
+    threads, random_state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            train(config.trial(TINY), images, tmp_path, device=torch.device("cpu"))  # type: ignore[arg-type]
+        assert torch.get_num_threads() == 2
+        assert torch.tensor(1e-40) * 1 > 0, "denormal numbers are numbers again"
+        assert torch.equal(torch.get_rng_state(), random_state)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_threads_begin_with_the_weights_of_their_seeds() -> None:
+    noise = np.zeros((4, 32, 32, 3), np.uint8)
+    trials = [config.trial({**TINY, "num_codes": 512, "num_latents": 16, "seed": seed}) for seed in range(4)]
+
+    def codebook(one: Any) -> torch.Tensor:
+        return Trainer(one, noise, torch.device("cpu"), torch.float32).model.latents.codebook
+
+    alone = [codebook(one) for one in trials]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(codebook, trials * 4))
+    assert all(torch.equal(one, other) for one, other in zip(alone * 4, together, strict=True))
+
+
+def test_interrupting_a_cell_keeps_what_it_computed(
+    images: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = config.trial(TINY)
+    train(whole, images, tmp_path / "whole")
+    step = Trainer.step
+
+    def interrupted(self: Trainer, number: int) -> torch.Tensor:
+        if number == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", interrupted)
+        patched.setattr(Training, "_look", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            train(whole, images, tmp_path / "cell")
+    assert [event["state"] for event in events.read(str(tmp_path / "cell"))] == ["training", "interrupted"]  # type: ignore[arg-type]
+    assert [path.name for path in (tmp_path / "cell" / "checkpoints").iterdir()] == ["000000003"]
+    train(whole, images, tmp_path / "cell")
+    found, right = (dvq.load(tmp_path / name / "model").state_dict() for name in ("cell", "whole"))
+    assert all(torch.equal(found[name], right[name]) for name in right)
+
+
+def test_a_cell_that_names_an_estimator_can_be_run_again(images: data.Data, tmp_path: Path) -> None:
+    def cell() -> type[GSSoft]:
+        class Mine(GSSoft):
+            estimator: Literal["mine"] = "mine"  # type: ignore[assignment]
+
+        return Mine
+
+    fields = {name: value for name, value in TINY.items() if name != "estimator"}
+    with pytest.raises(DvqError, match=r"'mine' is not in the list .*ESTIMATORS.append\(Mine\)"):
+        train(cell()(**fields), images, tmp_path)
+    assert not (tmp_path / "events").exists()
+    before = list(ESTIMATORS)
+    try:
+        ESTIMATORS.append(cell())
+        ESTIMATORS.append(later := cell())
+        made = config.trial({**TINY, "estimator": "mine"})
+        assert type(made) is later
+        train(made, images, tmp_path)
+        assert dvq.load(tmp_path / "model").trial == made
+    finally:
+        ESTIMATORS[:] = before
+
+
+def test_a_model_in_training_is_judged_as_evaluated_and_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = Model(config.trial(TINY)).eval()
+    some = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    right, state = model.bits_per_dim(some), {name: x.clone() for name, x in model.state_dict().items()}
+    model.train()
+    assert torch.equal(model.bits_per_dim(some), right)
+    model.reconstruct(some), model.encode(some), model.sample(np.int64(2))  # type: ignore[arg-type]
+    with pytest.raises(DvqError):
+        model.decode(torch.zeros(1))
+    assert model.training
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    x = torch.full((1, 32, 32, 3), 7.0)
+    model.encoder(x)
+    assert (x == 7).all(), "what is given is not written to"
+
+
+def test_draws_of_neighbouring_seeds_are_others() -> None:
+    torch.manual_seed(0)
+    model = Model(config.trial(TINY))
+    some = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    first, second = (evaluate(model, some, seed=seed, bound_samples=2) for seed in (0, 1))
+    draws = abs(first["bits_per_dim"] - second["bits_per_dim"]) / 2**0.5
+    assert draws != pytest.approx(first["draws_se"], rel=1e-6)
+    with pytest.raises(DvqError, match="bound_samples = 0: give 1 or more"):
+        evaluate(model, some, bound_samples=0)
+
+
+def test_a_generator_is_one() -> None:
+    model = Model(config.trial(TINY))
+    with pytest.raises(DvqError, match=r"the generator is a int: give torch.Generator"):
+        model.sample(3, 1)  # type: ignore[arg-type]
+
+
+def test_models_load_whatever_torchs_default_type_is(images: data.Data, tmp_path: Path) -> None:
+    train(config.trial({**TINY, "steps": 1}), images, tmp_path)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert dvq.load(tmp_path / "model").latents.codebook.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
