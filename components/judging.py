@@ -68,6 +68,7 @@ def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:
     from dvq import autoregressive, device
     from dvq import load as load_model
     from dvq.evaluate import evaluate as judge
+    from dvq.pictures import COLUMNS
     from dvq.provenance import provenance
 
     device.keep_memory()
@@ -77,6 +78,8 @@ def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:
     steps = 0 if seen is None else getattr(trial, "autoregressive_steps", 0)
     prior = autoregressive.fit(judged, seen, steps) if steps else None
     found = judge(judged, images.evaluation(split)[0], None, 0, trial.bound_samples, seen, prior)
+    if prior:
+        found["samples"] = prior.sample(COLUMNS).tolist()
     made_by = provenance(str(place))  # it may be another than trained it
     return {"split": split, **found, "provenance": {**made_by, **_judged(images, model)}}
 
@@ -171,7 +174,7 @@ def _analyze(
     }
     title = f"{results['name']}, {data.info['label']}"
     images = data.evaluation(model.trial.split)[0]
-    seen = pictures.take(model, images)
+    seen = pictures.take(model, images, judged.get("samples"))
     seen.save(folder / "pictures.npz")
     drawn = {"pictures": pictures.of_trial(seen, title)}
     if "usage" in judged:

@@ -40,7 +40,8 @@ PARTIAL = "fewer steps than 100,000, or a smaller network: nothing here compares
 def write(result: Mapping[str, Any], analysis: Analysis | None, sweep: str, folder: Path) -> Path:
     """Write the results to their file in ``folder``; its path."""
     one = trial(result["trial"])
-    made = {**result, "name": name(one), "sweep": sweep, "numerics": NUMERICS}
+    judged = {key: value for key, value in result["evaluation"].items() if key != "samples"}
+    made = {**result, "evaluation": judged, "name": name(one), "sweep": sweep, "numerics": NUMERICS}
     if analysis and PAPERS_SIZE.items() <= made["trial"].items():
         made["codebooks"] = {part: _rounded(getattr(analysis, part).tolist()) for part in CODEBOOKS}
     path = folder / f"{made['name']}.json"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from dvq.disk import Arrays
 from dvq.style import counted, in_colour, look, new_figure, shown
@@ -28,14 +28,15 @@ class Pictures(Arrays):
     reconstructions: Images
     """the mean of p(x|z) at a hard sample z ~ q(z|x) of each image"""
     samples: Images
-    """the mean of p(x|z) for draws z ~ p(z), in no relation to the images"""
+    """the mean of p(x|z) for draws z ~ p(z), or of an autoregressive prior, in no relation to the images"""
 
 
-def take(model: "Model", images: Images) -> Pictures:
-    """The pictures of a trained model, of the first of ``images`` (M, H, W, 3)."""
+def take(model: "Model", images: Images, codes: ArrayLike | None = None) -> Pictures:
+    """The pictures of a trained model, of the first of ``images`` (M, H, W, 3); its samples are of the ``codes``
+    (N, H/4, W/4, K) if there are such, of an autoregressive prior, else of its own prior."""
     first = np.array(images[:COLUMNS])
-    reconstructed = model.reconstruct(first)
-    return Pictures(first, reconstructed.cpu().numpy(), model.sample(len(first)).cpu().numpy())
+    samples = model.sample(len(first)) if codes is None else model.decode(np.asarray(codes))
+    return Pictures(first, model.reconstruct(first).cpu().numpy(), samples.cpu().numpy())
 
 
 def mosaic(images: Images, reconstructions: Images, scale: int = 3) -> Images:
@@ -57,13 +58,15 @@ def of_trial(pictures: Pictures, title: str) -> Figure:
 @look
 def of_sweep(results: Sequence[Result], pictures: Mapping[str, Pictures]) -> Figure:
     """The images; then, of each trial that is shown (its first seed), a row of reconstructions; then the samples."""
-    groups = [(group.label, group.results[0]["name"]) for group in shown(results)]
-    drawn = [(label, pictures[name]) for label, name in groups if name in pictures]
+    groups = [(group.label, group.results[0]) for group in shown(results)]
+    drawn = [(label, pictures[one["name"]], one) for label, one in groups if one["name"] in pictures]
     title = counted("Reconstructions, and samples of the prior", len(drawn), results)
     figure = new_figure(title, results, 10, 1.2 + 1.2 * len(drawn))
     rows = [("images", drawn[0][1].images)]
-    rows += [(f"{label}\nreconstructions", one.reconstructions) for label, one in drawn]
-    rows += [(f"{label}\nsamples", one.samples) for label, one in drawn]
+    rows += [(f"{label}\nreconstructions", seen.reconstructions) for label, seen, _ in drawn]
+    for label, seen, one in drawn:
+        prior = ", AR prior" if "samples" in one["evaluation"] else ""
+        rows.append((f"{label}\nsamples{prior}", seen.samples))
     _draw(figure, rows)
     return figure
 

@@ -87,7 +87,8 @@ FIGURES = {
         "Reconstructions and samples",
         "The first images of the split; a row a trial, of several seeds the first, the mean of p(x|z) at a hard "
         "sample z ~ q(z|x) of each; and the mean of p(x|z) for draws from the prior, which is factorial: it knows "
-        "how often a code occurs, and nothing of which go together.",
+        "how often a code occurs, and nothing of which go together; or from an AR prior, an autoregressive one, "
+        "where the trial has it.",
     ),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import dvq
 from components import judging, reports, sentences, tracking, trials
 from components.folder import State, begin, read_json, state, write_json
 from components.store import Store
@@ -18,6 +19,7 @@ from dvq import DvqError, data, events, failures, goodput
 from dvq.config import Sweep, trial
 from dvq.fingerprints import FINGERPRINTS
 from dvq.model import Model
+from dvq.pictures import Pictures
 from dvq.saved import save
 
 BASE: dict[str, Any] = {
@@ -320,6 +322,10 @@ def test_an_autoregressive_prior_asks_for_no_training(store: Store, prepared: Pa
     told = dict(found["evaluation"])
     assert told.pop("rate_autoregressive") != pytest.approx(told["rate"], rel=1e-6)
     assert told.pop("autoregressive_bits_per_dim") < 10
+    assert np.shape(codes := told.pop("samples")) == (16, 8, 8, BASE["num_latents"])
+    model = dvq.load(tmp_path / "with" / "model")
+    drawn = Pictures.load(tmp_path / "with" / "analysis" / "pictures.npz")
+    assert np.array_equal(drawn.samples, model.decode(np.asarray(codes)).numpy())
     assert told == without["evaluation"]
 
 
