@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dvq.pictures import Pictures
 
 A = TypeVar("A", bound=disk.Arrays)
-TRIAL = ("name", "bits_per_dim", "fitted_bits_per_dim", "rate", "distortion")
+TRIAL = ("name", "bits_per_dim", "fitted_bits_per_dim", "autoregressive_bits_per_dim", "rate", "distortion")
 SETTING = ("name", "seeds", "bits_per_dim", "above", "fitted_bits_per_dim", "fitted_above")
 """of a trial's and a setting's columns as many as MLflow's page has room for"""
 
@@ -111,22 +111,22 @@ def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
 
 def _note(description: str, results: list[dict[str, Any]], failures: dict[str, str]) -> str:
     """What the sweep is in the first line, and its table, as Markdown."""
-    from dvq.tables import COLUMNS, SETTINGS, certificate, filled, rows, settings
+    from dvq.tables import COLUMNS, SETTINGS, certificate, rows, settings
 
-    lines = _table(rows(results, {}), {key: COLUMNS[key][0] for key in TRIAL})
+    lines = _table(rows(results, {}), {key: COLUMNS[key] for key in TRIAL}) if results else []
     if several := settings(results):
-        there = filled(several, SETTINGS)
-        lines += ["", *_table(several, {key: there[key][0] for key in SETTING if key in there})]
+        lines += ["", *_table(several, {key: SETTINGS[key] for key in SETTING})]
     label = f"{results[0]['data']['label']}, certificate `{certificate(results)}`" if results else ""
     label = " ".join(filter(None, (description, label and f"On {label}")))
     failed = [f"- {name} is not finished: {reason}" for name, reason in failures.items()]
     return "\n".join([label, "", *lines, "", *failed])
 
 
-def _table(found: Iterable[dict[str, Any]], headings: Mapping[str, str]) -> list[str]:
+def _table(found: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> list[str]:
     """The lines of a table; MLflow's pages leave no space between columns of their own."""
-    from dvq.tables import shown
+    from dvq.tables import filled, shown
 
-    cells = [list(headings.values()), *([shown(row, key) for key in headings] for row in found)]
+    kept = filled(found, columns)
+    cells = [[heading for heading, _ in kept.values()], *([shown(row, key) for key in kept] for row in found)]
     head, *body = (f"| {' | '.join(f'{cell}&emsp;' for cell in line)} |" for line in cells)
-    return [head, "|" + " --- |" * len(headings), *body]
+    return [head, "|" + " --- |" * len(kept), *body]

@@ -13,7 +13,10 @@ from dvq.fingerprints import label
 from dvq.tables import COLUMNS, SETTINGS, best, certificate, filled, fitted_first, rows, settings, shown
 from dvq.trial import Trial
 
-TRIAL = ("name", "bits_per_dim", "fitted_bits_per_dim", "rate", "distortion", "dead_codes")
+TRIAL = (
+    *("name", "bits_per_dim", "fitted_bits_per_dim", "autoregressive_bits_per_dim"),
+    *("rate", "distortion", "dead_codes"),
+)
 SETTING = ("name", "seeds", "bits_per_dim", "above", "fitted_bits_per_dim")
 """of a trial's and a setting's columns as many as 80 characters hold"""
 
@@ -31,6 +34,8 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
             "fitted: the same with prior and batch normalization's statistics estimated anew\n"
             "on the training images; in short runs both lag behind the weights",
         )
+        if any("autoregressive_bits_per_dim" in one["evaluation"] for one in finished):
+            say(console, "AR prior: with an autoregressive prior of the codes in place of the factorial one")
         if not console.is_terminal:  # in a file no name is broken
             console.width = max(map(len, trials)) + 80
         console.print(_table(rows(finished, {}), {key: COLUMNS[key] for key in TRIAL}))

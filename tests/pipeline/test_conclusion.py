@@ -102,6 +102,22 @@ def test_settings_are_told_by_their_differences(tmp_path: Path) -> None:
     assert "by fitted bits/dim another is lowest: vq-ema-c32-k8, 6.180 ± 0.000" in out.getvalue()
 
 
+def test_bits_under_an_autoregressive_prior_have_a_column_where_there_are_some(tmp_path: Path) -> None:
+    def told() -> str:
+        out = io.StringIO()
+        conclusion.show(SWEEP, SWEEP.trials(), Store(tmp_path), Console(file=out, width=80))
+        return out.getvalue()
+
+    finish(Store(tmp_path), SWEEP.trials())
+    assert "AR prior" not in told()
+    path = Store(tmp_path).trial(next(iter(SWEEP.trials().values())).key()) / "results.json"
+    found = json.loads(path.read_text())
+    found["evaluation"]["autoregressive_bits_per_dim"] = 6.543
+    path.write_text(json.dumps(found))
+    assert "AR prior: with an autoregressive prior" in told()
+    assert "6.800     6.543  0.500" in told()
+
+
 def test_what_interruptions_cost_is_told_where_there_were_some() -> None:
     undisturbed = {"attempts": 1, "steps_lost": 0, "seconds_lost": 0.0}
     cost = [undisturbed, {"attempts": 3, "steps_lost": 5, "seconds_lost": 2.0}]
