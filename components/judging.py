@@ -19,6 +19,9 @@ from dvq.data import Data, load
 from dvq.events import Events
 from dvq.trial import Trial, values
 
+DRAWN = 256
+"""positions of latent variables, up to which an autoregressive prior is sampled: one position after the other"""
+
 
 @contextmanager
 def _step(folder: Path, name: str) -> Iterator[None]:
@@ -77,8 +80,9 @@ def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:
     seen = images.training(split)[0] if images.fits(trial) else None
     steps = 0 if seen is None else getattr(trial, "autoregressive_steps", 0)
     prior = autoregressive.fit(judged, seen, steps) if steps else None
-    found = judge(judged, images.evaluation(split)[0], None, 0, trial.bound_samples, seen, prior)
-    if prior:
+    asked = {"bound_samples": trial.bound_samples, "training": seen, "prior": prior}
+    found = judge(judged, images.evaluation(split)[0], **asked)
+    if prior and trial.positions <= DRAWN:
         found["samples"] = prior.sample(COLUMNS).tolist()
     made_by = provenance(str(place))  # it may be another than trained it
     return {"split": split, **found, "provenance": {**made_by, **_judged(images, model)}}

@@ -50,7 +50,7 @@ class Autoregressive(nn.Module):
         self.bias = nn.Parameter(log_prior.clone().unsqueeze(1))
         self.register_buffer("first", c * torch.arange(k), persistent=False)
         self.first: Tensor  # where the embeddings of each k begin
-        self.to(log_prior.device)
+        self.to(log_prior)
 
     def context(self, codes: Tensor) -> Tensor:
         """What each position sees of those before it: (B, p, K) → (B, p, WIDTH)."""
@@ -108,16 +108,18 @@ def fit(
     Raises:
         DvqError: other images, or a model whose latent variables are continuous.
     """
-    with seeded(seed):
-        prior = Autoregressive(model)
-    device = prior.place.device
-    optimizer = torch.optim.Adam(prior.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
-    for step in range(steps):
-        images = training[minibatch(step, batch_size, len(training), seed)]
-        loss = -prior(model.encode(images, noise(seed, step, device))).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    with torch.inference_mode(False), torch.enable_grad():
+        with seeded(seed):
+            prior = Autoregressive(model)
+        optimizer = torch.optim.Adam(prior.parameters(), lr=learning_rate)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+        for step in range(steps):
+            images = training[minibatch(step, batch_size, len(training), seed)]
+            generator, at_once = noise(seed, step, prior.place.device), model.trial.images_at_once
+            for start in range(0, batch_size, at_once):  # lest memory grow with the images' size
+                codes = model.encode(images[start : start + at_once], generator)
+                (-prior(codes).sum() / batch_size).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
     return prior.eval()

@@ -55,7 +55,7 @@ def name(one: Trial, *but: str) -> str:
     """``gs-soft-c512-k16-s0`` and what differs from the defaults, of what decides numbers, ``but`` some fields."""
     changed = {field: value for field, value in one.changed().items() if field not in ("data", *but)}
     told = short_name(one, changed).replace(".", "-")
-    return told if len(told) <= LONGEST else f"{told[:LONGEST]}-{one.family()}"
+    return told if len(told) <= LONGEST else f"{told[:LONGEST]}-{one.key()}"
 
 
 def _rounded(numbers: Any) -> Any:

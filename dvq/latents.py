@@ -136,10 +136,11 @@ class Categorical(Codebooks):
 
     def sample(self, v: Tensor, generator: Generator) -> Sample:
         logits = self.logits(v)
-        codes = self.draw(logits, generator)
+        q = logits.softmax(-1)
+        codes = inverse_draw(q, 1, generator).squeeze(-1)
         log_q = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         log_ratio = log_q - self.log_p_each(codes)
-        return Sample(self.vectors(codes), self.kl(logits), log_ratio, codes, logits.softmax(-1).sum(1))
+        return Sample(self.vectors(codes), self.kl(logits), log_ratio, codes, q.sum(1))
 
 
 class Baselined(Categorical):

@@ -35,13 +35,14 @@ def _in_evaluation(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
     def judged(*args: P.args, **named: P.kwargs) -> Tensor:
         model = args[0]
         assert isinstance(model, nn.Module)
-        was_training = model.training
+        modes = {part: part.training for part in model.modules()}
         model.eval()
         try:
             with torch.no_grad():
                 return method(*args, **named)
         finally:
-            model.train(was_training)
+            for part, mode in modes.items():
+                part.training = mode
 
     return judged
 

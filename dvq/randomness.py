@@ -40,7 +40,7 @@ def seeded(seed: int) -> Iterator[None]:
     """torch's own random numbers begin with ``seed`` in this block, and are as they were behind it. They are the
     whole process's, so other threads wait before a block of their own."""
     with _SEEDED, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not the GPUs', which nothing here draws from
         yield
 
 

@@ -183,11 +183,17 @@ def shown(row: Row, key: str) -> str:
     return text
 
 
+def complete(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A result's fields with those that are younger than it, which have their defaults."""
+    known = estimators().get(fields["estimator"], Trial).model_fields.items()
+    return {**{name: field.default for name, field in known if not field.is_required()}, **fields}
+
+
 def alike(results: Sequence[Result], *but: str) -> list[list[Result]]:
     """The results in lists that differ only in the named fields, and in those that change no number."""
     lists: dict[str, list[Result]] = {}
     for result in results:
         left_out = estimators().get(result["trial"]["estimator"], Trial).unkeyed().union(but)
-        fields = {key: value for key, value in result["trial"].items() if key not in left_out}
+        fields = {key: value for key, value in complete(result["trial"]).items() if key not in left_out}
         lists.setdefault(json.dumps(fields, sort_keys=True), []).append(result)
     return list(lists.values())

@@ -117,7 +117,7 @@ class Training:
             self.stopping = number
             if self.looking:
                 raise Interrupted
-        elif number == signal.SIGINT:  # once more: a person does not wait
+        elif number == signal.SIGINT == self.stopping:  # once more: a person does not wait
             raise KeyboardInterrupt
 
     def run(self) -> dict[str, Any]:
@@ -235,9 +235,15 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
         training = Training(trial, data, Path(folder), str(device), threads)
         if threading.current_thread() is not threading.main_thread():
             return training.run()  # which no signal reaches
-        earlier = {number: signal.signal(number, training.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background job has it
+            numbers.append(signal.SIGINT)
+        earlier = {number: signal.signal(number, training.stop) for number in numbers}
         try:
-            return training.run()
+            summary = training.run()
+            if training.stopping == signal.SIGINT:  # while the model was published
+                raise KeyboardInterrupt
+            return summary
         except Interrupted:
             if training.stopping == signal.SIGINT:
                 raise KeyboardInterrupt from None

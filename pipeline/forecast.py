@@ -14,6 +14,7 @@ from typing import Any
 
 from components.store import Store
 from dvq import DvqError, events, fingerprints
+from dvq.tables import complete
 from dvq.trial import Trial, values
 from pipeline.profile import TRAINS, Profile
 
@@ -117,13 +118,15 @@ def _measured(keys: Iterable[str], store: Store, profile: Profile) -> dict[str, 
             if device.startswith(kind):
                 images = result["trial"]["steps"] * result["trial"]["batch_size"]
                 seconds = max(held(store.trial(key)), result["training"]["seconds"])
-                like = _shape(result["trial"])
+                like = _shape(complete(result["trial"]))
                 found[like] = min(found.get(like, (float("inf"), "")), (images / seconds, device))
     return found
 
 
 def _shape(fields: Mapping[str, Any]) -> str:
-    return json.dumps({name: fields[name] for name in sorted(fields.keys() - {"seed", "steps"})})
+    return json.dumps(
+        {name: fields[name] for name in sorted(fields.keys() - {"seed", "steps", "autoregressive_steps"})}
+    )
 
 
 def _like(trial: Trial) -> str:

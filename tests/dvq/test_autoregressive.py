@@ -131,3 +131,23 @@ def test_what_has_no_codes_has_no_such_prior() -> None:
 def test_the_key_tells_its_steps_and_the_family_does_not() -> None:
     plain, more = (trial({**TINY, "estimator": "vq-ema", "autoregressive_steps": n}) for n in (0, 5))
     assert (plain.family(), f"{plain.key()}r5") == (more.family(), more.key())
+
+
+def test_it_is_of_the_models_type_and_fitted_whatever_torchs_mode() -> None:
+    assert Autoregressive(tiny().double())(every_code()).dtype == torch.float64
+    right = fit(tiny(), images(20), 1)
+    with torch.inference_mode():
+        found = fit(tiny(), images(20), 1)
+    assert all(
+        torch.equal(one, other) for one, other in zip(found.parameters(), right.parameters(), strict=True)
+    )
+
+
+def test_large_images_are_fitted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To nearly the same prior."""
+    model = tiny()
+    whole = fit(model, images(40), 3)
+    monkeypatch.setattr(type(model.trial), "images_at_once", 10)
+    pieces = fit(model, images(40), 3)
+    for one, other in zip(whole.parameters(), pieces.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)

@@ -3,6 +3,7 @@
 import re
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -99,7 +100,12 @@ def test_training_leaves_the_process_as_it_was(images: data.Data, tmp_path: Path
         torch.set_num_threads(threads)
 
 
-def test_threads_begin_with_the_weights_of_their_seeds() -> None:
+def test_threads_begin_with_the_weights_of_their_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(one: Any) -> Model:
+        time.sleep(0.01)  # in which another thread would seed
+        return Model(one)
+
+    monkeypatch.setattr("dvq.trainer.Model", slow)
     noise = np.zeros((4, 32, 32, 3), np.uint8)
     trials = [config.trial({**TINY, "num_codes": 512, "num_latents": 16, "seed": seed}) for seed in range(4)]
 
@@ -200,3 +206,33 @@ def test_models_load_whatever_torchs_default_type_is(images: data.Data, tmp_path
         assert dvq.load(tmp_path / "model").latents.codebook.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_interrupts_that_a_shell_ignores_are_ignored(images: data.Data, tmp_path: Path) -> None:
+    """As those of a background job are."""
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        training = Training(config.trial({**TINY, "steps": 1}), images, tmp_path / "a", "cpu", 1)
+        training.stop(signal.SIGTERM)
+        training.stop(signal.SIGINT)  # does not spare the checkpoint that SIGTERM asked for
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Training, "_look", lambda *_: signal.raise_signal(signal.SIGINT))
+            train(config.trial({**TINY, "steps": 1}), images, tmp_path / "b")
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    assert dvq.load(tmp_path / "b" / "model").trial.steps == 1
+
+
+def test_an_interrupt_while_the_model_is_published_is_not_lost(
+    images: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dvq.train.publish", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(config.trial({**TINY, "steps": 1}), images, tmp_path)
+
+
+def test_a_part_that_is_frozen_stays_frozen() -> None:
+    model = Model(config.trial(TINY)).train()
+    model.encoder.eval()
+    model.sample(1)
+    assert (model.encoder.training, model.decoder.training) == (False, True)

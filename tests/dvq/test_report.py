@@ -181,6 +181,13 @@ def seeds(results, *bits):
     return made
 
 
+def test_results_that_are_older_than_a_field_have_its_default():
+    old = {"trial": {"estimator": "gs-soft", "seed": 0}}
+    new = {"trial": {"estimator": "gs-soft", "seed": 1, "autoregressive_steps": 0}}
+    other = {"trial": {"estimator": "gs-soft", "seed": 1, "autoregressive_steps": 5}}
+    assert tables.alike([old, new, other], "seed") == [[old, new], [other]]
+
+
 def test_settings_are_compared_seed_by_seed(sweep):
     """Seeds of one number that differ much, settings that differ little, and always: pairs show it, means hide it."""
     made = seeds(sweep[0], (7.0, 7.5, 8.0), (7.1, 7.61, 8.1), (7.3, 7.4, 8.2))
