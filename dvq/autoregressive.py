@@ -56,7 +56,7 @@ class Autoregressive(nn.Module):
         """What each position sees of those before it: (B, p, K) → (B, p, WIDTH)."""
         seen = self.before(codes + self.first).sum(2)
         seen = torch.cat([torch.zeros_like(seen[:, :1]), seen[:, :-1]], 1) + self.place[: codes.shape[1]]
-        mask = nn.Transformer.generate_square_subsequent_mask(codes.shape[1], device=codes.device)
+        mask = nn.Transformer.generate_square_subsequent_mask(codes.shape[1], seen.device, seen.dtype)
         found: Tensor = self.body(seen, mask=mask, is_causal=True)
         return found
 
