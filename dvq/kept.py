@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dvq import NUMERICS, DvqError, disk
+from dvq import NUMERICS, DvqError, disk, figures
 from dvq import report as reports
 from dvq.analyze import Analysis
 from dvq.config import estimators, short_name, trial
 from dvq.report import FIGURES
-from dvq.style import PAPERS_SIZE, partial, style
+from dvq.style import PAPERS_SIZE, partial, save_png, style
 from dvq.trial import Discrete, Stochastic, Trial
 
 Result = dict[str, Any]
@@ -85,12 +85,28 @@ def _read(path: Path) -> Result:
 
 def draw(folder: Path, results: Sequence[Result]) -> None:
     """The figures of what was trained in full; of partial training, which they say, where there is nothing else.
-    Their legends leave out what all the trials have in common."""
-    shown = _kinds(results)["full"] or _kinds(results)["partial"]
-    trials = [trial(one["trial"]) for one in shown]
+    Of the codebooks also of trainings without the held-out images, for lack of others. Their legends leave out what
+    all the trials have in common."""
+    shown, coded = _shown(results)
+    reports.draw(folder, _named(shown), {}, {}, {})
+    named = _named(coded)
+    analyses = {one["name"]: _analysis(one) for one in named}
+    if named:
+        save_png(figures.figure_1b(named, analyses), folder / "figure_1b.png")
+        save_png(figures.figure_2(named, analyses), folder / "figure_2.png")
+
+
+def _shown(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
+    """The results that the figures of bits/dim show, and those that the figures of codebooks show."""
+    kinds = _kinds(results)
+    coded = ([one for one in kind if "codebooks" in one] for kind in kinds.values())
+    return kinds["full"] or kinds["partial"], next(filter(None, coded), [])
+
+
+def _named(results: Sequence[Result]) -> list[Result]:
+    trials = [trial(one["trial"]) for one in results]
     common = _shared([one.changed() for one in trials])
-    named = [{**one, "name": name(made, *common)} for one, made in zip(shown, trials, strict=True)]
-    reports.draw(folder, named, {one["name"]: _analysis(one) for one in named if "codebooks" in one}, {}, {})
+    return [{**one, "name": name(made, *common)} for one, made in zip(results, trials, strict=True)]
 
 
 def _shared(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -123,7 +139,7 @@ def section(results: Sequence[Result], place: Path) -> str:
         told += f" In partial training, all 10,000 test images ({PARTIAL}):"
     if shown:
         told += f"\n\n{table(shown, f'{place}/', DETAILS)}"
-    pictures = "\n".join(f"![{title}]({place}/figures/{name}.png)" for name, title in _titles(shown))
+    pictures = "\n".join(f"![{title}]({place}/figures/{name}.png)" for name, title in _titles(results))
     return f"{PUBLISHED}\n\n{told}\n\n{pictures}".strip()
 
 
@@ -149,14 +165,14 @@ def page(results: Sequence[Result], place: Path) -> str:
     if kinds["tune"]:
         told = "Training without 5,000 training images, evaluated on those: what the choices were made by."
         parts.append(f"## Held-out training images\n\n{told}\n\n{table(kinds['tune'], '')}")
-    pictures = _titles(kinds["full"] or kinds["partial"])
-    parts += [f"![{title}](figures/{name}.png)" for name, title in pictures]
+    parts += [f"![{title}](figures/{name}.png)" for name, title in _titles(results)]
     return "\n\n".join(parts) + "\n"
 
 
-def _titles(shown: Sequence[Result]) -> list[tuple[str, str]]:
+def _titles(results: Sequence[Result]) -> list[tuple[str, str]]:
+    shown, coded = _shown(results)
     there = {"figure_1a", "figure_1c"} if shown else set()
-    there |= {"figure_1b", "figure_2"} if any("codebooks" in one for one in shown) else set()
+    there |= {"figure_1b", "figure_2"} if coded else set()
     return [(name, title) for name, (title, _) in FIGURES.items() if name in there]
 
 

@@ -82,11 +82,12 @@ def notice(results: Sequence[Result]) -> str:
     if others:
         images = "bundled sample" if others == ["cifar10-sample"] else f"images {', '.join(others)}"
         return f"{images}: not comparable with the paper's numbers"
-    if any(result["trial"]["split"] != "test" for result in results):
-        return "held-out training images: not comparable with the paper's numbers"
-    if any(partial(result["trial"]) for result in results):
-        return "partial training, or a small network: not comparable with the paper's numbers"
-    return ""
+    limits = {
+        "held-out training images": any(result["trial"]["split"] != "test" for result in results),
+        "partial training, or a small network": any(partial(result["trial"]) for result in results),
+    }
+    found = "; ".join(limit for limit, applies in limits.items() if applies)
+    return f"{found}: not comparable with the paper's numbers" if found else ""
 
 
 class Group(NamedTuple):

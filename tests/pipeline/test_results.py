@@ -26,12 +26,15 @@ include:
   - {estimator: gs-soft, num_codes: 256, steps: 2000}
   - {estimator: vq-ema, num_codes: 32, features: 32}
 """
-TUNED = "base: {data: cifar10, split: tune}\ninclude: [{estimator: vimco, num_codes: 16}]\n"
+TUNED = """
+base: {data: cifar10, split: tune}
+include: [{estimator: vimco, num_codes: 16}, {estimator: vq-ema, num_codes: 64, num_latents: 16}]
+"""
 README = "# dvq\n\n<!-- results, written by make results -->\nold\n<!-- end of results -->\n\nThe rest.\n"
-DRAW = report.draw
+DRAW, SAVE = report.draw, kept.save_png
 FULL = ("gs-soft-c64-k16-s0", "vq-ema-c128-k8-s0-learning-rate-5e-05", "gaussian-k8-s0")
 PARTIAL = ("gs-soft-c256-k8-s0-steps-2000", "vq-ema-c32-k8-s0-features-32")
-TUNE = ("vimco-c16-k8-s0-split-tune",)
+TUNE = ("vq-ema-c64-k16-s0-split-tune", "vimco-c16-k8-s0-split-tune")
 
 
 def finish(store: Store, one: Trial, bits: float) -> None:
@@ -66,6 +69,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(report, "draw", lambda *_: {})  # takes seconds
+    monkeypatch.setattr(kept, "save_png", lambda *_: None)
     (tmp_path / "README.md").write_text(README)
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     (tmp_path / "tuned.yaml").write_text(TUNED)
@@ -185,6 +189,7 @@ def test_tables_and_figures_come_from_the_files_alone(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report, "draw", DRAW)
+    monkeypatch.setattr(kept, "save_png", SAVE)
     run("sweep.yaml", capsys)
     before = {path: path.read_bytes() for path in (root / results.FOLDER).rglob("*.*")}
     assert len([path for path in before if path.suffix == ".png"]) == 4
@@ -211,7 +216,7 @@ def test_figures_leave_partial_training_out_or_say_it(
     text = (root / "README.md").read_text()
     assert "None of our models has been trained in full yet. In partial training" in text
     assert {name for name in files(root) if name in text} == set(PARTIAL)
-    for name in PARTIAL:
+    for name in (*PARTIAL, *TUNE):
         (root / results.FOLDER / f"{name}.json").unlink()
     results.tell(root)
     assert "None of our models has been trained in full yet.\n<!--" in (root / "README.md").read_text()
@@ -232,11 +237,29 @@ def test_figures_name_what_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -
 def test_only_the_codebooks_of_figure_2_are_kept(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("sweep.yaml", capsys)
     there = kept.load(root / results.FOLDER)
-    assert [one["name"] for one in there if "codebooks" in one] == [FULL[0]]
+    assert [one["name"] for one in there if "codebooks" in one] == [FULL[0], TUNE[0]]
     made = next(one for one in there if "codebooks" in one)
     whole = Analysis.load(Store(root / "store").trial(made["key"]) / "analysis.npz")
     for part in kept.CODEBOOKS:
         np.testing.assert_allclose(made["codebooks"][part], getattr(whole, part), rtol=1e-4)
+
+
+def test_codebooks_trained_without_the_held_out_images_are_drawn_for_lack_of_others(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(
+        kept.figures, "figure_2", lambda found, _: drawn.append([one["trial"]["estimator"] for one in found])
+    )
+    run("sweep.yaml", capsys)
+    (root / results.FOLDER / f"{FULL[0]}.json").unlink()
+    results.tell(root)
+    assert drawn == [["gs-soft"], ["vq-ema"]]
+    assert "figures/figure_2.png" in (root / "README.md").read_text()
+    (root / results.FOLDER / f"{TUNE[0]}.json").unlink()
+    results.tell(root)
+    assert len(drawn) == 2
+    assert "figures/figure_2.png" not in (root / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["smoke", "no-such-sweep"])
