@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from components import logged
 from components.folder import read_json
-from components.tracking import experiment_id
+from components.tracking import database, experiment_id
 from dvq import DvqError, fingerprints
 from dvq.events import Tail
 
@@ -138,10 +138,17 @@ def _store() -> str:
     return place if "://" in place or not place else f"{Path(place).resolve()}#{Path(place).stat().st_ino}"
 
 
+def _ours(store: str) -> bool:
+    """Whether a run of that store is this store's. A sqlite file is of one machine, where the folder says enough:
+    the inode is another when it comes from a backup."""
+    ours = _store()
+    return store == ours or bool(database() and store.rsplit("#", 1)[0] == ours.rsplit("#", 1)[0])
+
+
 def _find(server: "MlflowClient", experiment: str, tag: str, value: str) -> "list[Found]":
     """The runs with a tag, of this store or, without one, of none."""
     found = server.search_runs([experiment], f"tags.`{tag}` = '{value}'")
-    return [run for run in found if run.data.tags.get("dvq.store", "") == _store()]
+    return [run for run in found if _ours(run.data.tags.get("dvq.store", ""))]
 
 
 def _find_or_create(

@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components import moved
 from components.folder import read_json, write_json
 from dvq import DvqError, disk
 
@@ -72,12 +73,15 @@ def told(error: Exception) -> str:
 
 def ensure() -> None:
     """Create the sqlite database's tables, before many writers would try at once: under another name, and renamed.
-    One that is there is never replaced: a process that has it open would write what nobody reads."""
+    One that is there is never replaced: a process that has it open would write what nobody reads. If its folder was
+    moved, it is told."""
     file = database()
     if file is None:
         return
     with disk.locked(file.with_name(f".{file.name}.lock")):
-        if not file.exists():
+        if file.exists():
+            moved.follow(file)
+        else:
             partial = file.with_name(file.name + ".partial")
             partial.unlink(missing_ok=True)
             client(f"sqlite:///{partial}").search_experiments()
@@ -123,7 +127,7 @@ def database(uri: str | None = None) -> Path | None:
 def _artifacts(experiment: str) -> str | None:
     """Where an experiment's artifacts go: beside the sqlite file; where a server tracks, it decides."""
     file = database()
-    return str(file.absolute().parent / "mlflow-artifacts" / experiment) if file else None
+    return str(file.absolute().parent / moved.ARTIFACTS / experiment) if file else None
 
 
 def known(folder: Path, experiment: str, content: str = "finished") -> bool:

@@ -98,6 +98,37 @@ def test_a_finished_trial_is_a_finished_run_with_all_it_made(tmp_path: Path) -> 
     assert len(run.outputs.model_outputs) == 1
 
 
+@pytest.mark.parametrize("how", ["moved", "copied back"])
+def test_a_moved_folder_has_the_same_runs_and_models(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work_in(outputs: Path) -> tracking.TrialRun:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{outputs}/mlflow.db")
+        monkeypatch.setenv("DVQ_STORE", str(outputs / "store"))
+        tracking.ensure()
+        return tracking.TrialRun(outputs / "store" / "trial", "sweep")
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    (old / "store").mkdir(parents=True)
+    folder, diary = folder_with(old / "store", 3)
+    finish(folder, diary)
+    assert work_in(old).sync()
+    (before,) = runs()
+    shutil.copytree(old, new)  # other inodes
+    shutil.rmtree(old)
+    place = new if how == "moved" else old
+    if place is old:
+        new.rename(old)
+    (place / "store" / "trial" / "tracked.json").unlink()
+    assert work_in(place).sync()
+    (run,) = runs()
+    assert run.info.run_id == before.info.run_id
+    assert run.info.artifact_uri.startswith(f"{place}/")
+    model = run.outputs.model_outputs[0].model_id
+    assert (Path(tracking.download(f"models:/{model}")) / "model.safetensors").exists()
+    assert old.exists() == (place is old)
+
+
 def test_a_finished_trials_numbers_are_on_its_run_and_its_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

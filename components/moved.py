@@ -1,0 +1,32 @@
+"""MLflow's sqlite file, after its folder was moved or copied: it names places by absolute paths."""
+
+import sqlite3
+from contextlib import closing, suppress
+from pathlib import Path
+
+ARTIFACTS = "mlflow-artifacts"
+"""the folder beside the file"""
+PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+    ("tags", "value"),  # dvq.store
+)
+"""tables and columns that hold paths"""
+
+
+def follow(file: Path) -> None:
+    """Replace the folders that the sqlite ``file`` was in by the one it is in. Else MLflow would go on in the old
+    folder, find none of the models, and have each run twice. What is no database is left to MLflow to tell."""
+    home = str(file.absolute().parent)
+    with suppress(sqlite3.Error), closing(sqlite3.connect(file, timeout=60)) as database, database:
+        found = database.execute("SELECT name, artifact_location FROM experiments").fetchall()
+        ends = ((place, f"/{ARTIFACTS}/{name}") for name, place in found)
+        for old in {place.removesuffix(end) for place, end in ends if place.endswith(end)} - {home}:
+            for table, column in PLACES:
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                    (home, len(old) + 1, len(old) + 1, f"{old}/"),
+                )
