@@ -5,6 +5,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.installed
 SERVICES := $(VENV)/.services
+UNFIT := $(word 2,$(CURDIR))$(findstring python3,$(CURDIR))
 
 SWEEP ?= smoke
 ON ?= local
@@ -107,6 +108,7 @@ clean: ## remove what make installed and the caches; outputs/ stays
 # Torch comes first and by itself, for its size: pip shows how far the download is. An interrupted set-up leaves no
 # stamp and is begun again; a changed lock only brings what is there up to date.
 $(READY): requirements.lock pyproject.toml
+	@$(if $(UNFIT),echo "error: kfp's local runner breaks on a space or python3 in the path of a project: move it" >&2; exit 2)
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: Python 3.11 or newer is needed; name one, make PYTHON3=/path/to/python" >&2; exit 2; }
 	@$(PYTHON3) -c 'import ensurepip, venv' 2>/dev/null || { \

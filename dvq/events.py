@@ -24,7 +24,7 @@ class Events:
     def __init__(self, folder: Path) -> None:
         directory = folder / "events"
         directory.mkdir(parents=True, exist_ok=True)
-        number = max((int(path.stem) for path in directory.glob("*.jsonl")), default=-1) + 1
+        number = max((int(path.stem) for path in directory.glob("[0-9]*.jsonl")), default=-1) + 1
         self._file = (directory / f"{number:06d}.jsonl").open("x", encoding="utf-8")
 
     def _append(self, **event: Any) -> None:
@@ -63,7 +63,7 @@ class Tail:
 
     def fresh(self) -> Iterator[dict[str, Any]]:
         read, self._read = self._read, {}  # files that are gone are forgotten: a new attempt begins anew
-        for path in sorted(self._directory.glob("*.jsonl")):
+        for path in sorted(self._directory.glob("[0-9]*.jsonl")):
             self._read[path] = read.get(path, 0)
             for line in _lines(path, self._read[path]):
                 self._read[path] += len(line)
@@ -80,11 +80,11 @@ def _lines(path: Path, start: int) -> Iterator[bytes]:
 
 def sizes(folder: Path) -> dict[str, int]:
     """The events' files and their sizes: a place that :func:`truncate` goes back to."""
-    return {path.name: path.stat().st_size for path in sorted((folder / "events").glob("*.jsonl"))}
+    return {path.name: path.stat().st_size for path in sorted((folder / "events").glob("[0-9]*.jsonl"))}
 
 
 def truncate(folder: Path, to: dict[str, int]) -> None:
     """Forget all events but those up to a place that :func:`sizes` gave. Files of later events stay, empty, so
     that no number is given twice: who follows the files would take a new one for what it has read."""
-    for path in sorted((folder / "events").glob("*.jsonl"), reverse=True):
+    for path in sorted((folder / "events").glob("[0-9]*.jsonl"), reverse=True):
         os.truncate(path, min(path.stat().st_size, to.get(path.name, 0)))  # a larger size would append zeros

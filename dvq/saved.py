@@ -25,10 +25,20 @@ def save(model: Model, folder: Path) -> None:
 
 
 def publish(model: Model, summary: dict[str, Any], folder: Path) -> None:
-    """Write model/, whole or not at all; one that is there, of fewer steps or the same, gives way."""
-    with disk.whole(folder / "model") as partial:
-        save(model, partial)
-        (partial / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    """Write model/, whole or not at all; one that is there, of fewer steps or the same, gives way.
+
+    Raises:
+        DvqError: it cannot be written (a full disk, say).
+    """
+    try:
+        with disk.whole(folder / "model") as partial:
+            save(model, partial)
+            (partial / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise DvqError(
+            f"the model cannot be written to {folder} ({error}); when there is room training goes on from its last "
+            "checkpoint"
+        ) from None
 
 
 def load(path: str | Path) -> Model:
@@ -103,5 +113,11 @@ def _digest(weights: dict[str, Tensor]) -> str:
 
 def _fetch(scheme: str, address: str) -> str:
     for found in entry_points(group="dvq.load", name=scheme):
-        return str(found.load()(address))
+        try:
+            fetch = found.load()
+        except ImportError as error:
+            raise DvqError(
+                f"{address}: what knows such addresses, {found.value}, does not load ({error})"
+            ) from None
+        return str(fetch(address))
     raise DvqError(f"{address}: nothing here knows addresses that begin with '{scheme}:/'; give a folder")

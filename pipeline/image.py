@@ -78,7 +78,12 @@ def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
 def content(torch: str = "", base: str = "", platform: str = "") -> Content:
     """Of the image with torch's build ``torch`` ("2.13.0+cpu"), by default the one of this environment, so that
     both compute the same bits; on the image ``base``, by default the Dockerfile's; for ``platform``."""
-    allowed = (ROOT / f"{DOCKERFILE}.dockerignore").read_text(encoding="utf-8").splitlines()
+    listed = ROOT / f"{DOCKERFILE}.dockerignore"
+    if not listed.exists():
+        raise DvqError(
+            f"there is no {listed}: the image is made from a clone of the project, not from its package"
+        )
+    allowed = listed.read_text(encoding="utf-8").splitlines()
     patterns = [line for line in allowed if line and not line.startswith("#")]
     names = exclude_paths(str(ROOT), patterns, dockerfile=DOCKERFILE)
     files = {name: ROOT / name for name in names if (ROOT / name).is_file()}

@@ -1,17 +1,13 @@
 """What is looked at before any work: each wrong input is one sentence on standard error and exit status 2."""
 
-import base64
 import contextlib
 import errno
-import http.client
 import io
 import json
 import os
 import re
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -31,12 +27,9 @@ ProfileName = Annotated[str, typer.Option(help="a name in pipeline/profiles, or 
 PROFILE = {"docker": "docker", "kfp": "nvidia"}
 """The profile of each place that has one, unless another is named."""
 
-TRACKERS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-"""What an address of MLflow may begin with."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 REFUSED = (errno.EACCES, errno.ENAMETOOLONG)
 """What the system says of a disk, and of a file that was named; all else that it says is a bug."""
-OTHER_LOGINS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
 
 
 @contextlib.contextmanager
@@ -169,62 +162,6 @@ def check_place(place: str) -> None:
     known = ("local", *PROFILE)
     if place not in known:
         raise DvqError(f"ON = '{place}': a sweep runs ON={', ON='.join(known)}")
-
-
-def check_tracking() -> str:
-    """Empty if MLflow's server answers, else a sentence; asked without MLflow, which takes seconds to import.
-
-    Raises:
-        DvqError: it refuses the name and password, or a password stands in its address.
-    """
-    uri = os.environ["MLFLOW_TRACKING_URI"]
-    if not uri:  # nothing is tracked
-        return ""
-    if tracking.redacted(uri) != uri:
-        raise DvqError(
-            "MLFLOW_TRACKING_URI has a password in it, which logs would show; a server's goes into "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's to an MLflow server"
-        )
-    scheme = uri.partition(":")[0]
-    if scheme.partition("+")[0] not in TRACKERS:
-        raise DvqError(
-            f"MLFLOW_TRACKING_URI = '{uri}': MLflow cannot use this address (a folder no more, since MLflow 3); "
-            "give a server's, http://host:port, or a database's, sqlite:///path"
-        )
-    if uri.rstrip("/") == f"{scheme}:":
-        raise DvqError(
-            f"MLFLOW_TRACKING_URI = '{uri}': it names no server and nothing that stays; give http://host:port or sqlite:///path"
-        )
-    if not scheme.startswith("http"):
-        return ""
-    try:
-        request = urllib.request.Request(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1")
-    except ValueError as error:
-        raise DvqError(f"MLFLOW_TRACKING_URI is no address ({error}); give http://host:port") from None
-    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
-    if user:
-        basic = base64.b64encode(f"{user}:{password}".encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {basic}")
-    try:
-        urllib.request.urlopen(request, timeout=5).close()
-    except urllib.error.HTTPError as error:
-        if error.code != 401:
-            return f"MLflow at {uri} answers with status {error.code}"
-        # MLflow's other ways to log in.
-        kept = Path("~/.mlflow/credentials").expanduser().exists()
-        if not kept and not any(name.startswith(OTHER_LOGINS) for name in os.environ):
-            raise DvqError(tracking.REFUSED.format(uri)) from None
-    except (OSError, http.client.HTTPException):
-        return f"MLflow at {uri} does not answer"
-    return ""
-
-
-def require_tracking() -> None:
-    """DvqError unless MLflow is named, and answers if it is a server."""
-    named = os.environ["MLFLOW_TRACKING_URI"]
-    fault = check_tracking() if named else "MLFLOW_TRACKING_URI is empty: nothing is tracked; unset it"
-    if fault:
-        raise DvqError(fault)
 
 
 def find_source(source: str, name: str) -> str:

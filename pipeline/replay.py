@@ -3,7 +3,7 @@
 import os
 
 from components import reports, tracking
-from pipeline import preflight
+from pipeline import preflight, tracker
 
 
 def replay(sweep: preflight.SweepName = "smoke") -> None:
@@ -11,7 +11,7 @@ def replay(sweep: preflight.SweepName = "smoke") -> None:
     found = preflight.find_sweep(sweep)
     store = preflight.set_environment()
     preflight.check_begun(found, store, sweep)
-    preflight.require_tracking()
+    tracker.require()
     tracking.ensure()
     sent = reports.track(found, store, anew=True)
     tracking.forget(store.report(found.name), found.name)

@@ -21,7 +21,7 @@ from components import tracking
 from components.store import DID_NOT_FINISH, DID_NOT_START
 from dvq import DvqError, fingerprints
 from dvq.trial import Trial
-from pipeline import conclusion, containers, forecast, image, local, preflight
+from pipeline import conclusion, containers, forecast, image, local, preflight, tracker
 from pipeline.profile import Profile, find_profile
 from pipeline.progress import FAILED, FINISHED, Row
 from pipeline.watch import Job, remove, rows, watch
@@ -113,7 +113,7 @@ def prepare(job: Job) -> Job:
         job = replace(job, profile=job.profile.model_copy(update={"image": name}))
     local.check(job.folder, job.arguments)
     preflight.check_data(job.data, job.arguments["source"], job.store)
-    fault = preflight.check_tracking()
+    fault = tracker.check()
     if fault:
         print(
             f"warning: {fault}; the sweep runs all the same, and make replay sends MLflow the rest",

@@ -9,7 +9,7 @@ import typer
 
 from components import tracking
 from dvq import DvqError
-from pipeline import preflight
+from pipeline import preflight, tracker
 from pipeline.services import HOST
 from pipeline.stack import Stack
 
@@ -29,7 +29,7 @@ def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> N
     if "MLFLOW_TRACKING_URI" not in os.environ:
         os.environ.update(Stack(home / "stack").environment())
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
-    preflight.require_tracking()
+    tracker.require()
     if uri.startswith("http"):
         print(f"{uri.rstrip('/')}/{_start()}")
         return

@@ -303,6 +303,14 @@ def test_a_line_that_is_still_being_written_is_no_event(tmp_path: Path) -> None:
     assert state(tmp_path).name == "interrupted"
 
 
+def test_what_the_system_leaves_beside_events_is_none(tmp_path: Path) -> None:
+    """As a Mac on disks of other systems."""
+    events.Events(tmp_path).state("training")
+    (tmp_path / "events" / "._000000.jsonl").write_bytes(b"\0\5\x16\7")
+    events.Events(tmp_path).state("evaluating")
+    assert [event["state"] for event in events.read(tmp_path)] == ["training", "evaluating"]
+
+
 def test_a_damaged_line_costs_its_event_alone(tmp_path: Path) -> None:
     """What a power cut leaves: without this neither could the trial be told of, nor would it go on."""
     events.Events(tmp_path).state("training")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 
@@ -238,3 +239,14 @@ def test_a_bug_in_an_estimator_is_no_damage(folder, monkeypatch) -> None:
     monkeypatch.setattr("dvq.saved.Model", lambda _: len(None))
     with pytest.raises(TypeError):
         dvq.load(folder)
+
+
+def test_a_model_that_finds_no_room_is_not_there(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # write() fails as it does on a full disk
+    try:
+        with pytest.raises(DvqError, match=r"the model cannot be written to .*; when there is room"):
+            publish(model(), {}, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not any(tmp_path.iterdir())

@@ -1,10 +1,12 @@
 """The image, as far as it can be told without a daemon."""
 
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from dvq import DvqError
 from pipeline import image
 from pipeline.profile import find_profile
 
@@ -38,3 +40,11 @@ def test_an_image_for_other_machines_has_a_name_of_its_own(monkeypatch: pytest.M
         assert cluster.platform == "linux/amd64"
         wanted = image.content(cluster.torch, platform=cluster.platform).tag()
         assert image.name(find_profile(name), pushed=False) == wanted
+
+
+def test_an_installed_package_says_that_images_want_a_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image, "ROOT", tmp_path)
+    with pytest.raises(DvqError, match="made from a clone of the project"):
+        image.content("2.13.0")

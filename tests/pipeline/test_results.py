@@ -112,19 +112,23 @@ def test_each_trial_is_a_file_that_is_also_its_sweep(root: Path, capsys: pytest.
         assert (made["sweep"], made["numerics"]) == ("sweep", NUMERICS)
 
 
+@pytest.mark.parametrize(
+    ("commit", "says"),
+    [("c0ffee-dirty", "uncommitted code, c0ffee-dirty; commit"), ("unknown", "code that is in no clone")],
+)
 @pytest.mark.parametrize("what", ["trained", "evaluated"])
-def test_what_uncommitted_code_computed_is_not_kept(
-    what: str, root: Path, capsys: pytest.CaptureFixture[str]
+def test_what_nobody_could_compute_again_is_not_kept(
+    what: str, commit: str, says: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, other, *_ = load_sweep(root / "sweep.yaml").trials().values()
     path = Store(root / "store").trial(one.key()) / "results.json"
     found = json.loads(path.read_text())
     made = found if what == "trained" else found["evaluation"]
-    made["provenance"] = {**found["provenance"], "commit": "c0ffee-dirty"}
+    made["provenance"] = {**found["provenance"], "commit": commit}
     path.write_text(json.dumps(found))
     shutil.rmtree(Store(root / "store").trial(other.key()))
     _, out, _ = run("sweep.yaml", capsys)
-    assert f"not kept: gs-soft-c64-k16-s0: it was {what} by uncommitted code, c0ffee-dirty; commit" in out
+    assert f"not kept: gs-soft-c64-k16-s0: it was {what} by {says}" in out
     assert f"not kept: {FULL[1]}: it did not start" in out
     assert files(root) == {FULL[2], *PARTIAL, *TUNE}
 

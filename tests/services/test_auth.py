@@ -12,7 +12,7 @@ from components.folder import begin
 from components.tracking import TrialRun
 from dvq import DvqError
 from dvq.config import trial
-from pipeline import preflight
+from pipeline import tracker
 from tests.services.conftest import answers, free_ports, wait_for
 
 RIGHT, WRONG = "a-long-enough-password", "a-wrong-password"
@@ -58,11 +58,11 @@ def test_the_right_password_is_let_in_and_a_wrong_one_is_a_sentence(
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", WRONG)
     with pytest.raises(DvqError, match=f"MLflow at {address} refuses the name and password: set "):
-        preflight.check_tracking()
+        tracker.check()
     assert not TrialRun(tmp_path / "trial", "sweep").sync()
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1
     assert f"(MLflow at {address} refuses the name and password: set MLFLOW_TRACKING_USERNAME" in said[0]
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", RIGHT)
-    assert preflight.check_tracking() == ""
+    assert tracker.check() == ""
     assert TrialRun(tmp_path / "trial", "sweep").sync()
