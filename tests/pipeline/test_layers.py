@@ -44,6 +44,7 @@ ADAPTERS = {
     "pipeline/connection.py": {"kfp_server_api", "urllib3"},
     "pipeline/kubeflow.py": {"kfp_server_api"},
     "pipeline/stack.py": {"psutil"},
+    "pipeline/tracker.py": {"certifi"},
 }
 """what one module may import besides"""
 
