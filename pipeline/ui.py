@@ -36,8 +36,8 @@ def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> N
     file = tracking.database()
     if file and not file.exists():
         raise DvqError(f"there is no {file}, for no sweep was tracked in it yet: make submit-sweep")
-    tracking.ensure()
     _check_port(port)
+    tracking.ensure()
     print(f"MLflow on {file or uri}; Ctrl-C ends it\nhttp://{HOST}:{port}/{_start()}", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     command += ["--host", HOST, "--port", port, "--workers", "1", "--uvicorn-opts", "--log-level warning"]
