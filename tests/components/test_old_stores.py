@@ -43,13 +43,6 @@ INTERRUPTED = {"estimator": "vq-ema", "steps": 40, "checkpoint_every": 5}
 SWEEP = Sweep(name="old", base=BASE, include=[FINISHED])
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "sample"
-    data.prepare("cifar10-sample", "", folder)
-    return folder
-
-
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A copy of the old store."""
