@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import subprocess
+from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dvq
-from dvq import DvqError, provenance
+from dvq import DvqError, provenance, saved
 from dvq.config import trial
 from dvq.evaluate import evaluate
 from dvq.model import Model
@@ -250,3 +251,11 @@ def test_a_model_that_finds_no_room_is_not_there(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not any(tmp_path.iterdir())
+
+
+def test_an_address_whose_package_does_not_load_is_one_sentence(monkeypatch):
+    """As where a module of one's own has the package's name."""
+    found = EntryPoint("models", "no_such_package.tracking:download", "dvq.load")
+    monkeypatch.setattr(saved, "entry_points", lambda **_: [found])
+    with pytest.raises(DvqError, match=r"models:/m-1: .*no_such_package\.tracking:download, does not load"):
+        dvq.load("models:/m-1")
