@@ -4,6 +4,8 @@ import ctypes
 import fcntl
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -54,6 +56,17 @@ def exact() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
+
+
+@contextmanager
+def tensor_float32(allowed: bool) -> Iterator[None]:
+    """Whether a GPU's float32 products may round their factors to 10 bits (TF32), which is several times as fast."""
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, allowed
+    try:
+        yield
+    finally:
+        products.allow_tf32 = before
 
 
 def take(count: int, folder: Path) -> int:

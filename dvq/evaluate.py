@@ -170,7 +170,7 @@ def _checked(images: NDArray[np.uint8], trial: Trial, what: str) -> NDArray[np.u
 
 def _fit_normalization(model: Model, training: NDArray[np.uint8], generator: torch.Generator) -> None:
     layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    if not layers:
+    if not layers or model.trial.normalization_fixed_at(model.trial.steps):
         return
     momenta = [layer.momentum for layer in layers]
     for layer in layers:

@@ -5,8 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvq.fused import fused
+
 VALUES = 256
-TILE = {"cpu": 256, "cuda": 8192}  # rows whose logits (× 768 floats) stay in the cache
+TILE = {
+    "cpu": 256,
+    "cuda": 2**16,
+}  # rows whose logits (× 768 floats) stay in the cache; on a GPU a minibatch's
 WIDE = 4096  # rows of a CPU's product in bfloat16, which is fast only where it is large
 
 
@@ -50,14 +55,21 @@ class _TiledNLL(torch.autograd.Function):
 
         def gradient(logits: Tensor, tile: slice) -> Tensor:
             """d(weighted nll)/d(logits) = weight · (softmax − onehot), on a CPU in their place; notes the nll."""
+            weights = None if row_weights is None else row_weights[tile, None]
+            if logits.is_cuda:
+                known = logits, bias, targets[tile], weights, rows.dtype
+                nll[tile], grad = fused_gradient(*known) if learning else (fused_nll(*known[:3]), logits)
+                if learning:  # the sum over rows as a product, which is read once and fast
+                    grad_bias.add_(_product(grad.new_ones(8, len(grad)), grad, buffer)[0])
+                return grad
             logits += bias
             nll[tile], p = _softmax(logits.unflatten(-1, (-1, VALUES)), targets[tile], learning)
             if not learning:
                 return logits
             p.scatter_add_(-1, targets[tile], p.new_full((), -1).expand_as(targets[tile]))
             grad = p.flatten(1)
-            if row_weights is not None:
-                grad *= row_weights[tile, None]
+            if weights is not None:
+                grad *= weights
             grad_bias.add_(grad.sum(0))
             return grad
 
@@ -88,19 +100,36 @@ class _TiledNLL(torch.autograd.Function):
 
 
 def _softmax(logits: Tensor, targets: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
-    """−log softmax(l)[targets], and, where it is asked for, softmax(l), which on a CPU takes the place of l.
+    """−log softmax(l)[targets], and, where it is asked for, softmax(l), which takes the place of l.
 
     (R, 3, 256), (R, 3, 1) → (R, 3), (R, 3, 256)
     """
-    if logits.is_cuda:  # there the fewest kernels are the fastest, here the fewest bytes
-        log_p = logits.log_softmax(-1)
-        return -log_p.gather(-1, targets).squeeze(-1), log_p.exp_() if learning else log_p
     logits -= logits.amax(-1, keepdim=True)
     picked = logits.gather(-1, targets)
     total = logits.exp_().sum(-1, keepdim=True)
     if learning:
         logits *= total.reciprocal()
     return (total.log_() - picked).squeeze(-1), logits
+
+
+def gpu_nll(logits: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """−log softmax(l + b)[targets]: (R, 3·256), (3·256,), (R, 3, 1) → (R, 3)."""
+    log_p = (logits + bias).unflatten(-1, (-1, VALUES)).log_softmax(-1)
+    return -log_p.gather(-1, targets).squeeze(-1)
+
+
+def gpu_gradient(
+    logits: Tensor, bias: Tensor, targets: Tensor, weights: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """:func:`gpu_nll`, and its gradient by l, weight · (softmax(l + b) − onehot), (R, 3·256), as ``dtype``."""
+    log_p = (logits + bias).unflatten(-1, (-1, VALUES)).log_softmax(-1)
+    hit = torch.arange(VALUES, device=logits.device) == targets  # (R, 3, 256)
+    grad = (log_p.exp() - hit.to(log_p.dtype)).flatten(1)
+    grad = grad if weights is None else grad * weights
+    return -torch.where(hit, log_p, 0.0).sum(-1), grad.to(dtype)
+
+
+fused_nll, fused_gradient = fused(gpu_nll), fused(gpu_gradient)
 
 
 def _product(a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:

@@ -24,8 +24,17 @@ Weigh = Callable[[Tensor], Tensor]
 Images = Tensor | NDArray[np.uint8]
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalization whose means and variances may be fixed: it is then in training as in evaluation."""
+
+    fixed = False
+
+    def train(self, mode: bool = True) -> "BatchNorm":
+        return super().train(mode and not self.fixed)
+
+
 def _norm(trial: Trial) -> nn.Module:
-    return nn.BatchNorm2d(trial.features) if trial.normalization == "batch" else nn.Identity()
+    return BatchNorm(trial.features) if trial.normalization == "batch" else nn.Identity()
 
 
 def _in_evaluation(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -174,9 +183,21 @@ class Model(nn.Module):
         self.decoder = Decoder(trial)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @property
+    def mixed(self) -> bool:
+        """Whether it trains in bfloat16, as :meth:`mix` says."""
+        return self.decoder.mixed
+
     def mix(self, mixed: bool) -> None:
         """Whether to train with the convolutions, and the factors of the head's product, in bfloat16."""
         self.encoder.mixed = self.decoder.mixed = mixed
+
+    def fix_normalization(self, fixed: bool) -> None:
+        """Whether batch normalization's means and variances stay as they are."""
+        for layer in self.modules():
+            if isinstance(layer, BatchNorm):
+                layer.fixed = fixed
+                layer.train(self.training)
 
     def distortion(
         self, vectors: Tensor, images: Tensor, weigh: Weigh | None = None

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from dvq.device import tensor_float32
+
 TILE = {"cpu": 2**18, "cuda": 2**23}  # logits that stay in the cache (1 MiB; 32 MiB)
 SMALLEST = 1e-30  # a random number u is never 0, and its logarithm finite
 
@@ -43,7 +45,8 @@ class Logits:
         self.left, self.right = torch.cat(left, -1), torch.cat(right, -1).mT
 
     def __getitem__(self, at: tuple[slice, slice]) -> Tensor:
-        return torch.bmm(self.left[at], self.right[at[0]])
+        with tensor_float32(False):  # also in backward passes: an exponent's error is a factor's
+            return torch.bmm(self.left[at], self.right[at[0]])
 
 
 def weigh(

@@ -45,6 +45,10 @@ class Recorded:
             self.graph.replay()
         return self.terms.clone()
 
+    def forget(self) -> None:
+        """Record anew at the next step: what the recorded one does is no longer what the step is."""
+        self.graph = None
+
     def feed(self, step: int) -> None:
         """Put the images' places, the noise's seed and the number of ``step`` where the recorded step reads them."""
         trial = self.trainer.trial

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from dvq import fused
 from dvq.codes import code_sums, largest, look_up
-from dvq.posterior import SMALLEST, Logits, categorical_kl, posterior_gradients, tiles, weigh
+from dvq.posterior import SMALLEST, Logits, categorical_kl, logits_of, posterior_gradients, tiles, weigh
 
 SHARP = 0.5
 """temperatures under this make powers of y that leave float32's range, unless divided by the largest"""
@@ -57,10 +58,37 @@ def plain_relax(
     Returns:
         (K, N, D), and Σ KL(q ‖ p) over all latent variables, a scalar [nats].
     """
-    y = ((logits + gumbel(logits, generator)) / temperature).softmax(-1)
+    return relaxed(logits, codebook, log_prior, gumbel(logits, generator), temperature, hard)
+
+
+def relaxed(
+    logits: Tensor,
+    codebook: Tensor,
+    log_prior: Tensor,
+    noise: Tensor,
+    temperature: float | Tensor,
+    hard: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same, from its noise (K, N, C)."""
+    y = ((logits + noise) / temperature).softmax(-1)
     onehot = torch.zeros_like(y).scatter_(-1, y.argmax(-1, keepdim=True), 1.0)
     seen = onehot + (y - y.detach()) if hard else y
     return torch.bmm(seen, codebook), categorical_kl(logits, log_prior).sum()
+
+
+@fused.fused
+def gpu_relax(
+    v: Tensor,
+    codebook: Tensor,
+    prior_logits: Tensor,
+    exponentials: Tensor,
+    scale: float,
+    temperature: float | Tensor,
+    hard: bool,
+) -> tuple[Tensor, Tensor]:
+    """The equations from the encodings on, from Exp(1) noise E, for g = −log E."""
+    logits, noise = logits_of(v, codebook, scale), -exponentials.log()
+    return relaxed(logits, codebook, prior_logits.log_softmax(-1), noise, temperature, hard)
 
 
 class _Relaxed(torch.autograd.Function):
@@ -133,7 +161,10 @@ def fast_relax(
     hard: bool,
     generator: Generator,
 ) -> tuple[Tensor, Tensor]:
-    """The same as :func:`logits_of` and :func:`plain_relax`, from the same noise, faster on a CPU."""
+    """The same as :func:`logits_of` and :func:`plain_relax`, from the same noise, faster."""
+    if v.is_cuda and fused.able():
+        noise = v.new_empty(*v.shape[:2], codebook.shape[1]).exponential_(generator=generator)
+        return gpu_relax(v, codebook, prior_logits, noise, scale, temperature, hard)
     found: tuple[Tensor, Tensor] = _Relaxed.apply(  # type: ignore[no-untyped-call]
         v, codebook, prior_logits, scale, temperature, hard, generator
     )

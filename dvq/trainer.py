@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dvq import DvqError
 from dvq.codes import kmeans
+from dvq.device import tensor_float32
 from dvq.model import Model
 from dvq.randomness import minibatch, noise, seeded
 from dvq.recorded import Recorded
@@ -54,6 +55,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=trial.learning_rate, fused=True, capturable=on_gpu
         )
+        self.fixed = False  # batch normalization's means and variances
         recording = on_gpu and os.environ.get("DVQ_RECORD") != "0"  # whose schedules round otherwise, no more
         self.recorded = Recorded(self) if recording else None
 
@@ -71,6 +73,12 @@ class Trainer:
 
     def step(self, step: int) -> Tensor:
         """Train on minibatch ``step``; the surrogate, distortion and rate, (3,) [nats an image]."""
+        fixed = self.trial.normalization_fixed_at(step)
+        if fixed != self.fixed:
+            self.model.fix_normalization(fixed)
+            self.fixed = fixed
+            if self.recorded:
+                self.recorded.forget()
         if self.recorded:
             return self.recorded.step(step)
         return self.advance(self.minibatch(step), noise(self.trial.seed, step, self.device), step)
@@ -78,7 +86,8 @@ class Trainer:
     def advance(self, images: Tensor, generator: torch.Generator, step: int | Tensor) -> Tensor:
         """Train on ``images``."""
         loss = checked(self.trial.loss(self.model, images, generator, step), self.trial.estimator)
-        loss.surrogate.backward()
+        with tensor_float32(self.model.mixed):
+            loss.surrogate.backward()
         rate = self.trial.learning_rate_at(step)
         if isinstance(rate, Tensor) and rate.is_cuda:
             rate = rate.float()  # the fused kernel reads no other

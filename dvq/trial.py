@@ -47,9 +47,9 @@ class Loss(NamedTuple):
 
 
 def progress(step: "Step", length: int) -> "float | Tensor":
-    """step / length, and 1 from there on."""
+    """step / length, 0 before it begins and 1 from its end on."""
     done = step / length
-    return min(1.0, done) if isinstance(done, float) else done.clamp(max=1)
+    return min(1.0, max(0.0, done)) if isinstance(done, float) else done.clamp(0, 1)
 
 
 class Trial(BaseModel):
@@ -83,6 +83,10 @@ class Trial(BaseModel):
     normalization: Literal["batch", "none"] = "batch"
     """the paper does not say; with batch norm a short run came further (6.99, not 7.21 bits/dim after 300 steps, on
     500 test images: ``pipeline/sweeps/tune.yaml`` asks held-out ones)"""
+    normalization_until: Whole | None = None
+    """steps after which batch normalization's means and variances stay as they are, in training as in evaluation;
+    None: training has those of each minibatch to the end. Ioffe & Szegedy 2015, "Batch Normalization", fix them after
+    training only; within a minibatch they tell every image something of the others"""
     output_head: Literal["1x1", "transposed"] = "1x1"
     """how the 32×32×3×256 logits are made: a transposed convolution to F maps and a 1×1 one to 768, or one
     transposed convolution straight to 768; the paper does not say"""
@@ -125,6 +129,10 @@ class Trial(BaseModel):
         return self.learning_rate * 0.5 ** (
             max(0.0, halvings) if isinstance(halvings, float) else halvings.clamp(min=0)
         )
+
+    def normalization_fixed_at(self, step: int) -> bool:
+        """Whether batch normalization's means and variances stay as they are in a training step."""
+        return self.normalization_until is not None and step >= self.normalization_until
 
     @property
     def image_shape(self) -> Shape:

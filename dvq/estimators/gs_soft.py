@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dvq.trial import Count, Loss, Positive, Stochastic, progress
+from dvq.trial import Count, Loss, Positive, Stochastic, Whole, progress
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -31,6 +31,8 @@ class GSSoft(Stochastic):
     """τ, or where its annealing begins; the paper's 0.5 balances bias and variance"""
     final_temperature: Positive | None = None
     """τ falls to this, geometrically, over ``annealing_steps``; None: τ is constant, as in the paper"""
+    annealing_after: Whole = 0
+    """steps before it begins to fall"""
     annealing_steps: Count = 50_000
 
     def temperature_at(self, step: "Step") -> "float | Tensor":
@@ -38,7 +40,7 @@ class GSSoft(Stochastic):
         if self.final_temperature is None:
             return self.temperature
         ratio = self.final_temperature / self.temperature
-        return self.temperature * ratio ** progress(step, self.annealing_steps)
+        return self.temperature * ratio ** progress(step - self.annealing_after, self.annealing_steps)
 
     def latents(self) -> "Categorical":
         latents = super().latents()

@@ -34,6 +34,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"num_codes": 7},
     {"normalization": "none"},
+    {"normalization_until": 1},
     {"residual_blocks": 0},
     {"residual_blocks": 4},
     {"output_head": "transposed"},
@@ -99,12 +100,25 @@ def small(estimator: str, **options: Any) -> Model:
 # --- Gumbel-Softmax
 
 
+@pytest.mark.parametrize("hard", [False, True])
+def test_what_a_gpu_computes_of_a_relaxed_sample_agrees_with_the_plain_form(hard: bool) -> None:
+    latents, v = small("gs-hard" if hard else "gs-soft").latents, some_v(40)
+    noise = relaxation.exponential(v.new_empty(2, 40, 5), torch.Generator().manual_seed(3))
+    log_prior = latents.prior_logits.log_softmax(-1)
+    args = latents.logits(v), latents.codebook, log_prior, -noise.log(), 0.5, hard
+    expected = relaxation.relaxed(*args)
+    found = relaxation.gpu_relax(v, latents.codebook, latents.prior_logits, noise, latents.scale, 0.5, hard)
+    torch.testing.assert_close(found, expected)
+
+
 def test_temperature_falls_geometrically_and_stays() -> None:
     one = trial(
         {"estimator": "gs-soft", "temperature": 1.0, "final_temperature": 0.25, "annealing_steps": 10}
     )
     assert isinstance(one, GSSoft)
     assert [one.temperature_at(step) for step in (0, 5, 10, 99)] == pytest.approx([1.0, 0.5, 0.25, 0.25])
+    late = one.model_copy(update={"annealing_after": 20})
+    assert [late.temperature_at(step) for step in (0, 20, 25, 30)] == pytest.approx([1.0, 1.0, 0.5, 0.25])
     constant = trial({"estimator": "gs-soft"})
     assert isinstance(constant, GSSoft)
     assert constant.temperature_at(10**6) == 0.5

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dvq.config import trial
-from dvq.likelihood import TILE, plain_nll, tiled_nll
+from dvq.likelihood import TILE, gpu_gradient, gpu_nll, plain_nll, tiled_nll
 
 SUBPIXELS = 3 * 32 * 32
 
@@ -75,6 +75,22 @@ def test_bfloat16_is_near_the_plain_form(tile: int, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(total, (plain.sum(1) * weights).sum(), rtol=1e-3, atol=0)
     for found, right in zip(torch.autograd.grad(total, inputs), expected, strict=True):
         assert (found - right).norm() <= 1e-2 * right.norm()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_a_gpu_computes_agrees_with_the_plain_form(weighted: bool) -> None:
+    (hidden, weight, bias), targets = head(2, 5, torch.float64), pixels(2)
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    nll = plain_nll(logits + bias, targets).sum(1)
+    weights = torch.tensor([0.25, 3.0], dtype=torch.float64) if weighted else torch.ones(2)
+    (expected,) = torch.autograd.grad((nll * weights).sum(), logits)
+    rows, places = logits.detach().flatten(0, 1), targets.flatten(0, 2).long().view(-1, 3, 1)
+    each = weights.repeat_interleave(len(rows) // 2).unsqueeze(-1) if weighted else None
+    found, gradient = gpu_gradient(rows, bias.detach(), places, each, torch.float64)
+    torch.testing.assert_close(found.view(2, -1).sum(1), nll.detach())
+    torch.testing.assert_close(gradient.view_as(expected), expected)
+    torch.testing.assert_close(gpu_nll(rows, bias.detach(), places), found)
+    assert gpu_gradient(rows, bias.detach(), places, each, torch.bfloat16)[1].dtype == torch.bfloat16
 
 
 def test_logits_of_any_size_have_a_likelihood() -> None:

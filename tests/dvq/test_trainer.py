@@ -10,6 +10,7 @@ import torch
 from dvq import DvqError, failures
 from dvq.config import trial
 from dvq.estimators.gs_soft import GSSoft
+from dvq.evaluate import evaluate, fit
 from dvq.randomness import minibatch, noise_seed
 from dvq.trainer import Trainer, checked
 from dvq.trial import Loss
@@ -47,6 +48,31 @@ def test_the_seed_decides_the_weights_and_a_step_leaves_no_gradient() -> None:
     assert not torch.equal(weights[0], weights[2])
     first.step(0)
     assert all(parameter.grad is None for parameter in first.model.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["gs-soft", "vimco", "vq-ema"])
+def test_normalization_is_of_minibatches_until_its_statistics_stay(estimator: str) -> None:
+    """Whatever is looked at in between; and those that stay are not fitted, for the weights have met them."""
+    small = {"data": "cifar10-sample", "num_latents": 2, "code_dim": 3, "features": 4, "batch_size": 6}
+    one = trial({**small, "estimator": estimator, "num_codes": 5, "normalization_until": 2, "steps": 4})
+    fixed, undisturbed, never = (
+        Trainer(other, IMAGES, torch.device("cpu"), torch.float64)
+        for other in (one, one, one.model_copy(update={"normalization_until": None}))
+    )
+    norm = fixed.model.encoder.body[1]
+    for step in range(4):
+        before = norm.running_mean.clone()
+        terms = fixed.step(step)
+        assert torch.equal(terms, undisturbed.step(step))
+        assert torch.equal(terms, never.step(step)) == (step < 2)
+        assert torch.equal(before, norm.running_mean) == (step >= 2)
+        evaluate(fixed.model, IMAGES)
+        fixed.model.train()
+    before = norm.running_mean.clone()
+    fit(fixed.model, IMAGES)
+    assert torch.equal(before, norm.running_mean)
+    fit(never.model, IMAGES)
+    assert not torch.equal(before, never.model.encoder.body[1].running_mean)
 
 
 def test_the_learning_rate_falls_by_half_every_half_life_and_is_the_optimizers() -> None:

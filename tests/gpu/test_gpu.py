@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dvq import data, events
+from dvq import data, events, fused
 from dvq.config import estimators, trial
 from dvq.evaluate import evaluate
 from dvq.randomness import noise
@@ -52,6 +52,29 @@ def test_the_recorded_step_is_the_step_bit_for_bit(estimator: str, gpu: torch.de
     for step in range(30):
         assert torch.equal(recorded.step(step), plain.step(step)), step
     assert_same(recorded, plain)
+
+
+def test_the_step_is_recorded_anew_when_normalization_is_fixed(gpu: torch.device) -> None:
+    one = make("gs-soft", normalization_until=10)
+    recorded, plain = (trainer(one, gpu) for _ in range(2))
+    plain.recorded = None
+    for step in range(20):
+        assert torch.equal(recorded.step(step), plain.step(step)), step
+    assert_same(recorded, plain)
+
+
+@pytest.mark.parametrize("head", ["1x1", "transposed"])
+@pytest.mark.parametrize("estimator", sorted(estimators()))
+def test_the_fused_step_is_the_step(
+    estimator: str, head: str, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fused.able(), "no C compiler?"
+    one = make(estimator, precision="float32", output_head=head)
+    fast, plain = (trainer(one, gpu, torch.float64) for _ in range(2))
+    found = [fast.step(step) for step in range(3)]
+    monkeypatch.setattr(fused, "able", lambda: False)
+    for step, terms in enumerate(found):
+        torch.testing.assert_close(terms, plain.step(step), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("estimator", sorted(estimators()))
