@@ -1,6 +1,5 @@
 """Bits/dim against C: the curves of figure 1(a), and what each is told from the others by."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,27 +26,27 @@ class Curve(NamedTuple):
 
 
 def curves(results: Sequence[Result]) -> list[Curve]:
-    """A curve a setting and K. If there are more than six settings, a curve an estimator (of VQ-VAE one a gradient)
-    and K, of its lowest mean bits/dim at each C, which its label says."""
-    found = [(_setting(trials), [trials]) for trials in _along(results)]
-    if len({(lists[0][0]["trial"]["estimator"], setting) for setting, lists in found}) > MOST_GROUPS:
-        found = _methods([lists[0] for _, lists in found])
+    """A curve a setting and K. If there are more than six settings, those of an estimator (of VQ-VAE those of a
+    gradient) look the same, and their label says how many they are: none is chosen, least of all by test images."""
+    found = [(_setting(trials), trials) for trials in _along(results)]
+    if len({(trials[0]["trial"]["estimator"], setting) for setting, trials in found}) > MOST_GROUPS:
+        found = _methods([trials for _, trials in found])
     looks: dict[str, list[str]] = {}
     made = []
-    for name, lists in found:
-        trial = lists[0][0]["trial"]
+    for name, trials in found:
+        trial = trials[0]["trial"]
         label, colour, marker = style(trial["estimator"])
         names = looks.setdefault(trial["estimator"], [])
         names += [name] if name not in names else []
         at = names.index(name) % MOST_GROUPS
-        points = functools.reduce(_lowest, map(_points, lists))
         label = told(f"{label}, {name}".rstrip(", "))
-        made.append(Curve(trial["num_latents"], points, label, colour, marker, DASHES[at], FILLS[at]))
+        look = label, colour, marker, DASHES[at], FILLS[at]
+        made.append(Curve(trial["num_latents"], _points(trials), *look))
     return made
 
 
-def _methods(along: Sequence[list[Result]]) -> list[tuple[str, list[list[Result]]]]:
-    """Curves that are one, under its name: those of a method at one K."""
+def _methods(along: Sequence[list[Result]]) -> list[tuple[str, list[Result]]]:
+    """The settings, each by the name of all of its method."""
     methods: dict[tuple[str, str | None], list[list[Result]]] = {}
     for trials in along:
         methods.setdefault(method(trials[0]), []).append(trials)
@@ -55,11 +54,8 @@ def _methods(along: Sequence[list[Result]]) -> list[tuple[str, list[list[Result]
     for some in methods.values():
         settings = len({_setting(trials) for trials in some})
         shared = _setting([one for trials in some for one in trials])
-        name = ", ".join(filter(None, (shared, f"lowest of {settings} settings" if settings > 1 else "")))
-        sizes: dict[int, list[list[Result]]] = {}
-        for trials in some:
-            sizes.setdefault(trials[0]["trial"]["num_latents"], []).append(trials)
-        made += [(name, lists) for lists in sizes.values()]
+        name = ", ".join(filter(None, (shared, f"{settings} settings" if settings > 1 else "")))
+        made += [(name, trials) for trials in some]
     return made
 
 
@@ -94,9 +90,3 @@ def _points(trials: Sequence[Result]) -> dict[int, list[Result]]:
     for one in sorted(trials, key=lambda one: int(one["trial"].get("num_codes", 0))):  # stable
         points.setdefault(one["trial"].get("num_codes", 0), []).append(one["evaluation"])
     return points
-
-
-def _lowest(one: dict[int, list[Result]], other: dict[int, list[Result]]) -> dict[int, list[Result]]:
-    """At each C the seeds of the lower mean."""
-    there = {codes: [points[codes] for points in (one, other) if codes in points] for codes in {*one, *other}}
-    return {codes: min(there[codes], key=mean) for codes in sorted(there)}

@@ -42,9 +42,8 @@ def papers(results: Sequence[Result]) -> dict[str, float]:
 
 @look
 def figure_1a(results: Sequence[Result]) -> Figure:
-    """Bits/dim against C: the mean over seeds and their range, a curve a setting (or an estimator, if those are
-    many) and a panel a K, and the paper's numbers as marks, where they are of the same images. Marks at the same C
-    stand side by side."""
+    """Bits/dim against C: the mean over seeds and their range, a curve a setting and a panel a K, and the paper's
+    numbers as marks, where they are of the same images. Marks at the same C stand side by side."""
     trials = [result["trial"] for result in results]
     paper = papers(results)
     found = curves(results)
@@ -229,6 +228,8 @@ def figure_2(results: Sequence[Result], analyses: Analyses) -> Figure:
     size = min(2.25, 11 / columns)  # inches a panel
     width, height = max(10, 1 + size * columns), 0.6 + (size + 0.2) * len(rows)
     title = counted("The codes on their first three principal components", len(rows), _discrete(results))
+    most = max((len(found[0].norms) for _, found in rows), default=1)
+    title += f"; the first {columns} of {most} codebooks" if most > columns else ""
     figure = new_figure(title, results, width, height)
     panels = figure.subplots(max(1, len(rows)), columns, squeeze=False, subplot_kw={"projection": "3d"})
     for row, (group, found) in zip(panels, rows, strict=False):

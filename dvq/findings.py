@@ -7,7 +7,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dvq import DvqError
+from dvq.analyze import analyze
 from dvq.style import look, new_figure, save_png, style
 from dvq.tables import Result
 
@@ -205,6 +208,12 @@ def rates(mini: Miniature) -> Iterator[Claim]:
     yield Claim(3, says, f"{shown['vq-ema']}; GS-Soft's rise less this move {less}", (less,))
 
 
+def fresh(trial: dict[str, Any]) -> float:
+    """Components for 95% of the variance of codebooks before training, whose codes are normal numbers."""
+    codes = np.random.default_rng(0).normal(size=(16, trial["num_codes"], trial["code_dim"]))
+    return float(analyze(codes).summary()["components_95_mean"])
+
+
 def components(mini: Miniature) -> Iterator[Claim]:
     for name in ESTIMATORS:
         some = mini.central(name)
@@ -212,7 +221,10 @@ def components(mini: Miniature) -> Iterator[Claim]:
             found = Estimate.over([result["analysis"][key] for result in some])
             says = f"fewer than {FEW} components explain {label(name)}'s codes ({which})"
             shown = f"95% of the variance in {found.mean:.1f} ± {found.error:.1f} components"
-            yield Claim(4, says, shown, (Estimate(FEW) - found,))
+            untrained = which == "all" and abs(found.mean - (begun := fresh(some[0]["trial"]))) < 0.5
+            if untrained:  # that is how they began, whatever training would make of them
+                shown += f", as before training ({begun:.1f})"
+            yield Claim(4, says, shown, (Estimate(0, math.inf) if untrained else Estimate(FEW) - found,))
 
 
 @look

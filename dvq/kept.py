@@ -30,6 +30,7 @@ PUBLISHED = """\
 | GS-Soft, C = 512 | 4.61 | the paper |
 | VQ-VAE at its best C | 4.81 | the paper |
 | VQ-VAE | 4.67 | van den Oord et al. 2017, "Neural Discrete Representation Learning" |
+| VAE; VIMCO | 4.51; 5.14 | the same |
 | continuous latent variables | 4.54 | Gregor et al. 2016, "Towards Conceptual Compression", as the paper cites it |
 | VQ-VAE | about 4.82 | github.com/bshall/VectorQuantizedVAE, another implementation of the paper |
 | GS-Soft | about 4.6 | github.com/bshall/VectorQuantizedVAE |"""
@@ -51,11 +52,15 @@ def write(result: Mapping[str, Any], analysis: Analysis | None, sweep: str, fold
     return path
 
 
-def name(one: Trial, *but: str) -> str:
-    """``gs-soft-c512-k16-s0`` and what differs from the defaults, of what decides numbers, ``but`` some fields."""
-    changed = {field: value for field, value in one.changed().items() if field not in ("data", *but)}
-    told = short_name(one, changed).replace(".", "-")
+def name(one: Trial) -> str:
+    """What a trial is, as its file's name, which has an end."""
+    told = _told_apart(one).replace(".", "-")
     return told if len(told) <= LONGEST else f"{told[:LONGEST]}-{one.key()}"
+
+
+def _told_apart(one: Trial, *but: str) -> str:
+    """``gs-soft-c512-k16-s0`` and what differs from the defaults, of what decides numbers, ``but`` some fields."""
+    return short_name(one, {field: x for field, x in one.changed().items() if field not in ("data", *but)})
 
 
 def _rounded(numbers: Any) -> Any:
@@ -106,7 +111,7 @@ def _shown(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
 def _named(results: Sequence[Result]) -> list[Result]:
     trials = [trial(one["trial"]) for one in results]
     common = _shared([one.changed() for one in trials])
-    return [{**one, "name": name(made, *common)} for one, made in zip(results, trials, strict=True)]
+    return [{**one, "name": _told_apart(made, *common)} for one, made in zip(results, trials, strict=True)]
 
 
 def _shared(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -128,6 +128,15 @@ def test_what_is_not_as_in_the_paper_disagrees(changes: dict[str, float], refute
     assert words(told(changes), "disagrees") == refuted
 
 
+def test_codebooks_as_they_began_tell_nothing() -> None:
+    """Of normal numbers, in 16 dimensions, 14 components hold 95% of the variance."""
+    found = told({"components": 14.0})
+    assert words(found, "can't tell") == {
+        f"fewer than 5 components explain {name}'s codes (all)" for name in NAMES
+    }
+    assert found[-2].shows == "95% of the variance in 14.0 ± 0.0 components, as before training (14.0)"
+
+
 def test_the_loss_is_from_the_center_whatever_was_lowest() -> None:
     """The lowest of what was measured is so by its noise too."""
     assert "VQ-VAE degrades as C grows" in words(

@@ -13,7 +13,7 @@ from components.store import Store
 from dvq import NUMERICS, DvqError, kept, report
 from dvq.analyze import Analysis, analyze
 from dvq.config import load_sweep, trial
-from dvq.style import notice
+from dvq.style import notice, partial
 from dvq.trial import Trial, values
 from pipeline import preflight, results
 
@@ -312,12 +312,17 @@ def test_tuning_takes_as_much_care_of_each_estimator_and_no_test_image() -> None
 
 
 def test_the_sweeps_for_gpus_share_their_trials() -> None:
-    paper, first, second = (
-        {one.key() for one in preflight.find_sweep(name).trials().values()}
-        for name in ("paper", "figure1", "figure2")
+    first, second = (
+        {one.key() for one in preflight.find_sweep(name).trials().values()} for name in ("figure1", "figure2")
     )
     assert second <= first
-    assert len(paper - first) == 2  # ReinMax and the Gaussian VAE
+
+
+def test_the_sweeps_of_the_papers_numbers_train_all_in_full_and_alike() -> None:
+    trials = [one for name in ("paper", "gaussian") for one in preflight.find_sweep(name).trials().values()]
+    assert not any(partial(values(one)) for one in trials)
+    alike = ("split", "steps", "normalization_until", "learning_rate", "decay_after", "decay_half_life")
+    assert len({tuple(getattr(one, field) for field in alike) for one in trials}) == 1
 
 
 def test_a_name_is_never_longer_than_a_files() -> None:
