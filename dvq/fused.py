@@ -3,7 +3,9 @@
 import functools
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -15,9 +17,12 @@ R = TypeVar("R")
 
 @functools.cache
 def able() -> bool:
-    """Whether there are a GPU, Triton, and the C compiler that it builds with; ``DVQ_FUSE=0`` says no."""
+    """Whether there are a GPU, Triton, and what it builds with: a C compiler and Python's headers (of Debian's Python the
+    package python3-dev); ``DVQ_FUSE=0`` says no."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return os.environ.get("DVQ_FUSE") != "0" and bool(compiler) and torch.cuda.is_available() and has_triton()
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    builds = bool(compiler) and headers and os.environ.get("DVQ_FUSE") != "0"
+    return builds and torch.cuda.is_available() and has_triton()
 
 
 def fused(plain: Callable[P, R]) -> Callable[P, R]:

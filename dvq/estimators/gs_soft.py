@@ -18,9 +18,8 @@ class GSSoft(Stochastic):
         surrogate = −log p(x | y·M) + KL(q(z|x) ‖ p(z)),
 
     with the categorical KL in closed form. The gradient is biased, for the decoder is trained on mixtures of
-    codes; the bias falls with τ, and the variance rises. Nor is what training shows a bound: on the same images a
-    mixture tells the decoder more than the single codes that evaluation takes (5.32, not 5.52 bits/dim, for the
-    paper's network after 6,000 steps).
+    codes; the bias falls with τ, and the variance rises. Nor is what training shows a bound, for a mixture can tell
+    the decoder more than the single codes that evaluation takes.
 
     Source: Jang et al. 2017, "Categorical Reparameterization with Gumbel-Softmax", section 2; Maddison et al.
     2017, "The Concrete Distribution".

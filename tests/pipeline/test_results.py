@@ -234,7 +234,7 @@ def test_figures_name_what_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -
         trial({**base, **more}) for more in ({"steps": 10}, {"steps": 20}, {"steps": 20, "commitment": 1.0})
     ]
     kept.draw(Path(), [{"trial": values(one)} for one in trials])
-    assert drawn == [f"vq-ema-c512-k8-s0-steps-{end}" for end in ("10", "20", "20-commitment-1-0")]
+    assert drawn == [f"vq-ema-c512-k8-s0-steps-{end}" for end in ("10", "20", "20-commitment-1.0")]
     kept.draw(Path(), [])
 
 
