@@ -17,8 +17,8 @@ R = TypeVar("R")
 
 @functools.cache
 def able() -> bool:
-    """Whether there are a GPU, Triton, and what it builds with: a C compiler and Python's headers (of Debian's Python the
-    package python3-dev); ``DVQ_FUSE=0`` says no."""
+    """Whether there are a GPU, Triton, and what it builds with, a C compiler and Python's headers (Debian's package
+    python3-dev); ``DVQ_FUSE=0`` says no."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     builds = bool(compiler) and headers and os.environ.get("DVQ_FUSE") != "0"

@@ -120,10 +120,10 @@ def compiled(profile: Profile, jobs: int, store: str) -> str:
     """The pipeline as KFP takes it."""
     cluster = profile.cluster
     assert cluster
-    record = {"DVQ_RECORD": os.environ["DVQ_RECORD"]} if "DVQ_RECORD" in os.environ else {}
+    steps = {name: os.environ[name] for name in ("DVQ_RECORD", "DVQ_FUSE") if name in os.environ}
 
     def settle(task: object, name: str) -> object:
-        return pods.settle(task, name, profile, {"DVQ_STORE": store, **record})
+        return pods.settle(task, name, profile, {"DVQ_STORE": store, **steps})
 
     return as_yaml(definition.sweep_pipeline(jobs, profile.image, settle, cluster.ttl, cluster.limit))
 

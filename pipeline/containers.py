@@ -26,7 +26,7 @@ from dvq import DvqError, disk
 from pipeline.profile import Profile
 
 LABEL = "dvq.launch"
-PASSED = re.compile(r"DVQ_(STORE|CACHE|RECORD)|MLFLOW_.*|AWS_.*|.*_NUM_THREADS")
+PASSED = re.compile(r"DVQ_(STORE|CACHE|RECORD|FUSE)|MLFLOW_.*|AWS_.*|.*_NUM_THREADS")
 """The environment variables that reach the tasks."""
 LOOPBACK = re.compile(r"localhost|127\..*|::1")
 ENDED = "container of "

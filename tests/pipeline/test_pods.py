@@ -102,6 +102,7 @@ def simple(task: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [*CLUSTERS, "everything"])
 def test_each_task_has_what_the_profile_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVQ_RECORD", "0")
+    monkeypatch.setenv("DVQ_FUSE", "0")
     profile = EVERYTHING if name == "everything" else find_profile(name)
     its = profile.cluster
     assert its
@@ -114,7 +115,13 @@ def test_each_task_has_what_the_profile_says(name: str, monkeypatch: pytest.Monk
         assert container["image"] == (profile.image or IMAGE)
         told = {one["name"]: one["value"] for one in container["env"]}
         device = {"DVQ_DEVICE": "cuda"} if task in TRAIN and profile.gpu else {}
-        assert told == {**ONE_THREAD, **device, "DVQ_STORE": "s3://dvq/store", "DVQ_RECORD": "0"}
+        assert told == {
+            **ONE_THREAD,
+            **device,
+            "DVQ_STORE": "s3://dvq/store",
+            "DVQ_RECORD": "0",
+            "DVQ_FUSE": "0",
+        }
         limits, resources = (profile if task in TRAIN else its.light), container["resources"]
         cpu, memory = f"{limits.cpu:g}", limits.memory
         assert memory
