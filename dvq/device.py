@@ -59,9 +59,13 @@ def exact() -> None:
 
 
 @contextmanager
-def tensor_float32(allowed: bool) -> Iterator[None]:
-    """Whether a GPU's float32 products may round their factors to 10 bits (TF32), which is several times as fast."""
+def tensor_float32(allowed: bool, on: torch.device) -> Iterator[None]:
+    """Whether a GPU's float32 products may round their factors to 10 bits (TF32), which is several times as fast. It
+    is the whole process's setting, which is as it was behind this block; on a CPU it is left alone."""
     products = torch.backends.cuda.matmul
+    if on.type != "cuda" or products.allow_tf32 == allowed:
+        yield
+        return
     before, products.allow_tf32 = products.allow_tf32, allowed
     try:
         yield

@@ -136,8 +136,9 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int | None = None
     Both trail the weights: the statistics by their running averages, which for GS-Soft, besides, are of mixtures
     of codes and not of single ones; the prior by the optimizer's small steps, the more so the fewer codes an
     estimator uses. The statistics become the mean over those of minibatches of the trial's size, at most
-    ``STATISTICS``, with hard samples (Ioffe & Szegedy 2015, "Batch Normalization", algorithm 2); then the prior,
-    if it is trained, p(z_k = c) = (n_kc + 1) / (n_k + C), by the counts n of one draw of each image.
+    ``STATISTICS``, with hard samples (Ioffe & Szegedy 2015, "Batch Normalization", algorithm 2), unless training
+    fixed them; then the prior, if it is trained, p(z_k = c) = (n_kc + 1) / (n_k + C), by the counts n of one draw of
+    each image.
 
     Args:
         model: which is in evaluation mode afterwards.
@@ -170,7 +171,7 @@ def _checked(images: NDArray[np.uint8], trial: Trial, what: str) -> NDArray[np.u
 
 def _fit_normalization(model: Model, training: NDArray[np.uint8], generator: torch.Generator) -> None:
     layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    if not layers or model.trial.normalization_fixed_at(model.trial.steps):
+    if not layers or model.trial.normalization_fixed_at(model.trial.steps - 1):
         return
     momenta = [layer.momentum for layer in layers]
     for layer in layers:

@@ -209,7 +209,8 @@ def rates(mini: Miniature) -> Iterator[Claim]:
 
 
 def fresh(trial: dict[str, Any]) -> float:
-    """Components for 95% of the variance of codebooks before training, whose codes are normal numbers."""
+    """Components for 95% of the variance of codebooks before training, where ``codebook_init`` is normal, as in the
+    sweep ``findings``."""
     codes = np.random.default_rng(0).normal(size=(16, trial["num_codes"], trial["code_dim"]))
     return float(analyze(codes).summary()["components_95_mean"])
 

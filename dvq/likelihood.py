@@ -57,10 +57,12 @@ class _TiledNLL(torch.autograd.Function):
             """d(weighted nll)/d(logits) = weight · (softmax − onehot), on a CPU in their place; notes the nll."""
             weights = None if row_weights is None else row_weights[tile, None]
             if logits.is_cuda:
-                known = logits, bias, targets[tile], weights, rows.dtype
-                nll[tile], grad = fused_gradient(*known) if learning else (fused_nll(*known[:3]), logits)
-                if learning:  # the sum over rows as a product, which is read once and fast
-                    grad_bias.add_(_product(grad.new_ones(8, len(grad)), grad, buffer)[0])
+                if not learning:
+                    nll[tile] = gpu_nll(logits, bias, targets[tile])
+                    return logits
+                nll[tile], grad = gpu_gradient(logits, bias, targets[tile], weights, rows.dtype)
+                # the sum over rows as a product, which reads them once
+                grad_bias.add_(_product(grad.new_ones(8, len(grad)), grad, buffer)[0])
                 return grad
             logits += bias
             nll[tile], p = _softmax(logits.unflatten(-1, (-1, VALUES)), targets[tile], learning)
@@ -118,6 +120,7 @@ def gpu_nll(logits: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     return -log_p.gather(-1, targets).squeeze(-1)
 
 
+@fused
 def gpu_gradient(
     logits: Tensor, bias: Tensor, targets: Tensor, weights: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -127,9 +130,6 @@ def gpu_gradient(
     grad = (log_p.exp() - hit.to(log_p.dtype)).flatten(1)
     grad = grad if weights is None else grad * weights
     return -torch.where(hit, log_p, 0.0).sum(-1), grad.to(dtype)
-
-
-fused_nll, fused_gradient = fused(gpu_nll), fused(gpu_gradient)
 
 
 def _product(a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:

@@ -164,7 +164,9 @@ def fast_relax(
     """The same as :func:`logits_of` and :func:`plain_relax`, from the same noise, faster."""
     if v.is_cuda and fused.able():
         noise = v.new_empty(*v.shape[:2], codebook.shape[1]).exponential_(generator=generator)
-        return gpu_relax(v, codebook, prior_logits, noise, scale, temperature, hard)
+        # a number would be compiled into the kernels, each τ anew
+        tau = temperature if isinstance(temperature, Tensor) else v.new_full((), temperature)
+        return gpu_relax(v, codebook, prior_logits, noise, scale, tau, hard)
     found: tuple[Tensor, Tensor] = _Relaxed.apply(  # type: ignore[no-untyped-call]
         v, codebook, prior_logits, scale, temperature, hard, generator
     )

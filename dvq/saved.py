@@ -77,6 +77,7 @@ def load(path: str | Path) -> Model:
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise DvqError(f"{folder}: the model's files are damaged: {str(error).splitlines()[0]}") from None
     model.load_state_dict(weights)
+    model.fix_normalization(trial.normalization_fixed_at(trial.steps - 1))
     return model.eval()
 
 

@@ -86,7 +86,7 @@ class Trainer:
     def advance(self, images: Tensor, generator: torch.Generator, step: int | Tensor) -> Tensor:
         """Train on ``images``."""
         loss = checked(self.trial.loss(self.model, images, generator, step), self.trial.estimator)
-        with tensor_float32(self.model.mixed):
+        with tensor_float32(self.model.mixed, self.device):
             loss.surrogate.backward()
         rate = self.trial.learning_rate_at(step)
         if isinstance(rate, Tensor) and rate.is_cuda:

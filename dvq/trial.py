@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 import dvq
 from dvq import fingerprints
@@ -101,8 +101,9 @@ class Trial(BaseModel):
     decay_half_life: Count = 10_000
 
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """of the convolutions and the head's factors in training on a GPU. Likelihood, rate, optimizer and all of
-    evaluation are float32, and so are the logits of a 1×1 head"""
+    """of the convolutions and the head's factors in training on a GPU; the other products of the backward pass take
+    their factors as TF32 then. Likelihood, rate, optimizer and all of evaluation are float32, and so are the logits
+    of a 1×1 head"""
     cpu_precision: Literal["bfloat16", "float32"] = "float32"
     """the same on a CPU. bfloat16 is for one with AMX (Intel's since Sapphire Rapids: ``amx_bf16`` in /proc/cpuinfo)
     or AVX512-BF16 (AMD's since Zen 4: ``avx512_bf16``), and many feature maps, where it is 1.8 to 2.9 times as
@@ -120,6 +121,12 @@ class Trial(BaseModel):
     """steps between checkpoints, beside those that are due by time"""
     checkpoint_seconds: Positive = Field(default=60.0, json_schema_extra=Unkeyed)
     """seconds after which a checkpoint is due whatever the steps"""
+
+    @model_validator(mode="after")
+    def _normalized(self) -> "Trial":
+        if self.normalization == "none" and self.normalization_until is not None:
+            raise ValueError("normalization: none has no statistics to fix; leave normalization_until out")
+        return self
 
     def learning_rate_at(self, step: "Step") -> "float | Tensor":
         """The learning rate at a training step."""

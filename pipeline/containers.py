@@ -98,7 +98,9 @@ def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
     # All of them, over which dvq.device spreads the trials: a count of n is the first n for every container.
     gpus = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if profile.gpu else []
     locks = disk.locks() if gpus else None
-    on_gpus = {"DVQ_DEVICE": "cuda", "DVQ_LOCKS": str(locks)} if locks else {}  # and none falls back on a CPU
+    # None falls back on a CPU; and what Triton compiles cannot run from /tmp, whose files Docker lets nobody execute.
+    compiled = str(folder / "work/tmp/triton")
+    on_gpus = {"DVQ_DEVICE": "cuda", "DVQ_LOCKS": str(locks), "TRITON_CACHE_DIR": compiled} if locks else {}
     # Docker's 4G is Kubernetes' 4Gi.
     memory, shared = (one and one.removesuffix("i") for one in (profile.memory, profile.shared_memory))
     return {

@@ -16,7 +16,7 @@ class VIMCO(Stochastic):
     """VIMCO: gradients of the S-sample bound L_S = E log (1/S) Σ_s exp w_s, unbiased with ``normalization: none``.
 
     Batch normalization makes an image's likelihood in training depend on the z of the other images and samples, which
-    its signal does not see.
+    its signal does not see; not so once its statistics are fixed (``normalization_until``).
 
     w_s = log p(x, z_s) − log q(z_s|x);  L̂ = logsumexp(w) − log S;  L̂_{−s} is L̂ with w_s replaced by the
     mean of the other w. With w̃ = softmax(w),

@@ -95,6 +95,7 @@ def test_services_on_loopback_are_reached_by_the_hosts_network(
     assert made["network_mode"] == "host"
     assert made["environment"]["DVQ_STORE"] == "s3://bucket/store"
     assert made["environment"]["DVQ_RECORD"] == "0"
+    assert made["environment"]["TRITON_CACHE_DIR"].startswith(str(tmp_path / "work/"))  # a mount, not a tmpfs
     assert "SECRET" not in made["environment"]
     written = {one["Target"] for one in made["mounts"] if not one["ReadOnly"]}
     assert written == {str(tmp_path / name) for name in ("work", "cache", "locks")}

@@ -57,6 +57,10 @@ ALIASES = "".join(
         ({**GS, "learning_rate": "fast"}, "learning_rate = 'fast'"),
         ({**GS, "learning_rate": float("nan")}, "learning_rate = nan"),
         ({**GS, "data": "mnist"}, "data = 'mnist'"),
+        (
+            {**GS, "normalization": "none", "normalization_until": 5},
+            "normalization: none has no statistics to fix; leave normalization_until out",
+        ),
     ],
 )
 def test_a_wrong_trial_is_one_sentence(values: dict[str, Any], says: str) -> None:

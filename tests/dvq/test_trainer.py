@@ -1,17 +1,19 @@
 """A step of training: which images it sees, in which noise, and that it leaves nothing behind."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dvq import DvqError, failures
+from dvq import DvqError, failures, load
 from dvq.config import trial
 from dvq.estimators.gs_soft import GSSoft
 from dvq.evaluate import evaluate, fit
 from dvq.randomness import minibatch, noise_seed
+from dvq.saved import save
 from dvq.trainer import Trainer, checked
 from dvq.trial import Loss
 
@@ -51,7 +53,7 @@ def test_the_seed_decides_the_weights_and_a_step_leaves_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["gs-soft", "vimco", "vq-ema"])
-def test_normalization_is_of_minibatches_until_its_statistics_stay(estimator: str) -> None:
+def test_normalization_is_of_minibatches_until_its_statistics_stay(estimator: str, tmp_path: Path) -> None:
     """Whatever is looked at in between; and those that stay are not fitted, for the weights have met them."""
     small = {"data": "cifar10-sample", "num_latents": 2, "code_dim": 3, "features": 4, "batch_size": 6}
     one = trial({**small, "estimator": estimator, "num_codes": 5, "normalization_until": 2, "steps": 4})
@@ -68,11 +70,18 @@ def test_normalization_is_of_minibatches_until_its_statistics_stay(estimator: st
         assert torch.equal(before, norm.running_mean) == (step >= 2)
         evaluate(fixed.model, IMAGES)
         fixed.model.train()
+    save(fixed.model.float(), tmp_path)
+    loaded = load(tmp_path).train().encoder.body[1]
+    assert not loaded.training
     before = norm.running_mean.clone()
     fit(fixed.model, IMAGES)
     assert torch.equal(before, norm.running_mean)
-    fit(never.model, IMAGES)
-    assert not torch.equal(before, never.model.encoder.body[1].running_mean)
+    for until in (None, 4):  # which no step came to
+        never.model.trial = one.model_copy(update={"normalization_until": until})
+        followed = never.model.encoder.body[1].running_mean.clone()
+        fit(never.model, IMAGES)
+        assert not torch.equal(followed, never.model.encoder.body[1].running_mean)
+        never.model.encoder.body[1].running_mean.copy_(followed)
 
 
 def test_the_learning_rate_falls_by_half_every_half_life_and_is_the_optimizers() -> None:
