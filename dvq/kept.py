@@ -157,9 +157,9 @@ def page(results: Sequence[Result], place: Path) -> str:
         f"`make submit-sweep SWEEP={place}/<its file> DATA=…`. Bits/dim is the single-sample ELBO of hard "
         "samples over every image of the split, ± its standard error over images. Beside it stand L_S; `fitted`, the "
         "same with the prior fitted to the training images, and so batch normalization's statistics unless training "
-        "fixed them; `AR prior`, with an autoregressive prior of the codes; and for VQ-VAE and FSQ the bits/dim under a "
-        "`uniform prior`. Minutes are of training, some beside other work on the machine; `code` is the commit that "
-        "trained.",
+        "fixed them; `AR prior`, with an autoregressive prior of the codes; and for VQ-VAE and FSQ the bits/dim "
+        "under a `uniform prior`. Minutes are of training, some beside other work on the machine; `code` is the "
+        "commit that trained.",
         f"## The paper's numbers\n\n{PUBLISHED}",
     ]
     if kinds["full"]:
