@@ -8,10 +8,7 @@ from torch import Tensor
 from dvq.fused import fused
 
 VALUES = 256
-TILE = {
-    "cpu": 256,
-    "cuda": 2**16,
-}  # rows whose logits (× 768 floats) stay in the cache; on a GPU a minibatch's
+TILE = {"cpu": 256, "cuda": 2**16}  # rows of logits (× 768 floats): a cache full; on a GPU a minibatch's
 WIDE = 4096  # rows of a CPU's product in bfloat16, which is fast only where it is large
 
 

@@ -45,9 +45,8 @@ class Logits:
         self.left, self.right = torch.cat(left, -1), torch.cat(right, -1).mT
 
     def __getitem__(self, at: tuple[slice, slice]) -> Tensor:
-        with tensor_float32(
-            False, self.left.device
-        ):  # also in backward passes: an exponent's error is a factor's
+        # never TF32, in backward passes either: an exponent's error is a factor of q
+        with tensor_float32(False, self.left.device):
             return torch.bmm(self.left[at], self.right[at[0]])
 
 
