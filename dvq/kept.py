@@ -1,5 +1,6 @@
 """Results that are kept: a JSON file a trial, and the tables and figures made from these files alone."""
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,6 @@ from dvq.trial import Discrete, Stochastic, Trial
 
 Result = dict[str, Any]
 CODEBOOKS = ("explained", "explained_weighted", "projections", "norms")
-LONGEST = 200
-"""characters of a name; a file's name may have 255"""
 TAKEN = ("estimator", "num_codes", "num_latents", "data", "split", "steps")
 """fields that stand elsewhere in a row"""
 DETAILS = ("perplexity", "dead", "minutes", "device", "code", "evaluated by")
@@ -53,9 +52,10 @@ def write(result: Mapping[str, Any], analysis: Analysis | None, sweep: str, fold
 
 
 def name(one: Trial) -> str:
-    """What a trial is, as its file's name, which has an end."""
-    told = _told_apart(one).replace(".", "-")
-    return told if len(told) <= LONGEST else f"{told[:LONGEST]}-{one.key()}"
+    """``gs-soft-c512-k8-s0-102000-1f2e3d4c``: what a trial is, its steps, and a hash of all that it sets."""
+    chosen = json.dumps(one.changed(), sort_keys=True).encode()
+    split = "" if one.split == "test" else f"-{one.split}"
+    return f"{one.describe()}{split}-{one.steps}-{hashlib.sha256(chosen).hexdigest()[:8]}"
 
 
 def _told_apart(one: Trial, *but: str) -> str:
@@ -69,12 +69,12 @@ def _rounded(numbers: Any) -> Any:
 
 
 def load(folder: Path) -> list[Result]:
-    """All results that are kept, by estimator, K, C and what else they differ in."""
+    """All results that are kept, by estimator, K, C and bits/dim."""
     order = list(estimators())
 
-    def place(result: Result) -> tuple[int, int, int]:
-        fields = result["trial"]
-        return order.index(fields["estimator"]), fields["num_latents"], fields.get("num_codes", 0)
+    def place(result: Result) -> tuple[int, int, int, float]:
+        fields, bits = result["trial"], result["evaluation"]["bits_per_dim"]
+        return order.index(fields["estimator"]), fields["num_latents"], fields.get("num_codes", 0), bits
 
     return sorted(map(_read, sorted(folder.glob("*.json"))), key=place)
 
@@ -82,7 +82,7 @@ def load(folder: Path) -> list[Result]:
 def _read(path: Path) -> Result:
     try:
         found: Result = json.loads(path.read_text(encoding="utf-8"))
-        found["evaluation"], trial(found["trial"])
+        found["evaluation"]["bits_per_dim"], trial(found["trial"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DvqError) as error:
         raise DvqError(f"{path}: no results of a trial ({error}); remove it, or make results anew") from None
     return found
