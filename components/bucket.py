@@ -8,8 +8,9 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from components.s3 import THREADS, ChangedError, Connection, MissingError
 from dvq import DvqError
@@ -18,7 +19,8 @@ PART = 16 << 20
 """Bytes of a part of a multipart upload; what is not larger goes in one piece."""
 CHUNK = 1 << 20
 Progress = Callable[[int, int], None]
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class DamagedError(DvqError):
@@ -100,7 +102,7 @@ class Bucket(Connection):
         with path.open("rb") as file:
             return self.store(file, key)
 
-    def store(self, file: BinaryIO, key: str) -> tuple[str, int]:
+    def store(self, file: BufferedReader, key: str) -> tuple[str, int]:
         """As :meth:`upload`: what was opened is stored, though another file has its name by now.
 
         Of a large file that this process could not store before, only the missing parts are sent.
@@ -144,11 +146,15 @@ class Bucket(Connection):
             self._append(key, partial, size, etag, progress or (lambda *_: None))
             with partial.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found == (sha256 or found) and partial.stat().st_size == size:
+            length = partial.stat().st_size
+            if found == (sha256 or found) and length == size:
                 partial.replace(path)
                 return
             partial.unlink()
-            told = f"{self}/{key} is damaged: its SHA-256 is {found} instead of {sha256}"
+            differs = f"its SHA-256 is {found} instead of {sha256}"
+            if not sha256:
+                differs = f"it has {length} bytes instead of {size}"
+            told = f"{self}/{key} is damaged: {differs}"
             if last:
                 raise DamagedError(told)
             print(f"{told}; fetching it again", flush=True)
@@ -225,7 +231,7 @@ class _Upload:
         self._id = ""
         self._parts: dict[int, dict[str, Any]] = {}
 
-    def send(self, file: BinaryIO, size: int) -> None:
+    def send(self, file: BufferedReader, size: int) -> None:
         """Send what is missing, several parts at a time, and complete the object."""
         bucket, where = self._bucket, {"Key": self._key}
         if not self._id:

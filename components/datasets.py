@@ -51,6 +51,8 @@ def check(source: str) -> None:
 def _object(source: str) -> tuple[Bucket, str]:
     bucket = Bucket(source, "DATA")
     key, bucket.prefix = bucket.prefix.rstrip("/"), ""
+    if not key:
+        raise DvqError(f"DATA = '{source}': it names a bucket alone; give s3://bucket/key, the file's")
     return bucket, key
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from components.bucket import Bucket, DamagedError
 from components.manifest import (
@@ -102,7 +102,7 @@ class Files:
         now = {path: stamp(self.folder / path) for path in here_now}
         changed = [path for path in here_now if path not in self._known or self._known[path][1:] != now[path]]
         with ExitStack() as stack:
-            opened: dict[str, BinaryIO] = {}
+            opened: dict[str, BufferedReader] = {}
             for path in (path for path in changed if path.startswith(KEPT)):
                 with suppress(FileNotFoundError):
                     opened[path] = stack.enter_context((self.folder / path).open("rb"))
@@ -113,7 +113,7 @@ class Files:
                     self._known.pop(path, None)
         return files | {path: one.pieces for path, one in self._known.items()}
 
-    def _store(self, path: str, name: str, opened: BinaryIO | None) -> list[Piece]:
+    def _store(self, path: str, name: str, opened: BufferedReader | None) -> list[Piece]:
         if path.startswith(GROWS):
             return self._append(path, name)
         key, file = f"{self.place}/{name}/{path}", self.folder / path

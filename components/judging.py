@@ -78,12 +78,12 @@ def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:
     place = device.pick()
     judged, split = load_model(model).to(place), trial.split
     seen = images.training(split)[0] if images.fits(trial) else None
-    steps = 0 if seen is None else getattr(trial, "autoregressive_steps", 0)
-    prior = autoregressive.fit(judged, seen, steps) if steps else None
-    asked = {"bound_samples": trial.bound_samples, "training": seen, "prior": prior}
-    found = judge(judged, images.evaluation(split)[0], **asked)
+    shown, samples, prior = images.evaluation(split)[0], trial.bound_samples, None
+    if seen is not None and (steps := getattr(trial, "autoregressive_steps", 0)):
+        prior = autoregressive.fit(judged, seen, steps, seed=trial.seed)
+    found = judge(judged, shown, bound_samples=samples, training=seen, prior=prior)
     if prior and trial.positions <= DRAWN:
-        found["samples"] = prior.sample(COLUMNS).tolist()
+        found["samples"] = prior.sample(COLUMNS, judged.generator(0)).tolist()
     made_by = provenance(str(place))  # it may be another than trained it
     return {"split": split, **found, "provenance": {**made_by, **_judged(images, model)}}
 

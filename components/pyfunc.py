@@ -15,7 +15,7 @@ class DiscreteModel(PythonModel):  # type: ignore[misc]
     def load_context(self, context: PythonModelContext) -> None:
         self.model = dvq.load(context.artifacts["model"])
 
-    def predict(self, context, model_input, params=None):  # noqa: ARG002  # type: ignore[no-untyped-def]  # MLflow reads hints
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002  # MLflow reads hints
         method = (params or {}).get("method", "encode")
         if method not in ("encode", "reconstruct"):
             raise ValueError(f"method is 'encode' or 'reconstruct', not '{method}'")

@@ -56,6 +56,12 @@ class Connection:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
+        keys = [
+            os.environ.get(f"AWS_{name}", "")
+            for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")
+        ]
+        if not all(map(str.isprintable, keys)):  # which boto3 would take for a server that does not answer
+            raise DvqError(f"{self}: the AWS_* credentials hold a line break; set them anew")
         config = Config(
             signature_version="s3v4",
             s3={"addressing_style": "path" if "AWS_ENDPOINT_URL" in os.environ else "auto"},

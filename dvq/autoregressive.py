@@ -80,7 +80,9 @@ class Autoregressive(nn.Module):
         """``n`` draws z ~ r(z), (n, H/4, W/4, K), for the model's ``decode``."""
         device = self.place.device
         generator = inputs.generator(generator, device)
-        codes = torch.zeros(n, self.trial.positions, self.trial.num_latents, dtype=torch.long, device=device)
+        codes = torch.zeros(
+            inputs.count(n), self.trial.positions, self.trial.num_latents, dtype=torch.long, device=device
+        )
         for p in range(codes.shape[1]):
             context = self.context(codes[:, : p + 1])[:, -1:]
             for k in range(codes.shape[2]):
@@ -108,6 +110,7 @@ def fit(
     Raises:
         DvqError: other images, or a model whose latent variables are continuous.
     """
+    training = inputs.arrays(training, model.trial, "the training images")
     with torch.inference_mode(False), torch.enable_grad():
         with seeded(seed):
             prior = Autoregressive(model)

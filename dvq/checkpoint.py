@@ -54,8 +54,9 @@ def write(folder: Path, step: int, tensors: "dict[str, Tensor]", about: dict[str
             f"checkpoint of step {step} cannot be written to {path.parent} ({error.strerror}); the last one "
             "is kept, and training goes on from it when there is room"
         ) from None
-    for old in steps(folder)[:-KEPT]:
-        shutil.rmtree(path.with_name(f"{old:09d}"), ignore_errors=True)
+    left = path.parent.glob(".*")  # behind it by a process that was killed at another step
+    for old in (*left, *(path.with_name(f"{step:09d}") for step in steps(folder)[:-KEPT])):
+        shutil.rmtree(old, ignore_errors=True)
     return path
 
 

@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dvq import DvqError
+from dvq import DvqError, inputs
 from dvq.autoregressive import Autoregressive
 from dvq.latents import Codebooks, Sample, per_image
-from dvq.model import Model
+from dvq.model import Model, in_evaluation
 from dvq.quantizers import Deterministic
-from dvq.trial import Trial
 
 STATISTICS = 200
 """minibatches whose statistics batch normalization is fitted to, at most"""
@@ -52,7 +51,7 @@ class _Pass:
             self.mass = self.mass + (counts if sample.mass is None else sample.mass).double()
 
 
-@torch.no_grad()
+@in_evaluation
 def evaluate(
     model: Model,
     images: NDArray[np.uint8],
@@ -79,22 +78,20 @@ def evaluate(
         (``_se``); ``bound`` (−L_S), and ``draws_se``, the standard deviation of the mean over images between
         repeated draws; ``ledger``: ``latents`` (the rate of each of the K) and ``channels`` (the distortion of
         red, green and blue, or of gray), which add up to ``bits_per_dim``; with ``training``,
-        ``fitted_bits_per_dim``; with ``prior``, ``rate_autoregressive`` and ``autoregressive_bits_per_dim``, of the
-        same draw. For discrete latent variables also ``rate_uniform`` (P·K·log C, VQ-VAE's and FSQ's
-        rate under a uniform prior), ``rate_least`` (under the mean of q over these images and positions: no factorial
-        prior has less, and no bound), ``usage`` (K lists of C counts over the whole pass), ``perplexity`` (mean over
-        k of exp H(usage_k)) and ``dead_codes``.
+        ``fitted_bits_per_dim``; with ``prior``, ``rate_autoregressive`` and ``autoregressive_bits_per_dim`` (with
+        ``_se``), of the same draw. For discrete latent variables also ``rate_uniform`` (P·K·log C, VQ-VAE's and FSQ's
+        rate under a uniform prior), ``rate_least`` (under the mean of q over these images and positions: no prior
+        that all positions share has less, and no bound), ``usage`` (K lists of C counts over the whole pass),
+        ``perplexity`` (mean over k of exp H(usage_k)) and ``dead_codes``.
 
     Raises:
         DvqError: no images, or others.
     """
-    images = _checked(images, model.trial, "the images to evaluate")
+    images = inputs.arrays(images, model.trial, "the images to evaluate")
     if bound_samples < 1:
         raise DvqError(f"bound_samples = {bound_samples}: give 1 or more")
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    first, more = (torch.Generator(device).manual_seed(2 * seed + i) for i in range(2))
+    first, more = model.generator(2 * seed), model.generator(2 * seed + 1)
+    device = first.device
     gathered = _Pass()
     if isinstance(model.latents, Codebooks):
         gathered.usage = torch.zeros(model.latents.codebook.shape[:2], dtype=torch.long, device=device)
@@ -118,7 +115,6 @@ def evaluate(
     if training is not None:
         fitted = fit(copy.deepcopy(model), training, batch_size, seed)
         result["fitted_bits_per_dim"] = evaluate(fitted, images, batch_size, seed)["bits_per_dim"]
-    model.train(was_training)
     return result
 
 
@@ -152,21 +148,13 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int | None = None
     Raises:
         DvqError: no images, or others.
     """
-    training = _checked(training, model.trial, "the training images")
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    training = inputs.arrays(training, model.trial, "the training images")
+    generator = model.generator(seed)
     model.eval()
     _fit_normalization(model, training, generator)
     if isinstance(getattr(model.latents, "prior_logits", None), nn.Parameter):
         _fit_prior(model, training, batch_size or model.trial.images_at_once, generator)
     return model
-
-
-def _checked(images: NDArray[np.uint8], trial: Trial, what: str) -> NDArray[np.uint8]:
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.shape[1:] != trial.image_shape or not len(images):
-        wanted = ", ".join(map(str, trial.image_shape))
-        raise DvqError(f"{what} are {images.dtype} {images.shape}: give uint8 (N, {wanted}), values 0 to 255")
-    return images
 
 
 def _fit_normalization(model: Model, training: NDArray[np.uint8], generator: torch.Generator) -> None:
@@ -205,17 +193,16 @@ def _summary(gathered: _Pass, bound_samples: int, model: Model) -> dict[str, Any
     distortion, rate = distortions.sum(1), rates.sum(1)
     result: dict[str, Any] = {"images": len(rate)}
     for name, bits in {"bits_per_dim": distortion + rate, "rate": rate, "distortion": distortion}.items():
-        result[name] = bits.mean().item()
-        result[f"{name}_se"] = (bits.std() / len(bits) ** 0.5).item() if len(bits) > 1 else 0.0
+        result[name], result[f"{name}_se"] = _mean(bits)
     if bound_samples > 1:
         means = torch.cat(gathered.draws, 1).mean(1) * trial.bits_per_nat  # (S,)
         result["bound"] = (torch.cat(gathered.bounds).mean() * trial.bits_per_nat).item()
         result["bound_samples"] = bound_samples
         result["draws_se"] = means.std().item() if len(means) > 1 else 0.0
     if gathered.autoregressive:
-        under = torch.cat(gathered.autoregressive).mean().item() * trial.bits_per_nat
-        result["rate_autoregressive"] = under
-        result["autoregressive_bits_per_dim"] = result["distortion"] + under
+        under = torch.cat(gathered.autoregressive).double() * trial.bits_per_nat
+        bits, result["rate_autoregressive"] = distortion + under, under.mean().item()
+        result["autoregressive_bits_per_dim"], result["autoregressive_bits_per_dim_se"] = _mean(bits)
     result["ledger"] = {"latents": rates.mean(0).tolist(), "channels": distortions.mean(0).tolist()}
     if gathered.usage is not None:
         k, c = gathered.usage.shape
@@ -225,6 +212,11 @@ def _summary(gathered: _Pass, bound_samples: int, model: Model) -> dict[str, Any
         result["rate_least"] = result["rate"] - gain.item() / len(rate) * trial.bits_per_nat
         result |= usage_summary(gathered.usage.cpu().numpy())
     return result
+
+
+def _mean(bits: Tensor) -> tuple[float, float]:
+    """Of the images' numbers, and its standard error."""
+    return bits.mean().item(), (bits.std() / len(bits) ** 0.5).item() if len(bits) > 1 else 0.0
 
 
 def usage_summary(usage: NDArray[np.int64]) -> dict[str, Any]:

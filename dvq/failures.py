@@ -39,7 +39,8 @@ def death(code: int) -> str:
         told = _memory_limit() or "most often the machine or container was out of memory"
         return f"training was killed by SIGKILL: {told}"
     if code < 0:
-        return f"training was killed by {signal.Signals(-code).name}"
+        known = -code in set(signal.Signals)  # most of the real-time ones have no name
+        return f"training was killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
     return f"training ended with exit code {code}; its output is in the log"
 
 

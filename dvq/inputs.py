@@ -1,13 +1,15 @@
 """What a trained model is given, checked: other images or codes would be an error deep inside, or wrong numbers."""
 
+import operator
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dvq import DvqError
-from dvq.trial import Discrete, Trial
+from dvq.trial import Discrete, Stochastic, Trial
 
 
 def images(given: Any, trial: Trial, device: torch.device) -> Tensor:
@@ -34,11 +36,37 @@ def images(given: Any, trial: Trial, device: torch.device) -> Tensor:
     return found.to(device)
 
 
+def arrays(given: ArrayLike, trial: Trial, what: str) -> NDArray[np.uint8]:
+    """Many images, which stay where they are; DvqError, of ``what``, if they are none of the shape of the trial's."""
+    found = np.asarray(given)
+    if found.dtype != np.uint8 or found.shape[1:] != trial.image_shape or not len(found):
+        wanted = ", ".join(map(str, trial.image_shape))
+        raise DvqError(f"{what} are {found.dtype} {found.shape}: give uint8 (N, {wanted}), values 0 to 255")
+    return found
+
+
+def count(n: Any) -> int:
+    """How many samples; DvqError if that is no whole number of at least 1."""
+    if not hasattr(n, "__index__") or n < 1:
+        raise DvqError(f"sample: n = {n!r}; give a whole number of at least 1")
+    return operator.index(n)
+
+
 def discrete(trial: Trial) -> Discrete:
     """The trial; DvqError if its latent variables are continuous."""
     if not isinstance(trial, Discrete):
         raise DvqError(f"a {trial.estimator} model has no codes: its latent variables are continuous")
     return trial
+
+
+def stochastic(trial: Trial) -> Stochastic:
+    """The trial; DvqError if its posterior gives no probabilities of codes."""
+    found = discrete(trial)
+    if isinstance(found, Stochastic):
+        return found
+    raise DvqError(
+        f"a {trial.estimator} model has no probabilities of codes: an image has one, which encode gives"
+    )
 
 
 def codes(given: Any, trial: Trial, device: torch.device) -> Tensor:
@@ -58,13 +86,12 @@ def codes(given: Any, trial: Trial, device: torch.device) -> Tensor:
 
 
 def generator(given: Any, device: torch.device) -> torch.Generator:
-    """The generator; without one, of the same random numbers each time."""
+    """The generator; without one, a new one, seeded by torch's own random numbers (``torch.manual_seed``): were it
+    the same each time, calls one after the other would share their noise."""
     if given is None:
-        return torch.Generator(device).manual_seed(0)
+        return torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, ())))
     if not isinstance(given, torch.Generator):
-        raise DvqError(
-            f"the generator is a {type(given).__name__}: give torch.Generator(device).manual_seed(seed)"
-        )
+        raise DvqError(f"the generator is a {type(given).__name__}: give model.generator(seed)")
     return given
 
 

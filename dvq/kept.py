@@ -20,7 +20,7 @@ Result = dict[str, Any]
 CODEBOOKS = ("explained", "explained_weighted", "projections", "norms")
 TAKEN = ("estimator", "num_codes", "num_latents", "data", "split", "steps")
 """fields that stand elsewhere in a row"""
-DETAILS = ("perplexity", "dead", "minutes", "device", "code", "evaluated by")
+DETAILS = ("minutes", "device", "code", "evaluated by")
 """columns of the folder's page, which the project's README has no room for"""
 
 PUBLISHED = """\
@@ -224,10 +224,12 @@ def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str
         "AR prior": _number(judged.get("autoregressive_bits_per_dim"), ".3f"),
         "rate": f"{judged['rate']:.3f}",
         "distortion": f"{judged['distortion']:.3f}",
-        "L_S": _number(judged.get("bound"), ".3f"),
+        "L_S": f"{judged['bound']:.3f} (S = {fields['bound_samples']})" if "bound" in judged else "–",
         "uniform prior": _number(uniform, ".3f"),
         "perplexity": _number(judged.get("perplexity"), ".1f"),
-        "dead": _number(judged.get("dead_codes"), "d"),
+        "dead": f"{judged['dead_codes']}/{one.num_codes * one.num_latents}"
+        if isinstance(one, Discrete)
+        else "–",
         "minutes": f"{result['training']['seconds'] / 60:.1f}",
         "device": provenance["device"],
         "code": provenance["commit"],

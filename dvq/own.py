@@ -1,6 +1,7 @@
 """Images of one's own, from a file of numpy arrays: checked, and named by their content."""
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _arrays(source: str) -> dict[str, npt.NDArray[Any]]:
     if "://" in source:
         raise DvqError(f"DATA={source}: images of your own come from a file; fetch it, and give that")
     try:
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))
         if path.is_fifo():  # which would wait for ever
             raise OSError(errno.EINVAL, "it is a pipe; give a file")
         with np.load(path) as file:

@@ -58,11 +58,9 @@ def take(model: "Model", images: NDArray[np.uint8]) -> Patches:
     Raises:
         DvqError: other images, or a model whose latent variables are continuous.
     """
-    import torch
-
     images = np.array(images[: -(-PLACES // model.trial.positions)])
     pieces = np.split(images, range(at_once := max(1, model.trial.images_at_once // 5), len(images), at_once))
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    generator = model.generator(0)
     found = [model.encode(piece, generator).cpu().numpy() for piece in pieces]  # each (B, H/4, W/4, K)
     codes = np.concatenate(found).reshape(-1, model.trial.num_latents).T  # (K, N)
     counts = np.stack([np.bincount(one, minlength=model.latents.codebook.shape[1]) for one in codes])

@@ -35,8 +35,11 @@ def take(model: "Model", images: Images, codes: ArrayLike | None = None) -> Pict
     """The pictures of a trained model, of the first of ``images`` (M, H, W, 3); its samples are of the ``codes``
     (N, H/4, W/4, K) if there are such, of an autoregressive prior, else of its own prior."""
     first = np.array(images[:COLUMNS])
-    samples = model.sample(len(first)) if codes is None else model.decode(np.asarray(codes))
-    return Pictures(first, model.reconstruct(first).cpu().numpy(), samples.cpu().numpy())
+    reconstructions = model.reconstruct(first, model.generator(0))
+    samples = (
+        model.sample(len(first), model.generator(0)) if codes is None else model.decode(np.asarray(codes))
+    )
+    return Pictures(first, reconstructions.cpu().numpy(), samples.cpu().numpy())
 
 
 def mosaic(images: Images, reconstructions: Images, scale: int = 3) -> Images:

@@ -11,13 +11,13 @@ import torch
 from torch import Generator, Tensor
 
 from dvq.latents import Categorical
-from dvq.model import Model
+from dvq.model import Model, in_evaluation
 from dvq.trial import Stochastic
 
 LOOKED_AT = 4  # images, with one latent variable of each enumerated
 
 
-@torch.no_grad()
+@in_evaluation
 def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: int) -> dict[str, float]:
     """Bias and variance of the surrogate's gradient by the posterior's logits l, against the ELBO's.
 
@@ -38,8 +38,6 @@ def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: 
         draws: of g, and of the other latent variables in f; r costs LOOKED_AT·C·draws passes of the decoder.
         step: the training step, for temperature and warm-up.
     """
-    was_training = model.training
-    model.eval()
     gradients = torch.stack([_gradient(model, images, generator, step) for _ in range(draws)])  # (S, K, N, C)
     mean = gradients.mean(0)
     variance = (gradients - mean).square().sum() / (draws - 1)
@@ -57,7 +55,6 @@ def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: 
         mine = slice(i * positions, (i + 1) * positions)
         found.append(mean[k, mine][p])
         right.append(_reference(model, images[i : i + 1], logits[:, mine], k, p, draws, generator, weight))
-    model.train(was_training)
     bias = torch.stack(found) - torch.stack(right)
     return {
         "probe/bias": (bias.norm() / torch.stack(right).norm()).item(),

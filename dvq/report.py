@@ -52,7 +52,8 @@ FIGURES = {
         "Single-sample ELBO of each trained model over every image of the split: the mean over seeds, and "
         "their range as a bar, of a continuous latent variable as a band; of a single seed it is ± the standard "
         "error over the images. What is at the same C stands side by side. Where there are more than six settings "
-        "beside C and K, each estimator's lowest mean at each C is drawn, which the legend says.",
+        "beside C and K, those of an estimator (of VQ-VAE those of a gradient) look the same, and the legend says "
+        "how many they are: none is chosen.",
     ),
     "figure_1b": (
         "Figure 1(b): how many dimensions the codes use",
@@ -65,8 +66,8 @@ FIGURES = {
         "Figure 1(c): rate and distortion along training",
         "Each point is an evaluation on every image of the split; arrows show the direction, large marks the "
         "end. Along a grey line bits/dim, the sum of both, is the same. Faint paths, to hollow marks, have the rate "
-        "that the same codes would cost under their own frequencies, the best factorial prior for them: the trained "
-        "prior follows these with a lag, so that the rate may fall while the codes tell more.",
+        "that the same codes would cost under their own frequencies, the best prior that all positions share: the "
+        "trained prior follows these with a lag, so that the rate may fall while the codes tell more.",
     ),
     "figure_2": (
         "Figure 2: the codes",

@@ -44,7 +44,7 @@ DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1
 MOST_GROUPS = len(DASHES)
 PAPERS_SIZE = {"num_codes": 64, "num_latents": 16}
 """of the codebooks that the paper shows"""
-FULL = {name: Trial.model_fields[name].default for name in ("steps", "features")}
+FULL = {name: Trial.model_fields[name].default for name in ("steps", "features", "batch_size")}
 look = rc_context(
     {
         "axes.axisbelow": True,
@@ -72,7 +72,8 @@ def style(estimator: str) -> tuple[str, str, str]:
 
 
 def partial(trial: Mapping[str, Any]) -> bool:
-    """Whether a trial was trained for fewer than 100,000 steps, or in a smaller network than the paper's."""
+    """Whether a trial was trained for fewer than 100,000 steps, or by smaller minibatches or in a smaller network
+    than the paper's."""
     return any(trial.get(name, least) < least for name, least in FULL.items())
 
 

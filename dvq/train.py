@@ -261,7 +261,7 @@ def _evaluate(
     told = ("bits_per_dim", "distortion", "rate", "perplexity", "dead_codes", "rate_least")
     diary.metrics(step, {f"{trial.split}/{name}": result[name] for name in told if name in result})
     shown = np.asarray(judged[:COLUMNS])
-    picture = mosaic(shown, model.reconstruct(shown).cpu().numpy())
+    picture = mosaic(shown, model.reconstruct(shown, model.generator(0)).cpu().numpy())
     path = Path("images") / f"reconstructions-{step:08d}.png"
     (folder / "images").mkdir(exist_ok=True)
     save_png(picture, folder / path)

@@ -62,6 +62,12 @@ class Trainer:
     @torch.no_grad()
     def _place_codebooks(self, trial: LearnedCodes) -> None:
         """Begin with the clusters of the first minibatches' encodings, ten or more for each code."""
+        encoded = len(self.images) * trial.positions
+        if encoded < trial.num_codes:
+            raise DvqError(
+                f"codebook_init: kmeans finds {trial.num_codes} codes among as many encodings, and "
+                f"{len(self.images)} training images have {encoded}; take fewer codes, or codebook_init: normal"
+            )
         count = math.ceil(10 * trial.num_codes / (trial.batch_size * trial.positions))
         encodings = torch.cat([self.model.encoder(self.minibatch(step)) for step in range(count)], 1)
         self.model.latents.place(kmeans(encodings, trial.num_codes, noise(trial.seed, 0, self.device)))

@@ -83,7 +83,7 @@ class Trial(BaseModel):
     normalization: Literal["batch", "none"] = "batch"
     """the paper does not say; with batch norm a short run came further (6.99, not 7.21 bits/dim after 300 steps, on
     500 test images: ``pipeline/sweeps/tune.yaml`` asks held-out ones)"""
-    normalization_until: Whole | None = None
+    normalization_until: Count | None = None
     """steps after which batch normalization's means and variances stay as they are, in training as in evaluation;
     None: training has those of each minibatch to the end. Ioffe & Szegedy 2015, "Batch Normalization", fix them after
     training only; within a minibatch they tell every image something of the others"""
@@ -126,6 +126,8 @@ class Trial(BaseModel):
     def _normalized(self) -> "Trial":
         if self.normalization == "none" and self.normalization_until is not None:
             raise ValueError("normalization: none has no statistics to fix; leave normalization_until out")
+        if self.normalization == "batch" and self.batch_size * self.positions == 1:
+            raise ValueError("a batch of one position has no variance to normalize by; raise batch_size")
         return self
 
     def learning_rate_at(self, step: "Step") -> "float | Tensor":
@@ -210,15 +212,18 @@ class Trial(BaseModel):
 
 
 class Warmed(Trial):
-    """What the estimators with a KL term share: its weight may rise from 0."""
+    """What the estimators with a KL term share: its weight may rise from 0, or be another than 1."""
 
     kl_warmup: Whole = 0
-    """steps over which the KL's weight in the surrogate rises linearly to 1; 0: it is 1 from the start, as
-    in the paper. Evaluation always weighs it with 1."""
+    """steps over which the KL's weight in the surrogate rises linearly from 0; 0: it is whole from the start, as
+    in the paper"""
+    final_kl_weight: Positive = 1.0
+    """what it rises to: β of a β-VAE (Higgins et al. 2017), by which a grid traces rate against distortion (Alemi
+    et al. 2018, "Fixing a Broken ELBO"). Evaluation always weighs the KL with 1"""
 
     def kl_weight(self, step: "Step") -> "float | Tensor":
         """The KL's weight at a training step."""
-        return progress(step + 1, self.kl_warmup) if self.kl_warmup else 1.0
+        return self.final_kl_weight * (progress(step + 1, self.kl_warmup) if self.kl_warmup else 1.0)
 
 
 class Discrete(Trial):

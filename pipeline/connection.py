@@ -67,6 +67,11 @@ class Connection:
             if not Path(ca).is_file():
                 raise DvqError(f"KFP_CA = '{ca}': there is no such file of certificates")
             made.ssl_ca_cert = ca
+        for name, value in (("KFP_TOKEN", self._token), ("KFP_COOKIE", self._cookie)):
+            if not (value.isascii() and value.isprintable()):  # the client's own error would show it
+                raise DvqError(
+                    f"{name} holds a line break or another character that no header can; copy it anew"
+                )
         if self._token:
             made.api_key["authorization"], made.api_key_prefix["authorization"] = self._token, "Bearer"
         return made

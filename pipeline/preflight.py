@@ -177,7 +177,7 @@ def find_source(source: str, name: str) -> str:
             file=sys.stderr,
         )
         return ""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     return str(path.absolute()) if source and path.exists() else source
 
 

@@ -65,15 +65,12 @@ def _check_address(uri: str) -> None:
 
 
 def _ask(uri: str) -> str:
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
     try:
         request = urllib.request.Request(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1")
-    except ValueError as error:
-        raise DvqError(f"MLFLOW_TRACKING_URI is no address ({error}); give http://host:port") from None
-    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
-    if user:
-        basic = base64.b64encode(f"{user}:{password}".encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {basic}")
-    try:
+        if user:
+            basic = base64.b64encode(f"{user}:{password}".encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {basic}")
         urllib.request.urlopen(request, timeout=5, context=_trust()).close()
     except urllib.error.HTTPError as error:
         if error.code != 401:
@@ -86,6 +83,8 @@ def _ask(uri: str) -> str:
         if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
             return f"MLflow at {uri} has a certificate that is not trusted; {AUTHORITIES[0]} names the authority's"
         return f"MLflow at {uri} does not answer"
+    except ValueError as error:  # of brackets that are not closed, or of letters that no address has
+        raise DvqError(f"MLFLOW_TRACKING_URI is no address ({error}); give http://host:port") from None
     return ""
 
 

@@ -33,6 +33,6 @@ def analyze(
 
     from components import judging, sentences
 
-    paths = (Path(one.path) for one in (data, model, evaluation, analysis))
+    given = Path(data.path), Path(model.path), Path(evaluation.path)
     with sentences():
-        judging.analyze(*paths, experiment, record_failure)
+        judging.analyze(*given, Path(analysis.path), experiment, record_failure)

@@ -125,11 +125,15 @@ def test_a_trial_is_judged_by_its_splits_images_and_fitted_to_those_it_was_train
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("dvq.evaluate.evaluate", lambda *given, **more: asked.append((given, more)) or {})
-    one = trial({**BASE, "estimator": "vq-ema", "split": "tune", "bound_samples": 3})
+    one = trial({**BASE, "estimator": "vq-ema", "split": "tune", "bound_samples": 3, "seed": 2})
+    one = one.model_copy(update={"autoregressive_steps": 5})
+    fitted: list[Any] = []
+    monkeypatch.setattr("dvq.autoregressive.fit", lambda *given, **more: fitted.append((given[2:], more)))
     save(Model(one), tmp_path / "model")
     judging.evaluate(prepared, tmp_path / "model", tmp_path / "evaluation")
     ((_, judged), more), images = asked[0], data.load(prepared).arrays["train_images"]
     assert more["bound_samples"] == 3
+    assert fitted == [((5,), {"seed": 2})], "each training's prior begins and goes another way"
     np.testing.assert_array_equal(judged, images[1800:])
     np.testing.assert_array_equal(more["training"], images[:1800])
     assert (read_json(tmp_path / "evaluation") or {})["split"] == "tune"

@@ -54,7 +54,7 @@ def test_the_fast_form_agrees_with_the_plain(
     fast = terms_and_gradients(model, 10)
     model.load_state_dict(state)  # running averages go on from where they were
     model.latents.plain = True
-    monkeypatch.setattr("dvq.model.tiled_nll", plain_form)
+    monkeypatch.setattr("dvq.network.tiled_nll", plain_form)
     for name, right in terms_and_gradients(model, 10).items():
         assert right.norm() > 0, f"{name}: nothing to compare"
         assert (fast[name] - right).norm() <= tolerance * right.norm(), name

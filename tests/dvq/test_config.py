@@ -61,6 +61,11 @@ ALIASES = "".join(
             {**GS, "normalization": "none", "normalization_until": 5},
             "normalization: none has no statistics to fix; leave normalization_until out",
         ),
+        ({**GS, "normalization_until": 0}, "normalization_until = 0: input should be greater than"),
+        (
+            {**GS, "data": "dots@4x4x1-0123456789abcdef", "batch_size": 1},
+            "a batch of one position has no variance to normalize by; raise batch_size",
+        ),
     ],
 )
 def test_a_wrong_trial_is_one_sentence(values: dict[str, Any], says: str) -> None:

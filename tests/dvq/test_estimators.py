@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvq import load, posterior, relaxation
+from dvq import DvqError, load, posterior, relaxation
 from dvq.codes import kmeans
 from dvq.config import estimators, trial
 from dvq.estimators.gs_soft import GSSoft
@@ -66,8 +66,10 @@ GRID = [
 def test_every_estimator_trains_saves_and_evaluates_to_the_same(
     estimator: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    one = trial({**taken(estimator, {**SMALL, "num_codes": 5}), **options, "estimator": estimator})
-    trainer = Trainer(one, IMAGES, torch.device("cpu"), torch.float32)
+    few = {**SMALL, "num_codes": 5, "data": "noise@8x8x3-0123456789abcdef"}  # the options see no image's size
+    images = IMAGES[:, :8, :8]
+    one = trial({**taken(estimator, few), **options, "estimator": estimator})
+    trainer = Trainer(one, images, torch.device("cpu"), torch.float32)
     untrained = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
     for step in range(3):
         assert torch.isfinite(trainer.step(step)).all()
@@ -77,7 +79,7 @@ def test_every_estimator_trains_saves_and_evaluates_to_the_same(
     save(trainer.model, tmp_path)
     loaded = load(tmp_path)
     assert loaded.trial == one
-    before, after = (evaluate(model, IMAGES, bound_samples=2) for model in (trainer.model, loaded))
+    before, after = (evaluate(model, images, bound_samples=2) for model in (trainer.model, loaded))
     assert before == after
     assert sum(after["ledger"]["latents"]) == pytest.approx(after["rate"], rel=1e-6)
     assert sum(after["ledger"]["channels"]) == pytest.approx(after["distortion"], rel=1e-6)
@@ -130,6 +132,8 @@ def test_kl_warmup_weighs_the_surrogate_and_not_the_rate(estimator: str) -> None
     codes = {"num_codes": 5} if estimator != "gaussian" else {}
     one = trial({**SMALL, **codes, "estimator": estimator, "kl_warmup": 4})
     assert [one.kl_weight(step) for step in (0, 1, 3, 4)] == [0.25, 0.5, 1.0, 1.0]  # type: ignore[attr-defined]
+    less = one.model_copy(update={"final_kl_weight": 0.5})
+    assert [less.kl_weight(step) for step in (0, 1, 3, 4)] == [0.125, 0.25, 0.5, 0.5]  # type: ignore[attr-defined]
     torch.manual_seed(0)
     model, images = Model(one).double().eval(), torch.from_numpy(IMAGES)
     terms = [one.loss(model, images, torch.Generator().manual_seed(0), step) for step in (0, 9)]
@@ -453,6 +457,11 @@ def test_kmeans_finds_clusters_and_the_codebooks_begin_there() -> None:
     v = model.encoder(torch.from_numpy(IMAGES)).detach()
     assert torch.cdist(v, model.latents.codebook).amin(-1).mean() < 0.8 * v.std()
     torch.testing.assert_close(model.latents.sums, model.latents.codebook)
+
+    with pytest.raises(
+        DvqError, match="129 codes among as many encodings, and 2 training images have 128; take few"
+    ):
+        Trainer(one.model_copy(update={"num_codes": 129}), IMAGES[:2], torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(("dim", "scale"), [(16, 1.0), (32, 1.0), (64, 1.0), (32, 0.25)])

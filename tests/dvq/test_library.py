@@ -169,9 +169,10 @@ def test_a_model_in_training_is_judged_as_evaluated_and_stays_as_it_is() -> None
     torch.manual_seed(0)
     model = Model(config.trial(TINY)).eval()
     some = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
-    right, state = model.bits_per_dim(some), {name: x.clone() for name, x in model.state_dict().items()}
+    right = model.bits_per_dim(some, model.generator(0))
+    state = {name: x.clone() for name, x in model.state_dict().items()}
     model.train()
-    assert torch.equal(model.bits_per_dim(some), right)
+    assert torch.equal(model.bits_per_dim(some, model.generator(0)), right)
     model.reconstruct(some), model.encode(some), model.sample(np.int64(2))  # type: ignore[arg-type]
     with pytest.raises(DvqError):
         model.decode(torch.zeros(1))
@@ -195,7 +196,7 @@ def test_draws_of_neighbouring_seeds_are_others() -> None:
 
 def test_a_generator_is_one() -> None:
     model = Model(config.trial(TINY))
-    with pytest.raises(DvqError, match=r"the generator is a int: give torch.Generator"):
+    with pytest.raises(DvqError, match=r"the generator is a int: give model.generator\(seed\)"):
         model.sample(3, 1)  # type: ignore[arg-type]
 
 

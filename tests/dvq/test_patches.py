@@ -30,7 +30,7 @@ def test_a_code_has_the_mean_of_the_pixels_round_where_it_is(estimator, data, sh
     images = np.random.default_rng(0).integers(0, 256, (9, *shape), dtype=np.uint8)
     patches.take(model, images).save(tmp_path / "patches.npz")
     found = Patches.load(tmp_path / "patches.npz")
-    codes = model.encode(images).numpy()  # (N, H/4, W/4, K)
+    codes = model.encode(images, model.generator(0)).numpy()  # (N, H/4, W/4, K)
     rows, columns = np.indices(codes.shape[1:3]) * 4
     around = np.arange(-4, 8)
     for k in range(2):

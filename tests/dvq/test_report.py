@@ -6,7 +6,9 @@ import html
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,11 +55,15 @@ def result(estimator, codes, bits):
     }, found
 
 
-@pytest.fixture
-def sweep():
+def three():
     """Three results, the best neither first nor last, and their analyses."""
     made = [result("gs-soft", 16, 7.2), result("gs-soft", 256, 6.9), result("vq-ema", 16, 7.0)]
     return [one for one, _ in made], {one["name"]: found for one, found in made}
+
+
+@pytest.fixture
+def sweep():
+    return three()
 
 
 class Page(HTMLParser):
@@ -78,15 +84,22 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-@pytest.fixture
-def written(sweep, tmp_path):
-    results, analyses = sweep
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A report, drawn once: its figures take seconds."""
+    results, analyses = three()
     grey = np.full((16, 32, 32, 3), 128, np.uint8)
     pictures = {one["name"]: Pictures(grey, grey, grey) for one in results}
-    folder = tmp_path / "reports" / "smoke"
+    folder = tmp_path_factory.mktemp("reports") / "smoke"
     share, differences = np.full((4, 16), 1 / 16), np.ones((4, 16, 12, 12, 3), np.float32)
     codes = {one["name"]: Patches(np.indices((4, 16))[1], share, differences) for one in results}
     return report.write(folder, smoke(f"A try {EVIL}"), results, analyses, FAILURES, pictures, codes)
+
+
+@pytest.fixture
+def written(drawn, tmp_path):
+    """A copy of it, for one test."""
+    return Path(shutil.copytree(drawn.parent, tmp_path / "reports" / "smoke")) / drawn.name
 
 
 def test_rows_are_sorted_by_bits_per_dim_and_failures_come_last(sweep):

@@ -16,6 +16,7 @@ import dvq
 from dvq import DvqError, provenance, saved
 from dvq.config import trial
 from dvq.evaluate import evaluate
+from dvq.latents import per_image
 from dvq.model import Model
 from dvq.provenance import commit
 from dvq.saved import publish, save
@@ -41,15 +42,49 @@ def folder(tmp_path):
 
 def test_arrays_and_tensors_give_the_same() -> None:
     one = model()
-    codes = one.encode(IMAGES)
+    codes = one.encode(IMAGES, one.generator(0))
     assert codes.shape == (3, 8, 8, 2)
     assert codes.dtype == torch.int64
-    assert torch.equal(codes, one.encode(IMAGES.numpy()))
-    assert torch.equal(one.decode(codes), one.reconstruct(IMAGES))
+    assert torch.equal(codes, one.encode(IMAGES.numpy(), one.generator(0)))
+    assert torch.equal(one.decode(codes), one.reconstruct(IMAGES, one.generator(0)))
     assert torch.equal(one.decode(codes), one.decode(codes.numpy().astype(np.uint8)))
-    assert torch.equal(one.encode(IMAGES.numpy()[..., ::-1]), one.encode(IMAGES.flip(-1)))
+    turned = one.encode(IMAGES.flip(-1), one.generator(0))
+    assert torch.equal(one.encode(IMAGES.numpy()[..., ::-1], one.generator(0)), turned)
     assert one.bits_per_dim(IMAGES).shape == (3,)
     assert one.sample(2).shape == (2, 32, 32, 3)
+
+
+def test_draws_are_others_in_each_call_and_torchs_own_to_repeat() -> None:
+    one = model()
+    torch.manual_seed(3)
+    first, second = one.encode(IMAGES), one.encode(IMAGES)
+    assert not torch.equal(first, second), "calls in a loop must not share their noise"
+    torch.manual_seed(3)
+    assert torch.equal(one.encode(IMAGES), first)
+    assert torch.equal(one.encode(IMAGES), second)
+
+
+def test_the_posterior_is_what_codes_are_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = model()
+    found = one.log_posterior(IMAGES)
+    assert found.shape == (3, 8, 8, 2, 5)
+    q = found.exp()
+    torch.testing.assert_close(q.sum(-1), torch.ones(3, 8, 8, 2))
+    generator = one.generator(0)
+    drawn = torch.stack([one.encode(IMAGES, generator) for _ in range(300)])
+    often = torch.nn.functional.one_hot(drawn, 5).double().mean(0)
+    error = (q * (1 - q) / 300).sqrt() + 1e-3
+    assert ((often - q).abs() / error).square().mean() < 1.2
+    with torch.no_grad():
+        rate = (q * (found - one.latents.log_prior())).sum((1, 2, 3, 4))  # KL(q ‖ p)
+        sample = one.latents.sample(one.encoder(IMAGES), generator)
+    torch.testing.assert_close(rate, per_image(sample.rate, 3))
+    monkeypatch.setattr(Trial, "images_at_once", 2)
+    torch.testing.assert_close(one.log_posterior(IMAGES.numpy()), found)
+    with pytest.raises(DvqError, match="vq-ema model has no probabilities of codes"):
+        model("vq-ema").log_posterior(IMAGES)
+    with pytest.raises(DvqError, match="gaussian model has no codes"):
+        model("gaussian").log_posterior(IMAGES)
 
 
 def test_an_image_is_the_mean_of_its_distribution_rounded_and_a_sample_is_the_priors() -> None:
@@ -67,7 +102,7 @@ def test_an_image_is_the_mean_of_its_distribution_rounded_and_a_sample_is_the_pr
 def test_bits_per_dim_of_images_are_those_of_evaluation(estimator) -> None:
     one = model(estimator)
     found = evaluate(one, IMAGES.numpy())["bits_per_dim"]
-    assert one.bits_per_dim(IMAGES).mean().item() == pytest.approx(found, rel=1e-6)
+    assert one.bits_per_dim(IMAGES, one.generator(0)).mean().item() == pytest.approx(found, rel=1e-6)
 
 
 @pytest.mark.parametrize("estimator", ["vq-ema", "fsq"])
@@ -181,7 +216,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_model_is_refused(folder, damage) -> None:
-    assert torch.equal(dvq.load(folder).encode(IMAGES), model().encode(IMAGES))
+    one = dvq.load(folder)
+    assert torch.equal(one.encode(IMAGES, one.generator(0)), model().encode(IMAGES, one.generator(0)))
     act, told = DAMAGE[damage]
     act(folder)
     with pytest.raises(DvqError, match=told) as caught:
