@@ -11,8 +11,12 @@ SWEEP ?= smoke
 ON ?= local
 PORT ?= 5000
 OPTIONS := SWEEP ON PORT JOBS PROFILE WAIT BUDGET DRY_RUN RUN TORCH BASE PUSH REGISTRY DATA FRESH TRIAL ARGS PYTHON3
+OPTIONS += $(addprefix DVQ_,STORE CACHE DEVICE RECORD FUSE LOCKS KILLS COMMIT)
 GIVEN := $(foreach word,$(subst \ ,_,$(MAKEOVERRIDES)),$(if $(findstring =,$(word)),$(firstword $(subst =, ,$(word)))))
-$(foreach word,$(filter-out $(OPTIONS) DVQ_% MLFLOW_% AWS_% KFP_% PIP_% -%,$(GIVEN)),$(error $(word) is no option here; they are $(OPTIONS); a variable of the environment stands before make))
+$(foreach word,$(filter-out $(OPTIONS) MLFLOW_% AWS_% KFP_% PIP_% -%,$(GIVEN)),$(error $(word) is no option here; they are $(OPTIONS); a variable of the environment stands before make))
+
+# $(call yes,FRESH) is empty if it is not given, or no
+yes = $(if $(filter 1 yes true on,$($1)),1,$(if $(filter-out 0 no false off,$($1)),$(error $1=$($1) is neither yes nor no: give 1 or 0)))
 
 .DEFAULT_GOAL := help
 .PHONY: help image base submit-sweep data cancel explain report results replay ui stack-up stack-down test test-services test-docker test-gpu check components release-components findings bench soak golden clean
@@ -23,10 +27,10 @@ help: ## this list
 	  for (i = 1; i <= n; i++) { if (at + length(word[i]) > 78) { printf "\n%24s", ""; at = 24 } \
 	    printf "%s ", word[i]; at += length(word[i]) + 1 } print "" }' Makefile
 
-submit-sweep: $(READY) $(if $(filter docker,$(ON)),$(if $(filter-out 0,$(DRY_RUN)),,image)) ## run a sweep: SWEEP=smoke or path.yaml, ON=local, docker or kfp, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew (what the store has of it is removed first), DRY_RUN=1 what it would take, BUDGET=hours of GPUs, PROFILE=the place's; on kfp WAIT=1 follows it
+submit-sweep: $(READY) $(if $(filter docker,$(ON)),$(if $(call yes,DRY_RUN),,image)) ## run a sweep: SWEEP=smoke or path.yaml, ON=local, docker or kfp, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew (what the store has of it is removed first), DRY_RUN=1 what it would take, BUDGET=hours of GPUs, PROFILE=the place's; on kfp WAIT=1 follows it
 	@$(PYTHON) -m pipeline.submit "$(SWEEP)" --on "$(ON)" --jobs "$(JOBS)" --data "$(DATA)" --profile "$(PROFILE)" \
-	  --budget "$(BUDGET)" $(if $(filter-out 0,$(FRESH)),--fresh) $(if $(filter-out 0,$(WAIT)),--wait) \
-	  $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
+	  --budget "$(BUDGET)" $(if $(call yes,FRESH),--fresh) $(if $(call yes,WAIT),--wait) \
+	  $(if $(call yes,DRY_RUN),--dry-run)
 
 data: $(READY) ## bring images of your own to the store, DATA=file.npz, and say what a sweep calls them
 	@$(PYTHON) -m pipeline.data "$(DATA)"
@@ -68,7 +72,7 @@ test-docker: $(SERVICES) image ## the tests that need a Docker daemon
 	@$(PYTHON) -m pytest tests/docker
 
 image: $(READY) ## build the image, unless it is there: TORCH=2.13.0+cpu, BASE=another base, PROFILE=a cluster's, PUSH=1 REGISTRY=where
-	@$(PYTHON) -m pipeline.image --profile "$(PROFILE)" $(if $(filter-out 0,$(PUSH)),--push)
+	@$(PYTHON) -m pipeline.image --profile "$(PROFILE)" $(if $(call yes,PUSH),--push)
 
 base: ## the image's base from Debian's packages, where no registry is reached; as root
 	@docker/make-base
@@ -88,7 +92,7 @@ release-components: $(READY) ## record what the components take and give, at a r
 
 findings: $(READY) ## the paper's findings in miniature: 36 small trials with seeds and error bars
 	@$(MAKE) --no-print-directory submit-sweep SWEEP=findings
-	@$(if $(filter-out 0,$(DRY_RUN))$(if $(filter-out 0,$(WAIT)),,$(filter kfp,$(ON))),:,$(PYTHON) -m pipeline.findings)
+	@$(if $(call yes,DRY_RUN)$(if $(call yes,WAIT),,$(filter kfp,$(ON))),:,$(PYTHON) -m pipeline.findings)
 
 bench: $(SERVICES) ## speed against plain versions: training (ARGS="--full", or "--device cuda"), S3, tracking, the image
 	@$(PYTHON) tests/bench/training.py $(ARGS)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
-from dvq import inputs
+from dvq import DvqError, inputs
 from dvq.model import Model
 from dvq.randomness import minibatch, noise, seeded
 
@@ -106,12 +106,16 @@ def fit(
     Args:
         model: a trained one, which stays as it is.
         training: the images (N, H, W, 3) uint8 that it was trained on.
+        steps: 1 or more.
 
     Raises:
-        DvqError: other images, or a model whose latent variables are continuous.
+        DvqError: other images, no steps, or a model whose latent variables are continuous.
     """
+    if not hasattr(steps, "__index__") or steps < 1:
+        raise DvqError(f"steps = {steps!r}: give a whole number of at least 1")
     training = inputs.arrays(training, model.trial, "the training images")
-    with torch.inference_mode(False), torch.enable_grad():
+    full = torch.autocast(model.generator(0).device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), full:
         with seeded(seed):
             prior = Autoregressive(model)
         optimizer = torch.optim.Adam(prior.parameters(), lr=learning_rate)

@@ -158,7 +158,9 @@ def statistics(images: Images) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.
         counts += [np.bincount(some[..., channel].ravel(), minlength=256) for channel in channels]
     pixels, values = counts.sum(axis=1), np.arange(256) / 255
     mean = counts @ values / pixels
-    return mean, np.sqrt(counts @ values**2 / pixels - mean**2)
+    return mean, np.sqrt(
+        np.maximum(counts @ values**2 / pixels - mean**2, 0)
+    )  # of one value it may round below 0
 
 
 def read_sample(path: Path = SAMPLE) -> dict[str, Images]:

@@ -11,7 +11,7 @@ from typing import IO
 
 import torch
 
-from dvq import disk
+from dvq import DvqError, disk
 from dvq.failures import UnusableError
 
 _held: list[IO[str]] = []
@@ -24,13 +24,21 @@ def pick() -> torch.device:
     So the trials of one sweep spread over a workstation's GPUs, and share one when there are more of them. The
     place is held until the process ends, however it does.
 
+    ``DVQ_DEVICE=cpu`` takes the CPU.
+
     Raises:
         UnusableError: the environment wants a GPU, ``DVQ_DEVICE=cuda``, and there is none to be seen; or the driver
             does not start.
+        DvqError: ``DVQ_DEVICE`` is neither.
     """
-    count = torch.cuda.device_count()
+    wanted = os.environ.get("DVQ_DEVICE", "")
+    if wanted not in ("", "cpu", "cuda"):
+        raise DvqError(
+            f"DVQ_DEVICE = '{wanted}': give cuda, cpu, or nothing, which takes a GPU where there is one"
+        )
+    count = 0 if wanted == "cpu" else torch.cuda.device_count()
     if not count:
-        if os.environ.get("DVQ_DEVICE") == "cuda":  # a GPU that is paid for: better no trial than a slow one
+        if wanted == "cuda":  # a GPU that is paid for: better no trial than a slow one
             raise UnusableError(
                 f"DVQ_DEVICE=cuda, but torch {torch.__version__} sees no GPU: is it a build with CUDA, and the "
                 "folder of the driver's libcuda.so.1 in LD_LIBRARY_PATH?"
@@ -42,13 +50,29 @@ def pick() -> torch.device:
         torch.cuda.set_device(device)
         torch.zeros((), device=device)
     except RuntimeError as error:
-        told = str(error).splitlines()[0].rstrip(".")
+        told = _first_line(error)
         remedy = "is its driver new enough?" if "driver" in told else "is it free, and whole?"
         raise UnusableError(
             f"torch {torch.__version__}, which is built for CUDA {torch.version.cuda}, cannot use the GPU "
             f"({told}); {remedy}"
         ) from None
     return device
+
+
+def check(device: object, threads: int) -> None:
+    """DvqError if torch has no such device here, or cannot compute with so many threads."""
+    try:
+        torch.empty(0, device=torch.device(str(device)))
+    except (RuntimeError, AssertionError) as error:
+        raise DvqError(
+            f"device '{device}': torch {torch.__version__} has none here ({_first_line(error)})"
+        ) from None
+    if threads < 1:
+        raise DvqError(f"threads = {threads}: give 1 or more")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "").rstrip(".")
 
 
 def exact() -> None:

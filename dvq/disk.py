@@ -98,6 +98,30 @@ def locked(path: Path, busy: Callable[[], None] = lambda: None) -> Iterator[int]
         yield lock.fileno()
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The folder, made if it is not there, is this caller's; DvqError where another is at work in it. Some networks'
+    file systems lock no folder, and are trusted."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise DvqError(
+            f"the folder {folder} can't be made or read ({error.strerror}); name another"
+        ) from None
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DvqError(
+                    f"{folder}: another process or thread is training in it; wait, or name another"
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def locks() -> Path:
     """The folder of this user's locks on GPUs, one for all launches on a machine: not TMPDIR, which each has of its
     own, nor a container's /tmp. ``DVQ_LOCKS`` names another."""

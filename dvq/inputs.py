@@ -38,6 +38,8 @@ def images(given: Any, trial: Trial, device: torch.device) -> Tensor:
 
 def arrays(given: ArrayLike, trial: Trial, what: str) -> NDArray[np.uint8]:
     """Many images, which stay where they are; DvqError, of ``what``, if they are none of the shape of the trial's."""
+    if isinstance(given, tuple):
+        raise DvqError(f"{what} are a tuple: give its array of images, as in data.evaluation(split)[0]")
     found = np.asarray(given)
     if found.dtype != np.uint8 or found.shape[1:] != trial.image_shape or not len(found):
         wanted = ", ".join(map(str, trial.image_shape))

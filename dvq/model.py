@@ -21,8 +21,8 @@ Images = Tensor | NDArray[np.uint8]
 
 
 def in_evaluation(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of a model that runs in evaluation mode and without gradients; the modes of the model and its parts
-    are as they were behind it, whatever it raises."""
+    """A function of a model that runs in evaluation mode, without gradients, and in the model's own precision, no
+    autocast's. The modes of the model and its parts are as they were behind it, whatever it raises."""
 
     @wraps(function)
     def judged(*args: P.args, **named: P.kwargs) -> R:
@@ -31,7 +31,7 @@ def in_evaluation(function: Callable[P, R]) -> Callable[P, R]:
         modes = {part: part.training for part in model.modules()}
         model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False):
                 return function(*args, **named)
         finally:
             for part, mode in modes.items():

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvq import DvqError, checkpoint, events, failures, goodput
+from dvq import DvqError, checkpoint, disk, events, failures, goodput
 from dvq.config import estimators
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
-from dvq.device import exact, keep_memory, pick
+from dvq.device import check, exact, keep_memory, pick
 from dvq.evaluate import evaluate
 from dvq.events import Events
 from dvq.model import Model
@@ -43,14 +43,19 @@ class Interrupted(BaseException):
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    """torch's settings for the whole process are as they were behind this block; in it gradients are on."""
+    """torch's settings for the whole process are as they were behind this block; in it gradients are on, and no
+    autocast or default type of the caller's changes numbers."""
     threads, kept = torch.get_num_threads(), bool(torch.tensor(1e-40) * 1)
+    dtype = torch.get_default_dtype()
     # a number under 1e-38, as hopeless codes' weights are, costs a CPU as much as 100 others
     torch.set_flush_denormal(True)
+    torch.set_default_dtype(torch.float32)  # the initial weights are drawn in it
+    full = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), next(full), next(full):
             yield
     finally:
+        torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
         torch.set_flush_denormal(not kept)
 
@@ -216,14 +221,17 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
         device: where to train; on a CPU with ``threads`` threads, which are part of the numbers.
 
     Returns:
-        steps, seconds, speed, goodput and provenance, which are in model/training.json too.
+        steps, seconds, speed, goodput and provenance, which are in model/training.json too. Of a training that is
+        done already these are what it left, and nothing is written.
 
     Raises:
-        DvqError: ``data`` are other images than the trial's; its estimator is not in the list; the folder has more
-            steps of it; the loss is not finite (names step and term); a
-            checkpoint is of another configuration or cannot be written.
+        DvqError: ``data`` are other images than the trial's; its estimator is not in the list; there is no such
+            device; another process is training in the folder, or it has more steps of the trial; the loss is not
+            finite (names step and term); a checkpoint is of another configuration or cannot be written.
     """
+    folder = Path(folder)
     data.check(trial)
+    check(device, threads)
     if trial.estimator not in estimators():
         raise DvqError(
             f"'{trial.estimator}' is not in the list of estimators, and its models could not be loaded: "
@@ -231,8 +239,10 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
         )
     if str(device).startswith("cuda"):
         exact()
-    with _as_before():
-        training = Training(trial, data, Path(folder), str(device), threads)
+    with _as_before(), disk.alone(folder):
+        if (done := _done(trial, folder)) is not None:
+            return done
+        training = Training(trial, data, folder, str(device), threads)
         if threading.current_thread() is not threading.main_thread():
             return training.run()  # which no signal reaches
         numbers = [signal.SIGTERM]
@@ -251,6 +261,17 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
+
+
+def _done(trial: Trial, folder: Path) -> dict[str, Any] | None:
+    """What a training left that has made all its steps and published its model; None if there is no such."""
+    last = folder / "checkpoints" / f"{trial.steps:09d}" / "checkpoint.json"
+    try:
+        about = json.loads(last.read_text(encoding="utf-8"))
+        summary: dict[str, Any] = json.loads((folder / "model" / "training.json").read_text(encoding="utf-8"))
+        return summary if (about["family"], summary["steps"]) == (trial.family(), trial.steps) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _evaluate(

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from components import reports
+from components import datasets, reports
+from components.bucket import Bucket
 from components.folder import begin, read_json, write_json
 from components.manifest import Manifest, Piece, parse
 from components.store import Store
@@ -146,6 +147,19 @@ def test_a_manifest_that_no_trial_has_is_damaged(told: dict[str, Any]) -> None:
 def test_a_manifest_nested_without_end_is_damaged() -> None:
     with pytest.raises(DvqError, match="m is damaged"):
         parse(b'{"state":' * 100_000, "m")
+
+
+def test_credentials_with_a_line_break_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a Secret made of a file has them; boto3 takes them for a server that does not answer."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden\n")
+    with pytest.raises(DvqError, match=r"the AWS_\* credentials hold a line break") as told:
+        Bucket("s3://bucket/prefix").client  # noqa: B018
+    assert "hidden" not in str(told.value)
+
+
+def test_data_in_s3_is_an_object() -> None:
+    with pytest.raises(DvqError, match="DATA = 's3://abc': it names a bucket alone; give s3://bucket/key"):
+        datasets.check("s3://abc")
 
 
 @pytest.mark.parametrize("path", ["events/../../x", "/etc/x", "..", "a//b", "./a", ""])

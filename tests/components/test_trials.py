@@ -288,7 +288,13 @@ def test_a_machine_without_its_gpu_fails_the_step_too(
 
 
 @pytest.mark.parametrize(
-    ("code", "says"), [(-signal.SIGKILL, "SIGKILL"), (-signal.SIGSEGV, "SIGSEGV"), (3, "exit code 3")]
+    ("code", "says"),
+    [
+        (-signal.SIGKILL, "SIGKILL"),
+        (-signal.SIGSEGV, "SIGSEGV"),
+        (-40, "killed by signal 40"),
+        (3, "exit code 3"),
+    ],
 )
 def test_any_death_has_a_sentence(code: int, says: str) -> None:
     assert says in failures.death(code)

@@ -82,6 +82,18 @@ def test_samples_come_as_often_as_it_says() -> None:
     assert np.array_equal(*(prior.sample(5, generator) for generator in generators))
 
 
+def test_what_it_cannot_take_is_told() -> None:
+    model = tiny("vq-ema")
+    for steps in (0, -1, 2.5):
+        with pytest.raises(DvqError, match=r"steps = .*: give a whole number of at least 1"):
+            fit(model, images(4), steps=steps)  # type: ignore[arg-type]
+    with pytest.raises(DvqError, match="the training images are uint8"):
+        fit(model, images(0), steps=1)
+    for n in (0, 2.5):
+        with pytest.raises(DvqError, match="give a whole number of at least 1"):
+            Autoregressive(model).sample(n)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("estimator", ["vq-ema", "gs-soft"])
 def test_bits_under_it_are_the_elbos_with_it_for_the_prior(estimator: str) -> None:
     model = tiny(estimator)

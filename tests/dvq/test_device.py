@@ -183,6 +183,12 @@ def test_a_gpu_that_is_wanted_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("DVQ_DEVICE", "cuda")
     with pytest.raises(DvqError, match="sees no GPU: is it a build with CUDA"):
         pick()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("DVQ_DEVICE", "cpu")
+    assert pick() == torch.device("cpu")
+    monkeypatch.setenv("DVQ_DEVICE", "gpu")
+    with pytest.raises(DvqError, match="DVQ_DEVICE = 'gpu': give cuda, cpu, or nothing"):
+        pick()
 
 
 def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

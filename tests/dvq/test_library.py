@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dvq
-from dvq import DvqError, config, data, events
+from dvq import DvqError, config, data, disk, events
 from dvq.estimators import ESTIMATORS
 from dvq.estimators.gs_soft import GSSoft
 from dvq.evaluate import evaluate
@@ -181,6 +181,92 @@ def test_a_model_in_training_is_judged_as_evaluated_and_stays_as_it_is() -> None
     x = torch.full((1, 32, 32, 3), 7.0)
     model.encoder(x)
     assert (x == 7).all(), "what is given is not written to"
+
+
+def test_a_training_that_is_done_is_left_as_it_is(
+    images: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model says which code trained it, whatever code finds it done."""
+    one = config.trial({**TINY, "steps": 2})
+    summary = train(one, images, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr("dvq.train.provenance", lambda _: {"commit": "another"})
+    assert train(one, images, tmp_path) == summary
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    longer = train(one.model_copy(update={"steps": 3}), images, tmp_path)
+    assert (longer["steps"], longer["provenance"]["commit"]) == (3, "another")
+
+
+def test_what_is_round_it_changes_no_number(images: data.Data, tmp_path: Path) -> None:
+    one, some = config.trial({**TINY, "steps": 2}), images.evaluation("test")[0][:20]
+    train(one, images, tmp_path / "plain")
+    model = dvq.load(tmp_path / "plain/model")
+    right, codes = evaluate(model, some), model.encode(some, model.generator(0))
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(one, images, tmp_path / "double")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        train(one, images, tmp_path / "mixed")
+        assert evaluate(model, some) == right
+        assert torch.equal(model.encode(some, model.generator(0)), codes)
+    for name in ("double", "mixed"):
+        found = dvq.load(tmp_path / name / "model").state_dict()
+        assert all(torch.equal(found[key], x) for key, x in model.state_dict().items()), name
+
+
+def test_an_evaluation_that_is_interrupted_leaves_the_model_in_its_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Model(config.trial(TINY)).train()
+    model.encoder.eval()
+    some = np.zeros((2, 32, 32, 3), np.uint8)
+    evaluate(model, some)
+    assert (model.training, model.encoder.training, model.decoder.training) == (True, False, True)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.latents, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, some)
+    assert (model.training, model.encoder.training, model.decoder.training) == (True, False, True)
+
+
+def test_two_trainings_do_not_share_a_folder(images: data.Data, tmp_path: Path) -> None:
+    with (
+        disk.alone(tmp_path / "a"),
+        pytest.raises(DvqError, match="another process or thread is training in it"),
+    ):
+        train(config.trial(TINY), images, tmp_path / "a")
+    assert not list((tmp_path / "a").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(DvqError, match=r"file can't be made or read \(File exists\); name another"):
+        train(config.trial(TINY), images, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"device": "gpu"}, "device 'gpu': torch"),
+        ({"device": "mps"}, "none here"),
+        ({"threads": 0}, "give 1 or more"),
+    ],
+)
+def test_a_device_that_is_not_there(
+    given: dict[str, Any], told: str, images: data.Data, tmp_path: Path
+) -> None:
+    with pytest.raises(DvqError, match=told):
+        train(config.trial(TINY), images, tmp_path / "a", **given)
+    assert not (tmp_path / "a").exists()
+
+
+def test_images_with_their_labels_are_not_images(images: data.Data) -> None:
+    model = Model(config.trial(TINY))
+    with pytest.raises(DvqError, match=r"evaluate are a tuple: give its array of images"):
+        evaluate(model, images.evaluation("test"))  # type: ignore[arg-type]
 
 
 def test_draws_of_neighbouring_seeds_are_others() -> None:

@@ -462,6 +462,15 @@ def test_what_diverged_is_never_kept(estimator: str, tmp_path: Path, prepared: P
         assert torch.isfinite(found.tensors["terms"]).all(), step
 
 
+def test_what_killed_checkpoints_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Those that are due by time are of other steps after each kill."""
+    for left in (".partial-000000002", ".earlier-000000001"):
+        (tmp_path / "checkpoints" / left).mkdir(parents=True)
+        (tmp_path / "checkpoints" / left / "state.safetensors").touch()
+    checkpoint.write(tmp_path, 3, {"weights": torch.rand(10)}, {"family": "x"})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000003"]
+
+
 def test_a_checkpoint_is_on_the_disk_whole_before_it_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

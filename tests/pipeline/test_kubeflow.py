@@ -191,6 +191,11 @@ def test_who_asks(address: str, server: KubeflowServer, monkeypatch: pytest.Monk
     told = refused(address)
     assert "refuses the token (401)" in told
     assert "wrong" not in told
+    for damaged in ("wro\nng", "wro€ng"):
+        monkeypatch.setenv("KFP_TOKEN", damaged)
+        told = refused(address)
+        assert "KFP_TOKEN holds a line break or another character that no header can" in told
+        assert "wro" not in told
     monkeypatch.setenv("KFP_TOKEN", "right\n")  # as a file has it
     Kubeflow(Cluster(host=address))
     monkeypatch.delenv("KFP_TOKEN")

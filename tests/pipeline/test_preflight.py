@@ -195,17 +195,29 @@ def test_there_is_nothing_to_tell_of_a_sweep_that_was_never_run(
 
 def test_make_says_which_option_it_does_not_know() -> None:
     """A slip, SWEP=paper, would run the smoke sweep, and DRYRUN=1 a whole one."""
-    given = ["SWEP=paper", "JOBS=3", "ARGS=--sizes a=b", "DVQ_STORE=here"]
-    done = subprocess.run(
-        ["make", "-n", "help", *given],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "SWEP is no option here" in done.stderr
-    assert done.stderr.count("no option") == 1
+    for slip in ("SWEP=paper", "DVQ_STOER=here"):
+        done = make("help", slip, "JOBS=3", "ARGS=--sizes a=b", "DVQ_STORE=here")
+        assert f"{slip.partition('=')[0]} is no option here" in done.stderr
+        assert done.stderr.count("no option") == 1
+        assert done.returncode == 2
+
+
+@pytest.mark.parametrize("option", ["FRESH", "WAIT", "DRY_RUN"])
+def test_what_is_yes_or_no_to_make(option: str) -> None:
+    """FRESH=no removed the sweep's results from the store."""
+    flag = f"--{option.lower().replace('_', '-')}"
+    for said, on in (("1", True), ("yes", True), ("", False), ("0", False), ("no", False), ("false", False)):
+        done = make("submit-sweep", f"{option}={said}")
+        assert (flag in done.stdout.split()) == on, said
+    done = make("submit-sweep", f"{option}=maybe")
+    assert f"{option}=maybe is neither yes nor no: give 1 or 0" in done.stderr
     assert done.returncode == 2
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What make would do."""
+    root = Path(__file__).parents[2]
+    return subprocess.run(["make", "-n", *arguments], cwd=root, capture_output=True, text=True, check=False)
 
 
 def test_a_password_in_the_address_of_data_or_store(

@@ -19,9 +19,10 @@ from pipeline import tracker
 def test_an_address_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:50a0")
     assert "does not answer" in tracker.check()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://[::1")
-    with pytest.raises(DvqError, match="MLFLOW_TRACKING_URI is no address"):
-        tracker.check()
+    for address in ("http://[::1", "http://a..b", "http://localhost/ä"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with pytest.raises(DvqError, match="MLFLOW_TRACKING_URI is no address"):
+            tracker.check()
 
 
 @pytest.mark.parametrize("folder", ["50%20x", "what?"])

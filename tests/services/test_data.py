@@ -73,7 +73,11 @@ def test_images_of_ones_own_come_from_s3(archive: str, tmp_path: Path) -> None:
 
 
 def test_a_wrong_source_is_one_sentence(archive: str, tmp_path: Path) -> None:
-    for source, says in ((f"{archive}x", "there is no such object"), ("s3://B/x", "give s3://bucket")):
+    for source, says in (
+        (f"{archive}x", "there is no such object"),
+        ("s3://B/x", "give s3://bucket"),
+        ("s3://abc", "a bucket alone"),
+    ):
         with pytest.raises(DvqError, match=says):
             datasets.check(source)
         with pytest.raises(DvqError, match=says):
