@@ -1,6 +1,7 @@
 """Who may do what in the cluster: Pod Security as the namespace enforces it, and the network policies."""
 
 import copy
+import ssl
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -210,6 +211,32 @@ def test_servers_reach_nothing_else(built: Built) -> None:
         assert not may(single, "Egress", named(server), outside, 443)
     for port, allowed in ((443, True), (5432, True), (22, False)):
         assert may(production, "Egress", named("mlflow"), outside, port) is allowed
+
+
+def test_what_of_s3_asks_for_no_key_is_on_loopback(built: Built) -> None:
+    """Also where the cluster enforces no policy."""
+    spec = built.pods("overlays/single-node")["s3"]["spec"]
+    (s3,) = spec["containers"]
+    given = dict(one.removeprefix("-").partition("=")[::2] for one in s3["args"])
+    bound = {name: value for name, value in given.items() if name == "ip" or name.endswith("ip.bind")}
+    assert bound == {"ip": "127.0.0.1", "ip.bind": "127.0.0.1", "s3.ip.bind": "0.0.0.0"}
+    assert "server" in given  # mini has no address for S3 alone
+    assert given["s3.iam"] == "false"
+    assert [port["containerPort"] for port in s3["ports"]] == [int(given["s3.port"])]
+
+
+def test_s3s_grpc_asks_for_a_certificate_that_nobody_has(built: Built) -> None:
+    """SeaweedFS leaves that port open, without a word, if it does not find all three."""
+    spec = built.pods("overlays/single-node")["s3"]["spec"]
+    (s3,) = spec["containers"]
+    files = {one["value"] for one in s3["env"] if one["name"].startswith("WEED_GRPC_")}
+    assert sum(one["name"].startswith("WEED_GRPC_") for one in s3["env"]) == 3
+    assert files == {"/keys/grpc.pem"}
+    assert "/keys" in [mount["mountPath"] for mount in s3["volumeMounts"]]
+    (keys,) = [one["secret"] for one in spec["volumes"] if one["name"] == "keys"]
+    assert "grpc.pem" in built.one("overlays/single-node", "Secret", keys["secretName"])["data"]
+    context = ssl.create_default_context(cafile=built.folder / "servers/grpc.pem")
+    context.load_cert_chain(built.folder / "servers/grpc.pem")
 
 
 def test_nobody_reaches_a_task(built: Built) -> None:
