@@ -291,6 +291,19 @@ for wrap in (lambda plain: plain, context.wrap_socket):
     except OSError as error:
         print(error)
 """
+KEYS = """
+import boto3, botocore
+for who, keys in (("runs", {runs}), ("mlflow", {mlflow})):
+    pair = dict(zip(("aws_access_key_id", "aws_secret_access_key"), keys.values()))
+    s3 = boto3.client("s3", endpoint_url="http://s3:8333", region_name="us-east-1", **pair)
+    for bucket in ("dvq", "mlflow"):
+        try:
+            s3.list_objects_v2(Bucket=bucket)
+            s3.delete_object(Bucket=bucket, Key="any")
+            print(who, bucket, "ok")
+        except botocore.exceptions.ClientError as error:
+            print(who, bucket, error.response["Error"]["Code"])
+"""
 
 
 def test_s3_lets_nobody_in_without_its_keys(pods: Pods) -> None:
@@ -303,6 +316,12 @@ def test_s3_lets_nobody_in_without_its_keys(pods: Pods) -> None:
     code += "    print(port, socket.socket().connect_ex((socket.gethostbyname('s3'), port)))"
     refused = [f"{port} 111" for port in (9333, 19333, 8080, 18080, 8888, 18888)]
     assert pods.run(code).splitlines() == ["8333 0", *refused]
+    runs, mlflow = (
+        {name: base64.b64decode(value).decode() for name, value in pods.built.one(*secret)["data"].items()}
+        for secret in (("runs", "Secret", "dvq"), ("overlays/single-node", "Secret", "mlflow-s3"))
+    )
+    told = pods.run(KEYS.format(runs=runs, mlflow=mlflow)).splitlines()
+    assert told == ["runs dvq ok", "runs mlflow AccessDenied", "mlflow dvq AccessDenied", "mlflow mlflow ok"]
     plain, tls = pods.run(HELLO).splitlines()
     assert plain == "0"
     assert "certificate required" in tls

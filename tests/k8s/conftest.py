@@ -26,7 +26,7 @@ class Built:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        shutil.copytree(ROOT / "k8s", folder, ignore=shutil.ignore_patterns("*.env", "*.pem"))
+        shutil.copytree(ROOT / "k8s", folder, ignore=shutil.ignore_patterns("*.env", "*.pem", "s3.json"))
         subprocess.run([folder / "configure"], check=True, capture_output=True)
         self.manifests = {name: self.build(name) for name in BUILT}
 

@@ -1,9 +1,14 @@
 """Who may do what in the cluster: Pod Security as the namespace enforces it, and the network policies."""
 
+import base64
 import copy
+import json
+import shutil
 import ssl
+import subprocess
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,6 +242,50 @@ def test_s3s_grpc_asks_for_a_certificate_that_nobody_has(built: Built) -> None:
     assert "grpc.pem" in built.one("overlays/single-node", "Secret", keys["secretName"])["data"]
     context = ssl.create_default_context(cafile=built.folder / "servers/grpc.pem")
     context.load_cert_chain(built.folder / "servers/grpc.pem")
+
+
+def decoded(secret: dict[str, Any]) -> dict[str, str]:
+    return {name: base64.b64decode(value).decode() for name, value in secret["data"].items()}
+
+
+def test_runs_have_no_key_of_mlflows_bucket(built: Built) -> None:
+    """Two identities of SeaweedFS, each with its bucket and nothing of an administrator's."""
+    single = "overlays/single-node"
+    given = json.loads(decoded(built.one(single, "Secret", "s3-"))["s3.json"])["identities"]
+    pairs = {"runs": decoded(built.one("runs", "Secret", "dvq")),
+             "mlflow": decoded(built.one(single, "Secret", "mlflow-s3"))}  # fmt: skip
+    buckets = {"runs": "dvq", "mlflow": built.one(single, "ConfigMap", "dvq")["data"]["MLFLOW_BUCKET"]}
+    assert [one["name"] for one in given] == list(buckets)
+    for one in given:
+        (pair,), its = one["credentials"], pairs[one["name"]]
+        assert (pair["accessKey"], pair["secretKey"]) == (
+            its["AWS_ACCESS_KEY_ID"],
+            its["AWS_SECRET_ACCESS_KEY"],
+        )
+        assert sorted(one["actions"]) == [
+            f"{action}:{buckets[one['name']]}" for action in ("List", "Read", "Tagging", "Write")
+        ]
+    assert len({pair["AWS_ACCESS_KEY_ID"] for pair in pairs.values()}) == 2
+    pods = built.pods(single)
+    (s3,), (mlflow,), (upload,) = (pods[name]["spec"]["containers"] for name in ("s3", "mlflow", "backup"))
+    assert "-s3.config=/keys/s3.json" in s3["args"]
+    assert "envFrom" not in s3  # SeaweedFS takes AWS's keys in its environment for an administrator's
+    for one in (mlflow, upload):
+        (secret,) = [source["secretRef"]["name"] for source in one["envFrom"] if "secretRef" in source]
+        assert secret.startswith("mlflow-s3-")
+
+
+@pytest.mark.parametrize("name", ["keys/s3.env", "base/s3.env"])
+def test_without_a_key_there_is_no_s3_that_lets_all_in(built: Built, tmp_path: Path, name: str) -> None:
+    """As with a role on EKS: kubectl misses s3.json then, should it be asked for SeaweedFS."""
+    folder = tmp_path / "k8s"
+    shutil.copytree(built.folder, folder)
+    (folder / name).write_text("")
+    subprocess.run([folder / "configure"], check=True, capture_output=True)
+    assert not (folder / "servers/s3.json").exists()
+    (folder / name).write_text("AWS_ACCESS_KEY_ID=new\nAWS_SECRET_ACCESS_KEY=pair\n")
+    subprocess.run([folder / "configure"], check=True, capture_output=True)
+    assert '"accessKey": "new", "secretKey": "pair"' in (folder / "servers/s3.json").read_text()
 
 
 def test_nobody_reaches_a_task(built: Built) -> None:
