@@ -278,6 +278,38 @@ def test_the_servers_serve_and_their_backup_brings_all_back(pods: Pods) -> None:
     assert psql("SELECT * FROM metrics").strip() == "1"
 
 
+DELETE = """
+import mlflow
+mlflow.set_tracking_uri("http://mlflow:5000")
+(run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+mlflow.MlflowClient().delete_run(run.info.run_id)
+"""
+LIST = """
+import boto3
+s3 = boto3.client("s3", endpoint_url="http://s3:8333", region_name="us-east-1",
+                  aws_access_key_id="{AWS_ACCESS_KEY_ID}", aws_secret_access_key="{AWS_SECRET_ACCESS_KEY}")
+print(s3.list_objects_v2(Bucket="mlflow")["KeyCount"])
+"""
+
+
+@pytest.mark.timeout(600)
+def test_what_was_deleted_is_collected_after_a_month(pods: Pods) -> None:
+    for name in ("postgres", "s3", "mlflow"):
+        pods.ready(pods.start(name, name), name)
+    assert "tracked 1" in pods.run(TRACK)
+    pods.run(DELETE)
+    left = LIST.format(**pods._environment(pods.spec("mlflow")["containers"][0]))
+    (gc,) = pods.spec("gc")["containers"]
+    sql = "UPDATE runs SET deleted_time = deleted_time - 31 * 86400000::bigint"
+    for begin, counts in (("", ("1", "1")), (sql, ("0", "0"))):
+        uri = pods._environment(gc)["MLFLOW_BACKEND_STORE_URI"]
+        if begin:
+            pods.run(f"import psycopg; psycopg.connect('{uri}', autocommit=True).execute('{begin}')")
+        pods.finished(pods.start("gc", "gc"))
+        rows = f"import psycopg; print(psycopg.connect('{uri}').execute('SELECT * FROM runs').rowcount)"
+        assert (pods.run(rows).strip(), pods.run(left).strip()) == counts
+
+
 HELLO = """
 import socket, ssl
 hello = b"PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])

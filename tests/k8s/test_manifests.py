@@ -165,6 +165,24 @@ def test_mlflow_does_not_serve_its_backups(built: Built, overlay: str) -> None:
     assert backup["command"][3] == "backups/"
 
 
+@pytest.mark.parametrize("overlay", OURS)
+def test_what_was_deleted_is_collected(built: Built, overlay: str) -> None:
+    """Weekly and not with the backup, out of the database that MLflow has, artifacts through its server."""
+    jobs = {name: built.one(overlay, "CronJob", name)["spec"] for name in ("backup", "gc")}
+    assert jobs["gc"]["schedule"].endswith(" * * 0")
+    assert jobs["gc"]["schedule"].split()[:2] != jobs["backup"]["schedule"].split()[:2]
+    pods = built.pods(overlay)
+    (mlflow,), (gc,) = (pods[name]["spec"]["containers"] for name in ("mlflow", "gc"))
+    assert gc["command"] == ["mlflow", "gc"]
+    assert set(gc["args"]) >= {"--older-than=30d", "--backend-store-uri=$(MLFLOW_BACKEND_STORE_URI)"}
+    variables = {one["name"]: one for one in gc["env"]}
+    assert variables["MLFLOW_BACKEND_STORE_URI"] in mlflow["env"]
+    port = built.one(overlay, "Service", "mlflow")["spec"]["ports"][0]["port"]
+    assert variables["MLFLOW_TRACKING_URI"]["value"] == f"http://mlflow:{port}"
+    locked = ("automountServiceAccountToken", "enableServiceLinks", "securityContext", "restartPolicy")
+    assert all(pods["gc"]["spec"][key] == pods["backup"]["spec"][key] for key in locked)
+
+
 def test_images_are_pinned(built: Built) -> None:
     for overlay in OURS:
         images = {

@@ -179,6 +179,9 @@ INGRESS: Peer = ({"kubernetes.io/metadata.name": "ingress", "dvq-ui": "true"}, n
         ("mlflow", 5000, INGRESS, True),
         ("mlflow", 5000, STRANGER, False),
         ("mlflow", 5000, (HERE, named("backup")), False),
+        ("mlflow", 5000, (HERE, named("gc")), True),
+        ("mlflow", 5000, (RUNS, named("gc")), False),
+        ("s3", 8333, (HERE, named("gc")), False),
         ("mlflow", 22, TASK, False),
         ("s3", 8333, TASK, True),
         ("s3", 8333, (HERE, named("mlflow")), True),
@@ -189,6 +192,7 @@ INGRESS: Peer = ({"kubernetes.io/metadata.name": "ingress", "dvq-ui": "true"}, n
         ("s3", 9333, TASK, False),  # SeaweedFS's master, which asks for no key
         ("postgres", 5432, (HERE, named("mlflow")), True),
         ("postgres", 5432, (HERE, named("backup")), True),
+        ("postgres", 5432, (HERE, named("gc")), True),
         ("postgres", 5432, TASK, False),
         ("postgres", 5432, PRETENDER, False),
         ("postgres", 5432, (HERE, named("s3")), False),
@@ -209,13 +213,17 @@ def test_servers_reach_nothing_else(built: Built) -> None:
     )
     names = ({"kubernetes.io/metadata.name": "kube-system"}, {"k8s-app": "kube-dns"})
     outside: Peer = ({}, {})
-    for server in ("mlflow", "backup", "postgres", "s3"):
+    for server in ("mlflow", "backup", "gc", "postgres", "s3"):
         # Pods of kube-system, or an address outside: NodeLocal DNSCache, Cloud DNS.
         for policies, dns, protocol in product((single, production), (names, outside), ("UDP", "TCP")):
             assert may(policies, "Egress", named(server), dns, 53, protocol)
         assert not may(single, "Egress", named(server), outside, 443)
     for port, allowed in ((443, True), (5432, True), (22, False)):
-        assert may(production, "Egress", named("mlflow"), outside, port) is allowed
+        for server in ("mlflow", "backup", "gc"):
+            assert may(production, "Egress", named(server), outside, port) is allowed
+    for policies in (single, production):
+        assert may(policies, "Egress", named("gc"), (HERE, named("mlflow")), 5000)
+        assert may(policies, "Ingress", named("mlflow"), (HERE, named("gc")), 5000)
 
 
 def test_what_of_s3_asks_for_no_key_is_on_loopback(built: Built) -> None:
