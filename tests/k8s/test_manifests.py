@@ -1,10 +1,12 @@
 """What kubectl would apply: valid, locked down as its namespace says, and agreeing with all else that names it."""
 
 import base64
+import configparser
 import copy
 import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import kubernetes_validate
@@ -14,10 +16,13 @@ import yaml
 from components import IMAGE
 from pipeline import services
 from pipeline.profile import PROFILES, Cluster, find_profile
-from tests.k8s.conftest import BUILT, OURS, ROOT, Built, containers
+from tests.k8s.conftest import BUILT, OURS, PASSWORDS, ROOT, Built, containers
 
 VERSIONS = ("1.35", "1.36", "1.37")
-WRITTEN = ("keys/s3.env", "base/s3.env", "base/database.env", "servers/grpc.pem", "servers/s3.json")
+WRITTEN = (
+    "keys/s3.env", "base/s3.env", "base/database.env", "servers/grpc.pem", "servers/s3.json", "auth/admin.env",
+    "auth/basic_auth.ini",
+)  # fmt: skip
 """by k8s/configure"""
 
 
@@ -74,7 +79,7 @@ def test_volumes_are_their_users(built: Built) -> None:
         assert one["spec"]["template"]["spec"]["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
 
 
-@pytest.mark.parametrize("overlay", OURS)
+@pytest.mark.parametrize("overlay", [*OURS, *PASSWORDS])
 def test_every_secret_and_setting_that_is_named_is_there(built: Built, overlay: str) -> None:
     there = {
         (one["kind"], one["metadata"]["name"]): one.get("data", {})
@@ -237,3 +242,75 @@ def test_every_kustomization_is_built() -> None:
         for path in (ROOT / "k8s").rglob("kustomization.yaml")
     }
     assert {name for name, kind in kinds.items() if kind != "Component"} == {*BUILT, "base"}
+
+
+@pytest.mark.parametrize(("overlay", "plain"), list(zip(PASSWORDS, OURS, strict=True)))
+def test_mlflow_with_passwords(built: Built, overlay: str, plain: str) -> None:
+    """Its users are in its own database, so that they outlive the pod and are backed up; nothing else is changed."""
+    (with_them,), (without,) = (built.pods(name)["mlflow"]["spec"]["containers"] for name in (overlay, plain))
+    assert with_them["args"] == [*without["args"], "--app-name=basic-auth"]
+    secrets = {
+        source["secretRef"]["name"].rpartition("-")[0]
+        for source in with_them["envFrom"]
+        if "secretRef" in source
+    }
+    assert secrets == {"mlflow-s3", "auth-admin"}
+    assert {"configMapRef": without["envFrom"][0]["configMapRef"]} in with_them["envFrom"]
+    (path,) = [one["value"] for one in with_them["env"] if one["name"] == "MLFLOW_AUTH_CONFIG_PATH"]
+    assert [one for one in with_them["env"] if one["name"] != "MLFLOW_AUTH_CONFIG_PATH"] == without["env"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in with_them["volumeMounts"]}
+    volumes = built.pods(overlay)["mlflow"]["spec"]["volumes"]
+    (secret,) = [one["secret"] for one in volumes if one["name"] == mounts[str(Path(path).parent)]]
+    data = built.one(overlay, "Secret", secret["secretName"])["data"]
+    told = configparser.ConfigParser()
+    told.read_string(base64.b64decode(data[Path(path).name]).decode())
+    database = built.one(overlay, "Secret", "database")["data"]["MLFLOW_BACKEND_STORE_URI"]
+    assert told["mlflow"]["database_uri"] == base64.b64decode(database).decode()
+    assert told["mlflow"]["default_permission"] == "NO_PERMISSIONS"
+    assert "admin_password" not in told["mlflow"]
+    admin = built.one(overlay, "Secret", "auth-admin")
+    assert set(admin["data"]) == {"MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"}
+    (gc,) = built.pods(overlay)["gc"]["spec"]["containers"]
+    assert {"name": "MLFLOW_TRACKING_USERNAME", "value": told["mlflow"]["admin_username"]} in gc["env"]
+    (password,) = [one["valueFrom"] for one in gc["env"] if one["name"] == "MLFLOW_TRACKING_PASSWORD"]
+    assert password["secretKeyRef"] == {
+        "name": admin["metadata"]["name"],
+        "key": "MLFLOW_AUTH_ADMIN_PASSWORD",
+    }
+
+
+def test_a_password_with_percent_signs_reaches_mlflow(built: Built, tmp_path: Path) -> None:
+    folder, uri = tmp_path / "k8s", "postgresql://me:a%40b%25@db.example.org/mlflow"
+    subprocess.run(["cp", "-r", built.folder, folder], check=True)
+    (folder / "base/database.env").write_text(f"MLFLOW_BACKEND_STORE_URI={uri}\n")
+    subprocess.run([folder / "configure"], check=True, capture_output=True)
+    told = configparser.ConfigParser()
+    told.read(folder / "auth/basic_auth.ini")
+    assert told["mlflow"]["database_uri"] == uri
+
+
+def test_the_image_has_what_passwords_need() -> None:
+    """mlflow[auth], pinned."""
+    assert '"mlflow[auth]"' in (ROOT / "docker/Dockerfile").read_text()
+    locked = "".join((ROOT / f"requirements{kind}.lock").read_text().lower() for kind in ("", "-services"))
+    wanted = [one for one in requires("mlflow") or () if "extra == 'auth'" in one.replace('"', "'")]
+    assert wanted
+    for one in wanted:
+        name = re.split(r"[<>=;! ]", one)[0].lower()
+        assert re.search(rf"^{name}==", locked, re.MULTILINE), one
+
+
+def test_the_readmes_profile_lines_name_what_is_there(built: Built) -> None:
+    """A profile's secrets: replaces the default, so S3's keys stand in it again."""
+    (line,) = re.findall(
+        r"^ *dvq: \[.*MLFLOW_TRACKING_PASSWORD\]$", (ROOT / "k8s/README.md").read_text(), re.MULTILINE
+    )
+    named = set(yaml.safe_load(line)["dvq"])
+    secret = set(built.one("runs", "Secret", "dvq")["data"])
+    assert named == {
+        *secret,
+        *Cluster().secrets["dvq"],
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_TRACKING_PASSWORD",
+    }
+    Cluster(secrets=yaml.safe_load(line))

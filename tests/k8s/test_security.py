@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.pods import LABEL
-from tests.k8s.conftest import OURS, Built, containers
+from tests.k8s.conftest import OURS, PASSWORDS, Built, containers
 
 Pod = dict[str, Any]
 
@@ -62,7 +62,7 @@ def breaches(spec: Pod) -> Iterator[str]:
             yield "lifecycle host"
 
 
-@pytest.mark.parametrize("overlay", OURS)
+@pytest.mark.parametrize("overlay", [*OURS, *PASSWORDS])
 def test_pods_are_as_restricted_as_their_namespace_demands(built: Built, overlay: str) -> None:
     labels = built.one(overlay, "Namespace", "dvq")["metadata"]["labels"]
     assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("enforce", "audit", "warn")} == {
