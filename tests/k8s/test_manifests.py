@@ -314,3 +314,16 @@ def test_the_readmes_profile_lines_name_what_is_there(built: Built) -> None:
         "MLFLOW_TRACKING_PASSWORD",
     }
     Cluster(secrets=yaml.safe_load(line))
+
+
+def test_the_readmes_forwarded_ports_come_back(built: Built) -> None:
+    """A port-forward ends with its pod: each that runs on in the background is a loop, to a port that is there."""
+    text = (ROOT / "k8s/README.md").read_text()
+    assert not re.findall(
+        r"^(?!.*while :; do).*port-forward svc/(?:s3|mlflow|ml-pipeline-ui).*$", text, re.MULTILINE
+    )
+    loops = re.findall(r"while :; do kubectl -n dvq port-forward svc/(\w+) (\d+); sleep 1; done &", text)
+    assert {name: int(port) for name, port in loops} == {
+        name: built.one("overlays/single-node", "Service", name)["spec"]["ports"][0]["port"]
+        for name in ("s3", "mlflow")
+    }
