@@ -32,8 +32,8 @@ def test_the_image_runs_with_a_read_only_root_and_no_name_for_its_user(
         told = client.containers.run(tag, ["python", "-c", code], user=user, stderr=False, **options).decode()
         assert told.split() == [(user or "10001:").partition(":")[0], image.content().arguments["TORCH"]]
     bill = client.containers.run(tag, ["cat", "/opt/venv/sbom.cdx.json"], remove=True)
-    names = {one["name"] for one in json.loads(bill)["components"]}
-    assert {"torch", "mlflow", "kfp"} <= names
+    names = {one["name"].lower() for one in json.loads(bill)["components"]}
+    assert {"torch", "mlflow", "kfp", "flask-wtf", "psycopg"} <= names
 
 
 def test_the_image_serves_mlflow(client: docker.DockerClient, tag: str) -> None:
@@ -43,6 +43,27 @@ def test_the_image_serves_mlflow(client: docker.DockerClient, tag: str) -> None:
     try:
         deadline = time.monotonic() + 90
         while server.exec_run(["python", "-c", probe]).output.strip() != b"OK":
+            assert time.monotonic() < deadline, server.logs().decode()
+            time.sleep(1)
+    finally:
+        server.remove(force=True)
+
+
+def test_the_image_serves_mlflow_with_passwords(client: docker.DockerClient, tag: str) -> None:
+    command = ["mlflow", "server", "--app-name", "basic-auth", "--workers", "1"]
+    settings = {
+        "MLFLOW_AUTH_ADMIN_PASSWORD": "a-long-enough-password",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "any",
+    }
+    code = "import urllib.request as u, urllib.error as e\ntry: u.urlopen('http://127.0.0.1:5000/')\n"
+    code += "except e.HTTPError as x: print(x.code)"
+    server = client.containers.run(
+        tag, [*command, "--backend-store-uri", "sqlite:////tmp/m.db"], environment=settings, read_only=True,
+        tmpfs={"/tmp": ""}, detach=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while server.exec_run(["python", "-c", code]).output.strip() != b"401":
             assert time.monotonic() < deadline, server.logs().decode()
             time.sleep(1)
     finally:

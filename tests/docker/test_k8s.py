@@ -118,26 +118,25 @@ class Pods:
     def spec(self, name: str) -> dict[str, Any]:
         return self.built.pods("overlays/single-node")[name]["spec"]
 
-    def _environment(self, one: dict[str, Any]) -> dict[str, str]:
-        data = {
-            (each["kind"], each["metadata"]["name"]): each.get("data", {})
+    def _data(self, kind: str, name: str) -> dict[str, str]:
+        """A ConfigMap's or Secret's."""
+        (found,) = [
+            each["data"]
             for each in self.built.manifests["overlays/single-node"]
-            if each["kind"] in ("ConfigMap", "Secret")
-        }
+            if (each["kind"], each["metadata"]["name"]) == (kind, name)
+        ]
+        return found if kind == "ConfigMap" else {k: base64.b64decode(v).decode() for k, v in found.items()}
 
-        def read(kind: str, name: str) -> dict[str, str]:
-            found = data[kind, name]
-            return (
-                found if kind == "ConfigMap" else {k: base64.b64decode(v).decode() for k, v in found.items()}
-            )
-
+    def _environment(self, one: dict[str, Any]) -> dict[str, str]:
         told: dict[str, str] = {}
         for source in one.get("envFrom", ()):
             kind = "ConfigMap" if "configMapRef" in source else "Secret"
-            told |= read(kind, source["configMapRef" if kind == "ConfigMap" else "secretRef"]["name"])
+            told |= self._data(kind, source["configMapRef" if kind == "ConfigMap" else "secretRef"]["name"])
         for each in one.get("env", ()):
             secret = each.get("valueFrom", {}).get("secretKeyRef")
-            told[each["name"]] = read("Secret", secret["name"])[secret["key"]] if secret else each["value"]
+            told[each["name"]] = (
+                self._data("Secret", secret["name"])[secret["key"]] if secret else each["value"]
+            )
         return told
 
     def _volume(self, name: str, spec: dict[str, Any], user: int) -> Any:
@@ -145,25 +144,23 @@ class Pods:
         if name not in self.volumes:
             self.volumes[name] = self.client.volumes.create(f"{self.mark}-{name}")
             for each in spec.get("volumes", ()):
-                if f"-{each['name']}" == name[-len(each["name"]) - 1 :] and "configMap" in each:
-                    self._fill(name, each["configMap"]["name"])
+                if f"-{each['name']}" == name[-len(each["name"]) - 1 :]:
+                    if "configMap" in each:
+                        self._fill(name, self._data("ConfigMap", each["configMap"]["name"]))
+                    if "secret" in each:
+                        self._fill(name, self._data("Secret", each["secret"]["secretName"]))
             self.client.containers.run(
                 self.images["dvq"], ["chown", f"{user}:{user}", "/v"], user="0", remove=True,
                 volumes={f"{self.mark}-{name}": {"bind": "/v"}}, network_mode="none",
             )  # fmt: skip
         return f"{self.mark}-{name}"
 
-    def _fill(self, name: str, config: str) -> None:
-        (found,) = [
-            each
-            for each in self.built.manifests["overlays/single-node"]
-            if each["metadata"]["name"] == config
-        ]
+    def _fill(self, name: str, files: dict[str, str]) -> None:
         code = "import json, os, pathlib\n"
         code += "for name, text in json.loads(os.environ['FILES']).items(): pathlib.Path('/v', name).write_text(text)"
         self.client.containers.run(
             self.images["dvq"], ["python", "-c", code], user="0", remove=True, network_mode="none",
-            volumes={f"{self.mark}-{name}": {"bind": "/v"}}, environment={"FILES": json.dumps(found["data"])},
+            volumes={f"{self.mark}-{name}": {"bind": "/v"}}, environment={"FILES": json.dumps(files)},
         )  # fmt: skip
 
     def start(self, pod: str, container: str) -> Container:
@@ -190,6 +187,9 @@ class Pods:
         self.network.connect(made, aliases=[pod])
         self.client.networks.get("bridge").disconnect(made)
         made.start()
+        if "lifecycle" in one:
+            done = made.exec_run(one["lifecycle"]["postStart"]["exec"]["command"])
+            assert done.exit_code == 0, done.output.decode() + made.logs().decode()[-2000:]
         return made
 
     def ready(self, made: Container, pod: str) -> None:
@@ -278,8 +278,82 @@ def test_the_servers_serve_and_their_backup_brings_all_back(pods: Pods) -> None:
     assert psql("SELECT * FROM metrics").strip() == "1"
 
 
+DELETE = """
+import mlflow
+mlflow.set_tracking_uri("http://mlflow:5000")
+(run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+mlflow.MlflowClient().delete_run(run.info.run_id)
+"""
+LIST = """
+import boto3
+s3 = boto3.client("s3", endpoint_url="http://s3:8333", region_name="us-east-1",
+                  aws_access_key_id="{AWS_ACCESS_KEY_ID}", aws_secret_access_key="{AWS_SECRET_ACCESS_KEY}")
+print(s3.list_objects_v2(Bucket="mlflow")["KeyCount"])
+"""
+
+
+@pytest.mark.timeout(600)
+def test_what_was_deleted_is_collected_after_a_month(pods: Pods) -> None:
+    for name in ("postgres", "s3", "mlflow"):
+        pods.ready(pods.start(name, name), name)
+    assert "tracked 1" in pods.run(TRACK)
+    pods.run(DELETE)
+    left = LIST.format(**pods._environment(pods.spec("mlflow")["containers"][0]))
+    (gc,) = pods.spec("gc")["containers"]
+    sql = "UPDATE runs SET deleted_time = deleted_time - 31 * 86400000::bigint"
+    for begin, counts in (("", ("1", "1")), (sql, ("0", "0"))):
+        uri = pods._environment(gc)["MLFLOW_BACKEND_STORE_URI"]
+        if begin:
+            pods.run(f"import psycopg; psycopg.connect('{uri}', autocommit=True).execute('{begin}')")
+        pods.finished(pods.start("gc", "gc"))
+        rows = f"import psycopg; print(psycopg.connect('{uri}').execute('SELECT * FROM runs').rowcount)"
+        assert (pods.run(rows).strip(), pods.run(left).strip()) == counts
+
+
+HELLO = """
+import socket, ssl
+hello = b"PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+context = ssl._create_unverified_context()
+context.set_alpn_protocols(["h2"])
+for wrap in (lambda plain: plain, context.wrap_socket):
+    try:
+        way = wrap(socket.create_connection(("s3", 18333), 10))
+        way.sendall(hello)
+        print(len(way.recv(9)))
+    except OSError as error:
+        print(error)
+"""
+KEYS = """
+import boto3, botocore
+for who, keys in (("runs", {runs}), ("mlflow", {mlflow})):
+    pair = dict(zip(("aws_access_key_id", "aws_secret_access_key"), keys.values()))
+    s3 = boto3.client("s3", endpoint_url="http://s3:8333", region_name="us-east-1", **pair)
+    for bucket in ("dvq", "mlflow"):
+        try:
+            s3.list_objects_v2(Bucket=bucket)
+            s3.delete_object(Bucket=bucket, Key="any")
+            print(who, bucket, "ok")
+        except botocore.exceptions.ClientError as error:
+            print(who, bucket, error.response["Error"]["Code"])
+"""
+
+
 def test_s3_lets_nobody_in_without_its_keys(pods: Pods) -> None:
+    """Nor do the ports of its parts, which ask for none, in a network without policies."""
     pods.ready(pods.start("s3", "s3"), "s3")
     code = "import urllib.request as u, urllib.error as e\n"
     code += "try: print(u.urlopen('http://s3:8333/mlflow').status)\nexcept e.HTTPError as x: print(x.code)"
     assert pods.run(code).strip() == "403"
+    code = "import socket\nfor port in (8333, 9333, 19333, 8080, 18080, 8888, 18888):\n"
+    code += "    print(port, socket.socket().connect_ex((socket.gethostbyname('s3'), port)))"
+    refused = [f"{port} 111" for port in (9333, 19333, 8080, 18080, 8888, 18888)]
+    assert pods.run(code).splitlines() == ["8333 0", *refused]
+    runs, mlflow = (
+        {name: base64.b64decode(value).decode() for name, value in pods.built.one(*secret)["data"].items()}
+        for secret in (("runs", "Secret", "dvq"), ("overlays/single-node", "Secret", "mlflow-s3"))
+    )
+    told = pods.run(KEYS.format(runs=runs, mlflow=mlflow)).splitlines()
+    assert told == ["runs dvq ok", "runs mlflow AccessDenied", "mlflow dvq AccessDenied", "mlflow mlflow ok"]
+    plain, tls = pods.run(HELLO).splitlines()
+    assert plain == "0"
+    assert "certificate required" in tls

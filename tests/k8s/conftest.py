@@ -13,6 +13,9 @@ import yaml
 ROOT = Path(__file__).parents[2]
 OURS = ("overlays/single-node", "overlays/production")
 BUILT = (*OURS, "runs")
+PASSWORDS = ("overlays/single-node-passwords", "overlays/production-passwords")
+"""OURS with auth/, as the README has it"""
+SECRETS = ("*.env", "*.pem", "s3.json", "basic_auth.ini")
 Manifests = list[dict[str, Any]]
 
 
@@ -26,9 +29,16 @@ class Built:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        shutil.copytree(ROOT / "k8s", folder, ignore=shutil.ignore_patterns("*.env"))
+        shutil.copytree(ROOT / "k8s", folder, ignore=shutil.ignore_patterns(*SECRETS))
         subprocess.run([folder / "configure"], check=True, capture_output=True)
-        self.manifests = {name: self.build(name) for name in BUILT}
+        for ours, name in zip(OURS, PASSWORDS, strict=True):
+            shutil.copytree(folder / ours, folder / name)
+            file = folder / name / "kustomization.yaml"
+            content = yaml.safe_load(file.read_text())
+            file.write_text(
+                yaml.safe_dump({**content, "components": [*content.get("components", ()), "../../auth"]})
+            )
+        self.manifests = {name: self.build(name) for name in (*BUILT, *PASSWORDS)}
 
     def build(self, name: str) -> Manifests:
         kubectl = Path(sys.executable).with_name("kubectl")

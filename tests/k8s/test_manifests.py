@@ -1,10 +1,12 @@
 """What kubectl would apply: valid, locked down as its namespace says, and agreeing with all else that names it."""
 
 import base64
+import configparser
 import copy
 import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import kubernetes_validate
@@ -14,9 +16,14 @@ import yaml
 from components import IMAGE
 from pipeline import services
 from pipeline.profile import PROFILES, Cluster, find_profile
-from tests.k8s.conftest import BUILT, OURS, ROOT, Built, containers
+from tests.k8s.conftest import BUILT, OURS, PASSWORDS, ROOT, Built, containers
 
 VERSIONS = ("1.35", "1.36", "1.37")
+WRITTEN = (
+    "keys/s3.env", "base/s3.env", "base/database.env", "servers/grpc.pem", "servers/s3.json", "auth/admin.env",
+    "auth/basic_auth.ini",
+)  # fmt: skip
+"""by k8s/configure"""
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -72,7 +79,7 @@ def test_volumes_are_their_users(built: Built) -> None:
         assert one["spec"]["template"]["spec"]["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
 
 
-@pytest.mark.parametrize("overlay", OURS)
+@pytest.mark.parametrize("overlay", [*OURS, *PASSWORDS])
 def test_every_secret_and_setting_that_is_named_is_there(built: Built, overlay: str) -> None:
     there = {
         (one["kind"], one["metadata"]["name"]): one.get("data", {})
@@ -84,6 +91,8 @@ def test_every_secret_and_setting_that_is_named_is_there(built: Built, overlay: 
         for volume in template["spec"].get("volumes", ()):
             if "configMap" in volume:
                 used.add(("ConfigMap", volume["configMap"]["name"]))
+            if "secret" in volume:
+                used.add(("Secret", volume["secret"]["secretName"]))
         for one in containers(template["spec"]):
             for source in one.get("envFrom", ()):
                 used.update(
@@ -108,7 +117,6 @@ def test_the_runs_find_what_the_profiles_name(built: Built) -> None:
         cluster = find_profile(path.stem).cluster or its
         assert set(cluster.config_maps.get("dvq", ())) <= set(config["data"])
         assert set(cluster.secrets.get("dvq", ())) <= set(secret["data"])
-    assert secret["data"] == built.one("overlays/single-node", "Secret", "dvq")["data"]
 
 
 def test_addresses_are_those_of_the_services(built: Built) -> None:
@@ -139,8 +147,9 @@ def test_servers_are_started_as_on_one_machine(built: Built) -> None:
     (s3,), (mlflow,) = (pods[name]["spec"]["containers"] for name in ("s3", "mlflow"))
     secret = {"access_key": "a", "secret_key": "s", "password": "p"}
     ports = dict.fromkeys(services.PORTS, 1)
-    assert set(services.QUIET) <= set(s3["args"])
-    assert f"-bucket={services.BUCKETS}" in s3["args"]
+    # `weed server` starts neither WebDAV nor an admin's pages unless told to; its buckets are made once it answers.
+    assert {one for one in services.QUIET if one.startswith(("-s3.", "-master."))} <= set(s3["args"])
+    assert f"for bucket in {services.BUCKETS.replace(',', ' ')}; do" in str(s3["lifecycle"])
     assert (
         services.mlflow(ports, secret).environment.items()
         >= {one["name"]: one["value"] for one in mlflow["env"] if "value" in one}.items()
@@ -161,6 +170,24 @@ def test_mlflow_does_not_serve_its_backups(built: Built, overlay: str) -> None:
     assert backup["command"][3] == "backups/"
 
 
+@pytest.mark.parametrize("overlay", OURS)
+def test_what_was_deleted_is_collected(built: Built, overlay: str) -> None:
+    """Weekly and not with the backup, out of the database that MLflow has, artifacts through its server."""
+    jobs = {name: built.one(overlay, "CronJob", name)["spec"] for name in ("backup", "gc")}
+    assert jobs["gc"]["schedule"].endswith(" * * 0")
+    assert jobs["gc"]["schedule"].split()[:2] != jobs["backup"]["schedule"].split()[:2]
+    pods = built.pods(overlay)
+    (mlflow,), (gc,) = (pods[name]["spec"]["containers"] for name in ("mlflow", "gc"))
+    assert gc["command"] == ["mlflow", "gc"]
+    assert set(gc["args"]) >= {"--older-than=30d", "--backend-store-uri=$(MLFLOW_BACKEND_STORE_URI)"}
+    variables = {one["name"]: one for one in gc["env"]}
+    assert variables["MLFLOW_BACKEND_STORE_URI"] in mlflow["env"]
+    port = built.one(overlay, "Service", "mlflow")["spec"]["ports"][0]["port"]
+    assert variables["MLFLOW_TRACKING_URI"]["value"] == f"http://mlflow:{port}"
+    locked = ("automountServiceAccountToken", "enableServiceLinks", "securityContext", "restartPolicy")
+    assert all(pods["gc"]["spec"][key] == pods["backup"]["spec"][key] for key in locked)
+
+
 def test_images_are_pinned(built: Built) -> None:
     for overlay in OURS:
         images = {
@@ -179,22 +206,23 @@ def test_no_secret_is_committed(built: Built) -> None:
     assert files
     assert not [name for name in files if name.endswith(".env")]
     ignored = subprocess.run(
-        ["git", "check-ignore", "k8s/keys/s3.env", "k8s/base/database.env"],
+        ["git", "check-ignore", *(f"k8s/{name}" for name in WRITTEN)],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert len(ignored.stdout.split()) == 2
-    for name in ("keys/s3.env", "base/database.env"):
+    assert len(ignored.stdout.split()) == len(WRITTEN)
+    for name in WRITTEN:
         assert (built.folder / name).stat().st_mode & 0o077 == 0
 
 
 def test_configure_keeps_what_is_there(built: Built) -> None:
-    before = (built.folder / "keys/s3.env").read_text()
+    before = {name: (built.folder / name).read_text() for name in WRITTEN}
     subprocess.run([built.folder / "configure"], check=True, capture_output=True)
-    assert (built.folder / "keys/s3.env").read_text() == before
-    values = [line.partition("=")[2] for line in before.split()]
-    assert len(set(values)) == 2
+    assert {name: (built.folder / name).read_text() for name in WRITTEN} == before
+    lines = [*before["keys/s3.env"].split(), *before["base/s3.env"].split()]
+    values = [line.partition("=")[2] for line in lines]
+    assert len(set(values)) == 4
     assert all(re.fullmatch("[0-9a-f]{40}", value) for value in values)
 
 
@@ -214,3 +242,88 @@ def test_every_kustomization_is_built() -> None:
         for path in (ROOT / "k8s").rglob("kustomization.yaml")
     }
     assert {name for name, kind in kinds.items() if kind != "Component"} == {*BUILT, "base"}
+
+
+@pytest.mark.parametrize(("overlay", "plain"), list(zip(PASSWORDS, OURS, strict=True)))
+def test_mlflow_with_passwords(built: Built, overlay: str, plain: str) -> None:
+    """Its users are in its own database, so that they outlive the pod and are backed up; nothing else is changed."""
+    (with_them,), (without,) = (built.pods(name)["mlflow"]["spec"]["containers"] for name in (overlay, plain))
+    assert with_them["args"] == [*without["args"], "--app-name=basic-auth"]
+    secrets = {
+        source["secretRef"]["name"].rpartition("-")[0]
+        for source in with_them["envFrom"]
+        if "secretRef" in source
+    }
+    assert secrets == {"mlflow-s3", "auth-admin"}
+    assert {"configMapRef": without["envFrom"][0]["configMapRef"]} in with_them["envFrom"]
+    (path,) = [one["value"] for one in with_them["env"] if one["name"] == "MLFLOW_AUTH_CONFIG_PATH"]
+    assert [one for one in with_them["env"] if one["name"] != "MLFLOW_AUTH_CONFIG_PATH"] == without["env"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in with_them["volumeMounts"]}
+    volumes = built.pods(overlay)["mlflow"]["spec"]["volumes"]
+    (secret,) = [one["secret"] for one in volumes if one["name"] == mounts[str(Path(path).parent)]]
+    data = built.one(overlay, "Secret", secret["secretName"])["data"]
+    told = configparser.ConfigParser()
+    told.read_string(base64.b64decode(data[Path(path).name]).decode())
+    database = built.one(overlay, "Secret", "database")["data"]["MLFLOW_BACKEND_STORE_URI"]
+    assert told["mlflow"]["database_uri"] == base64.b64decode(database).decode()
+    assert told["mlflow"]["default_permission"] == "NO_PERMISSIONS"
+    assert "admin_password" not in told["mlflow"]
+    admin = built.one(overlay, "Secret", "auth-admin")
+    assert set(admin["data"]) == {"MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"}
+    (gc,) = built.pods(overlay)["gc"]["spec"]["containers"]
+    assert {"name": "MLFLOW_TRACKING_USERNAME", "value": told["mlflow"]["admin_username"]} in gc["env"]
+    (password,) = [one["valueFrom"] for one in gc["env"] if one["name"] == "MLFLOW_TRACKING_PASSWORD"]
+    assert password["secretKeyRef"] == {
+        "name": admin["metadata"]["name"],
+        "key": "MLFLOW_AUTH_ADMIN_PASSWORD",
+    }
+
+
+def test_a_password_with_percent_signs_reaches_mlflow(built: Built, tmp_path: Path) -> None:
+    folder, uri = tmp_path / "k8s", "postgresql://me:a%40b%25@db.example.org/mlflow"
+    subprocess.run(["cp", "-r", built.folder, folder], check=True)
+    (folder / "base/database.env").write_text(f"MLFLOW_BACKEND_STORE_URI={uri}\n")
+    subprocess.run([folder / "configure"], check=True, capture_output=True)
+    told = configparser.ConfigParser()
+    told.read(folder / "auth/basic_auth.ini")
+    assert told["mlflow"]["database_uri"] == uri
+
+
+def test_the_image_has_what_passwords_need() -> None:
+    """mlflow[auth], pinned."""
+    assert '"mlflow[auth]"' in (ROOT / "docker/Dockerfile").read_text()
+    locked = "".join((ROOT / f"requirements{kind}.lock").read_text().lower() for kind in ("", "-services"))
+    wanted = [one for one in requires("mlflow") or () if "extra == 'auth'" in one.replace('"', "'")]
+    assert wanted
+    for one in wanted:
+        name = re.split(r"[<>=;! ]", one)[0].lower()
+        assert re.search(rf"^{name}==", locked, re.MULTILINE), one
+
+
+def test_the_readmes_profile_lines_name_what_is_there(built: Built) -> None:
+    """A profile's secrets: replaces the default, so S3's keys stand in it again."""
+    (line,) = re.findall(
+        r"^ *dvq: \[.*MLFLOW_TRACKING_PASSWORD\]$", (ROOT / "k8s/README.md").read_text(), re.MULTILINE
+    )
+    named = set(yaml.safe_load(line)["dvq"])
+    secret = set(built.one("runs", "Secret", "dvq")["data"])
+    assert named == {
+        *secret,
+        *Cluster().secrets["dvq"],
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_TRACKING_PASSWORD",
+    }
+    Cluster(secrets=yaml.safe_load(line))
+
+
+def test_the_readmes_forwarded_ports_come_back(built: Built) -> None:
+    """A port-forward ends with its pod: each that runs on in the background is a loop, to a port that is there."""
+    text = (ROOT / "k8s/README.md").read_text()
+    assert not re.findall(
+        r"^(?!.*while :; do).*port-forward svc/(?:s3|mlflow|ml-pipeline-ui).*$", text, re.MULTILINE
+    )
+    loops = re.findall(r"while :; do kubectl -n dvq port-forward svc/(\w+) (\d+); sleep 1; done &", text)
+    assert {name: int(port) for name, port in loops} == {
+        name: built.one("overlays/single-node", "Service", name)["spec"]["ports"][0]["port"]
+        for name in ("s3", "mlflow")
+    }
