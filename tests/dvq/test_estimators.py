@@ -19,7 +19,7 @@ from dvq.latents import Categorical
 from dvq.model import Model
 from dvq.quantizers import Nearest
 from dvq.saved import save
-from dvq.train import Trainer
+from dvq.trainer import Trainer
 from tests.sizes import taken
 
 IMAGES = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)

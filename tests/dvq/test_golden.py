@@ -14,7 +14,7 @@ import torch
 import dvq
 from dvq.config import estimators, trial
 from dvq.evaluate import evaluate
-from dvq.train import Trainer
+from dvq.trainer import Trainer
 from tests.sizes import taken
 
 GOLDEN = Path(__file__).with_name("golden.json")

@@ -18,8 +18,9 @@ from dvq.estimators import ESTIMATORS
 from dvq.estimators.gs_soft import GSSoft
 from dvq.evaluate import evaluate
 from dvq.model import Model
-from dvq.train import Training, train
+from dvq.train import train
 from dvq.trainer import Trainer
+from dvq.training import Training
 
 CELL = re.compile(r"```python\n(from pathlib import Path\n\nimport dvq\n.*?)```", re.DOTALL)
 
@@ -190,7 +191,7 @@ def test_a_training_that_is_done_is_left_as_it_is(
     one = config.trial({**TINY, "steps": 2})
     summary = train(one, images, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr("dvq.train.provenance", lambda _: {"commit": "another"})
+    monkeypatch.setattr("dvq.training.provenance", lambda _: {"commit": "another"})
     assert train(one, images, tmp_path) == summary
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     longer = train(one.model_copy(update={"steps": 3}), images, tmp_path)
@@ -313,7 +314,7 @@ def test_interrupts_that_a_shell_ignores_are_ignored(images: data.Data, tmp_path
 def test_an_interrupt_while_the_model_is_published_is_not_lost(
     images: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dvq.train.publish", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("dvq.training.publish", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         train(config.trial({**TINY, "steps": 1}), images, tmp_path)
 

@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from dvq import DvqError, checkpoint, disk, events, goodput
 from dvq.config import trial
 from dvq.data import load
-from dvq.train import Interrupted, Training, curve_point, train
+from dvq.train import train
 from dvq.trainer import Trainer
+from dvq.training import Interrupted, Training, curve_point
 from dvq.trial import Trial, values
 
 KILLS = int(os.environ.get("DVQ_KILLS", "20"))
@@ -275,9 +276,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
         return timed
 
-    monkeypatch.setattr("dvq.train.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("dvq.training.time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(Trainer, "step", takes(1.0, Trainer.step))
-    monkeypatch.setattr("dvq.train._evaluate", takes(1000.0, lambda *_: None))
+    monkeypatch.setattr(Training, "_evaluate", takes(1000.0, lambda *_: None))
     return now
 
 
@@ -303,7 +304,7 @@ def test_an_evaluation_that_is_cut_off_is_no_training(
         training.stop()
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):  # noqa: PT012
-        patch.setattr("dvq.train._evaluate", cut_off)
+        patch.setattr(Training, "_evaluate", cut_off)
         training.run()
     assert checkpoint.steps(tmp_path) == [5]
     assert train(one, load(prepared), tmp_path)["seconds"] == 10.0
