@@ -166,6 +166,7 @@ def test_an_autoregressive_prior_asks_for_no_training(store: Store, prepared: Pa
     told = dict(found["evaluation"])
     assert told.pop("rate_autoregressive") != pytest.approx(told["rate"], rel=1e-6)
     assert told.pop("autoregressive_bits_per_dim") < 10
+    assert told.pop("autoregressive_bits_per_dim_se") > 0
     assert np.shape(codes := told.pop("samples")) == (16, 8, 8, BASE["num_latents"])
     model = dvq.load(tmp_path / "with" / "model")
     drawn = Pictures.load(tmp_path / "with" / "analysis" / "pictures.npz")
