@@ -202,6 +202,53 @@ def test_a_model_has_its_trials_name_as_far_as_mlflow_allows(tmp_path: Path) -> 
     assert tracking.client().get_logged_model(output.model_id).name == "gs-soft-c4-k8-s0-temperature-0_1"
 
 
+def test_a_runs_name_has_room_in_mlflows_database_and_is_no_others(tmp_path: Path) -> None:
+    """PostgreSQL has 250 characters for it, sqlite any number."""
+    for key in ("0" * 16 + "-4", "0" * 16 + "-8"):
+        folder, diary = folder_with(tmp_path / key, 1)
+        document = {**(read_json(folder / "trial.json") or {}), "key": key, "name": "gs-soft" * 40 + key}
+        write_json(folder / "trial.json", document)
+        finish(folder, diary)
+        assert tracking.TrialRun(folder, "sweep").sync()
+    names = {run.info.run_name for run in runs()}
+    assert {len(name) for name in names} == {250}
+    assert {name[-19:] for name in names} == {f"-{'0' * 16}-4", f"-{'0' * 16}-8"}
+
+
+def test_a_long_report_has_room_in_mlflows_database_and_is_known(tmp_path: Path) -> None:
+    """PostgreSQL has 8,000 characters for a tag, sqlite any number."""
+    page = tmp_path / "report"
+    page.mkdir()
+    rows = [f"| trial {number} " + "| 7.000 " * 6 + "|" for number in range(200)]
+    note = "\n".join(["What it is.", "", *rows])
+    for last in ("", "\none more"):
+        assert not tracking.known(page, "sweep", note + last)
+        tracking.report("sweep", page, note + last, failed=False)
+        assert tracking.known(page, "sweep", note + last)
+    (run,) = runs()
+    said = run.data.tags["mlflow.note.content"].splitlines()
+    assert 7800 < len("\n".join(said)) < 8000
+    assert (said[-2:], set(said[2:-2]) <= set(rows)) == (["", "… all rows: table.json"], True)
+    assert tracking.client().get_experiment(run.info.experiment_id).tags["mlflow.note.content"] == said[0]
+
+
+def test_a_report_that_does_not_arrive_costs_not_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    page = tmp_path / "report"
+    page.mkdir()
+    tracking.report("sweep", page, "first", failed=False)
+    for what in ("create_run", "log_artifacts"):
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, what, lambda *_, **__: 1 / 0)
+            tracking.report("sweep", page, "second", failed=False)
+        assert "first" in [run.data.tags["mlflow.note.content"] for run in runs()]
+    tracking.report("sweep", page, "second", failed=False)
+    assert [run.data.tags["mlflow.note.content"] for run in runs()] == ["second"]
+
+
 def test_a_trial_without_codebooks_is_a_finished_run_too(tmp_path: Path) -> None:
     folder, diary = folder_with(tmp_path, 1)
     finish(folder, diary)
