@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from components import tracking
+from components import reports, tracking, trials
 from components.folder import begin, read_json, state, write_json
+from components.store import Store
 from dvq import events
-from dvq.config import trial
+from dvq.config import Sweep, trial
 from dvq.events import Events
 from dvq.model import Model
 from dvq.saved import save
@@ -247,6 +248,18 @@ def test_a_report_that_does_not_arrive_costs_not_the_earlier_one(
         assert "first" in [run.data.tags["mlflow.note.content"] for run in runs()]
     tracking.report("sweep", page, "second", failed=False)
     assert [run.data.tags["mlflow.note.content"] for run in runs()] == ["second"]
+
+
+def test_a_finished_trial_that_mlflow_lacks_is_sent_by_the_report(tmp_path: Path) -> None:
+    """No task of its own is started for that."""
+    fields = TINY.model_dump(mode="json", exclude_defaults=True) | {"data": TINY.data}
+    sweep, store = Sweep(name="sweep", base=fields, include=[{"estimator": "gs-soft"}]), Store(tmp_path)
+    ((name, one),) = sweep.trials().items()
+    begin(store.trial(one.key()), one, "as another sweep calls it")
+    finish(store.trial(one.key()), Events(store.trial(one.key())))
+    assert trials.unfinished(sweep) == []
+    assert reports.track(sweep, store) == {name: True}
+    assert [(run.info.run_name, run.info.status) for run in runs()] == [(name, "FINISHED")]
 
 
 def test_a_trial_without_codebooks_is_a_finished_run_too(tmp_path: Path) -> None:
