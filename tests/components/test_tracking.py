@@ -399,6 +399,27 @@ def test_a_tracking_fault_is_said_and_never_raised(
     assert state(folder).name == "interrupted"
 
 
+@pytest.mark.parametrize(
+    ("body", "told"), [("Permission denied", "EDIT permission)"), ("Invalid Host", "mends it")]
+)
+def test_what_another_user_owns_is_not_mended_by_sending_it_again(
+    body: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+
+    folder, _ = folder_with(tmp_path, 1)
+
+    def refuse() -> None:
+        raise MlflowException(
+            f"API request failed with error code 403 != 200. Response body: '{body}'", PERMISSION_DENIED
+        )
+
+    monkeypatch.setattr(tracking, "client", refuse)
+    tracking.TrialRun(folder, "sweep").sync()
+    assert capsys.readouterr().out.strip().endswith(told)
+
+
 def test_what_a_fault_kept_back_is_sent_by_the_next_sync(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from docker.errors import NotFound
 from rich.console import Console
 
 from components import IMAGE
-from components.folder import begin
+from components.folder import begin, write_json
 from components.store import Store
 from dvq import DvqError, data, fingerprints
 from dvq.config import Sweep
@@ -371,6 +371,33 @@ def test_a_sweep_succeeds_where_its_run_and_all_its_trials_do(
         ended = Run("run", state)
         assert cluster.conclude(job, plan, PLAIN, ended, began, Console(file=text, width=200)) == code
         assert f"CPU-hours: {spent} spent, no forecast" in text.getvalue()
+
+
+def test_finished_trials_that_mlflow_lacks_are_counted_by_what_the_pods_noted(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod's own sentence is in its log alone, and the address by which it calls MLflow is its own."""
+    job = make(seeds=3)
+    monkeypatch.setattr(conclusion, "show", lambda *_: {"vq-ema-c512-k8-s2": "why not"})
+    plan = forecast.plan(job.trials, job.store, PLAIN)
+
+    def told(profile: Profile = PLAIN) -> str:
+        text = io.StringIO()
+        cluster.conclude(job, plan, profile, Run("run", "SUCCEEDED"), 0.0, Console(file=text, width=200))
+        return text.getvalue()
+
+    assert "MLflow lacks 2 of the finished trials: the log of the run's task 'report' says why" in told()
+    for key, lacks in zip(job.keys(), ("MLflow lacks 1 of", ""), strict=False):
+        job.store.trial(key).mkdir(parents=True)
+        write_json(job.store.trial(key) / "tracked.json", {"http://mlflow.dvq:5000 another": "finished"})
+        assert "MLflow lacks" in told()
+        write_json(job.store.trial(key) / "tracked.json", {"http://mlflow.dvq:5000 s": "finished"})
+        assert lacks in told()
+    assert "MLflow" not in told()
+    write_json(job.store.trial(job.keys()[0]) / "tracked.json", {})
+    assert "MLflow" not in told(PLAIN.model_copy(update={"cluster": Cluster(config_maps={})}))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert "MLflow" not in told()
 
 
 class Answers:
