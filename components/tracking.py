@@ -57,7 +57,8 @@ def redacted(text: str) -> str:
 def _say(what: str, error: Exception) -> None:
     # the body of a 403 of MLflow's own: others have other causes, such as a host that it does not know
     denied = getattr(error, "error_code", "") == "PERMISSION_DENIED" and "Permission denied" in str(error)
-    mended = "; make replay mends it" if os.environ.get("DVQ_STORE") and not denied else ""
+    lasting = denied or isinstance(error, DvqError)
+    mended = "; make replay mends it" if os.environ.get("DVQ_STORE") and not lasting else ""
     why = ANOTHERS if denied else told(error)
     print(f"tracking: {what} is not up to date in MLflow ({why}){mended}", flush=True)
 
@@ -105,6 +106,9 @@ def experiment_id(server: "MlflowClient", name: str) -> str:
             found = server.get_experiment_by_name(name)
             if found is None:
                 raise
+    if found.lifecycle_stage == "deleted":  # the name stays taken
+        restore = f"mlflow experiments restore -x {found.experiment_id}"
+        raise DvqError(f"MLflow's experiment '{name}' is deleted: restore it ({restore}) or rename the sweep")
     return str(found.experiment_id)
 
 

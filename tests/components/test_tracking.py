@@ -420,6 +420,22 @@ def test_what_another_user_owns_is_not_mended_by_sending_it_again(
     assert capsys.readouterr().out.strip().endswith(told)
 
 
+def test_a_deleted_experiment_is_restored_or_the_sweep_renamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name stays taken, and no sync mends it."""
+    folder, _ = folder_with(tmp_path, 1)
+    server = tracking.client()
+    deleted = tracking.experiment_id(server, "sweep")
+    server.delete_experiment(deleted)
+    assert not tracking.TrialRun(folder, "sweep").sync()
+    said = capsys.readouterr().out
+    remedy = f"restore it (mlflow experiments restore -x {deleted}) or rename the sweep"
+    assert f"(MLflow's experiment 'sweep' is deleted: {remedy})\n" in said
+    server.restore_experiment(deleted)
+    assert tracking.TrialRun(folder, "sweep").sync()
+
+
 def test_what_a_fault_kept_back_is_sent_by_the_next_sync(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
