@@ -4,15 +4,14 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
 
-from components import datasets, tracking
+from components import datasets
 from dvq import DvqError, fingerprints
 from dvq.config import overrides
 from dvq.fingerprints import FINGERPRINTS, label
@@ -65,7 +64,7 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
         ended = follow(job, kubeflow, current, console)
         while (before := _progress(job)) and ended.state != "CANCELED" and (left := _left(job)):
             conclusion.say(console, f"{len(left)} trials are left: submitting it again")
-            current = submit()
+            current = again(kubeflow, experiment, submit, console)
             ended = follow(job, kubeflow, current, console)
             if _progress(job) <= before:
                 break
@@ -137,6 +136,21 @@ def start(job: Job, kubeflow: Kubeflow, experiment: str, version: tuple[str, str
     conclusion.say(console, f"run:    {kubeflow.link(made)}")
     conclusion.say(console, f"mlflow: {_mlflow(job.sweep.name)}")
     return made
+
+
+def again(kubeflow: Kubeflow, experiment: str, submit: Callable[[], str], console: Console) -> str:
+    """Start another run, with patience for a KFP that does not answer; its id. If a run was made and its answer
+    lost, that one is taken."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            if going := kubeflow.going(experiment):
+                conclusion.say(console, f"run:    {kubeflow.link(going)}")
+            return going or submit()
+        except UnreachableError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(LOOK)
 
 
 def _mlflow(sweep: str) -> str:
@@ -218,7 +232,8 @@ def conclude(
     spent = forecast.spent(job.trials.values(), job.store, profile, began)
     known = "no forecast" if plan.unknown else f"forecast {plan.hours:.2f}"
     conclusion.say(console, f"{forecast.unit(profile)}: {spent:.2f} spent, {known}")
-    if lacking := _untracked(job, profile, failures):
+    finished = [trial.key() for name, trial in job.trials.items() if name not in failures]
+    if lacking := conclusion.untracked(job.sweep, finished, job.store, profile.cluster):
         conclusion.say(
             console,
             f"MLflow lacks {lacking} of the finished trials: the log of the run's task 'report' says why; once that "
@@ -227,14 +242,3 @@ def conclude(
     report = f"{job.store.place}/reports/{job.sweep.name}/report.html"
     conclusion.say(console, f"\nrun {ended.state.lower()}; report: {report}")
     return 0 if ended.state == SUCCEEDED and not failures else 1
-
-
-def _untracked(job: Job, profile: Profile, failures: Mapping[str, str]) -> int:
-    """How many finished trials MLflow lacks, as the pods noted, who may call it by another address than we do."""
-    assert profile.cluster
-    given = chain(*profile.cluster.config_maps.values(), *profile.cluster.secrets.values())
-    if not os.environ["MLFLOW_TRACKING_URI"] or "MLFLOW_TRACKING_URI" not in given:
-        return 0
-    keys = [trial.key() for name, trial in job.trials.items() if name not in failures]
-    job.store.look(keys, "tracked.json")
-    return sum(not tracking.known_somewhere(job.store.trial(key), job.sweep.name) for key in keys)

@@ -23,7 +23,7 @@ from pipeline.kubeflow import Run
 from pipeline.preflight import PROFILE
 from pipeline.profile import Cluster, Profile, find_profile
 from pipeline.watch import Job
-from tests.kubeflow_server import KubeflowServer
+from tests.kubeflow_server import KubeflowServer, RefusedError
 
 PLAIN = Profile(cpu=1, image="r.example.org/dvq:1", cluster=Cluster(pull_policy="Never"))
 Make = Callable[..., Job]
@@ -246,6 +246,36 @@ def test_it_is_submitted_again_while_it_gets_on(make: Make, server: KubeflowServ
     assert told.count("/#/runs/details/") == 4
     assert "mlflow: http://mlflow.example.org/#/experiments" in told
     assert len(server.versions) == 1
+
+
+@pytest.mark.usefixtures("_plain_end")
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_fault_of_kfps_while_it_is_submitted_again_ends_nothing(
+    status: int, make: Make, server: KubeflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor while it is followed; and a run that was made though the answer was an error is not made twice."""
+    job, follow = make(), cluster.follow
+
+    def started(made: Any, _: str) -> None:
+        made.state = "FAILED" if len(server.runs) == 1 else "RUNNING"
+        checkpoint(job, 20, len(server.runs) - 1)
+        server.faults = [(status, "busy"), (status, "busy")]  # of what is asked next
+        if len(server.runs) == 2:
+            raise RefusedError(status, "made, and the answer lost")
+
+    def followed(*given: Any) -> Any:
+        if len(server.runs) == 2:
+            assert not server.faults
+            list(server.runs.values())[1].state = "SUCCEEDED"
+            finish(job, 0)
+            finish(job, 1)
+        return follow(*given)
+
+    server.started = started
+    monkeypatch.setattr(cluster, "follow", followed)
+    code, told = run(job)
+    assert (code, len(server.runs)) == (0, 2)
+    assert [told.count(f"/#/runs/details/{made}") for made in server.runs] == [1, 1]
 
 
 @pytest.mark.usefixtures("_plain_end")
