@@ -124,6 +124,7 @@ def test_each_task_has_what_the_profile_says(name: str, monkeypatch: pytest.Monk
         assert told == {
             **ONE_THREAD,
             **device,
+            "PYTHONUNBUFFERED": "1",
             "DVQ_STORE": "s3://dvq/store",
             "DVQ_RECORD": "0",
             "DVQ_FUSE": "0",
