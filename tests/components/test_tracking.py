@@ -348,6 +348,27 @@ def test_a_trial_computed_anew_replaces_its_run(tmp_path: Path) -> None:
     assert history(run, "train/rate") == [(1, 0.1)]
 
 
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_trial_computed_anew_takes_its_earlier_model_away_but_no_registered_one(
+    registered: bool, tmp_path: Path
+) -> None:
+    import mlflow
+
+    folder, diary = folder_with(tmp_path, 1)
+    finish(folder, diary)
+    assert tracking.TrialRun(folder, "sweep").sync()
+    (old,) = runs()
+    (output,) = old.outputs.model_outputs
+    if registered:
+        mlflow.register_model(f"models:/{output.model_id}", "somebodys")
+    shutil.rmtree(folder)
+    folder, _ = folder_with(tmp_path, 1)
+    assert tracking.TrialRun(folder, "sweep").sync()
+    assert old.info.run_id not in [run.info.run_id for run in runs()]
+    left = tracking.client().search_logged_models([old.info.experiment_id])
+    assert [one.model_id for one in left] == [output.model_id] * registered
+
+
 def test_two_sweeps_each_have_the_trial_that_they_share(tmp_path: Path) -> None:
     folder, diary = folder_with(tmp_path, 1)
     finish(folder, diary)
