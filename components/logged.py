@@ -6,7 +6,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow.entities import Metric
+from mlflow.entities import LoggedModelStatus, Metric
+from mlflow.exceptions import MlflowException
 
 from dvq.fingerprints import Shape
 
@@ -58,6 +59,31 @@ def send(server: "MlflowClient", run: "Found", name: str, shape: Shape, model: P
             pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
         )
     return str(made.model_id)
+
+
+def whole(server: "MlflowClient", run: "Found") -> str | None:
+    """The id of the run's model, if it is there whole."""
+    ids = [one.model_id for one in run.outputs.model_outputs] if run.outputs else []
+    return next((one for one in ids if server.get_logged_model(one).status == LoggedModelStatus.READY), None)
+
+
+def discard(server: "MlflowClient", run: "Found") -> None:
+    """Delete the models of a run, unless a version of a registered model is made of one."""
+    if server.search_model_versions(f"run_id = '{run.info.run_id}'"):
+        return
+    for one in server.search_logged_models(
+        [run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}'"
+    ):
+        server.delete_logged_model(one.model_id)
+
+
+def versions(server: "MlflowClient", model: str, attempt: str) -> list[str]:
+    """The versions that were made of this attempt."""
+    try:
+        found = server.search_model_versions(f"name = '{model}'")
+    except MlflowException:  # no such model yet
+        return []
+    return [str(one.version) for one in found if one.tags.get("dvq.attempt") == attempt]
 
 
 def _version(package: str) -> str:

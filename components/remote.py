@@ -130,6 +130,9 @@ class RemoteStore(Store):
         found = self._manifests.get(key)
         return State(**(found.state if found and found.state else {"name": "new"}))
 
+    def silent(self, key: str) -> bool:
+        return self._manifests.get(key, Manifest()).active
+
     def has(self, key: str, part: str) -> bool:
         files = self._manifests.get(key, Manifest()).files
         return part in files or any(path.startswith(f"{part}/") for path in files)

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
 from components import logged
 from components.folder import read_json
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as Found
 
 BATCH = 500  # metrics in a request; MLflow takes 1,000
+NAME, NOTE = 250, 7_900
+"""Characters of a run's name and of its note, at most: PostgreSQL has a column of 250 and one of 8,000 for them."""
 
 
 class Run:
@@ -35,7 +36,7 @@ class Run:
             _send_inputs(server, run.info.run_id, document["trial"])
         self.server, self.folder, self.id = server, folder, run.info.run_id
         self._status, self._reason = run.info.status, run.data.tags.get("dvq.failure", "")
-        self._name, self._model = document["name"], _model(server, run)
+        self._name, self._model = _name(document), logged.whole(server, run)
         self._shape, self._about = fingerprints.shape(document["trial"]["data"]), _about(document)
         # The points of a name come in the order of their steps, and of training that goes on after an interruption
         # the same come again: what is new lies beyond the last. Only here has MLflow the steps of the last points.
@@ -154,11 +155,13 @@ def _find(server: "MlflowClient", experiment: str, tag: str, value: str) -> "lis
 def _find_or_create(
     server: "MlflowClient", experiment: str, document: dict[str, Any], folder: Path
 ) -> "Found":
-    """The run of this attempt at the trial; runs of attempts that its store no longer knows are deleted."""
+    """The run of this attempt at the trial; runs of attempts that its store no longer knows are deleted,
+    with their models."""
     for run in _find(server, experiment, "dvq.key", document["key"]):
         if run.data.tags.get("dvq.attempt") == document["attempt"]:
             return run
         if _store():
+            logged.discard(server, run)
             server.delete_run(run.info.run_id)
     from dvq.style import tint
 
@@ -171,7 +174,13 @@ def _find_or_create(
         "mlflow.runColor": tint(document["trial"]["estimator"], document["name"]),
     }
     first = next(Tail(folder).fresh(), {"time": time.time()})
-    return server.create_run(experiment, round(first["time"] * 1000), tags, run_name=document["name"])
+    return server.create_run(experiment, round(first["time"] * 1000), tags, run_name=_name(document))
+
+
+def _name(document: dict[str, Any]) -> str:
+    """The trial's name; of one that is too long its beginning, and the key, which no other trial has."""
+    name, key = document["name"], document["key"]
+    return name if len(name) <= NAME else f"{name[: NAME - len(key) - 1]}-{key}"
 
 
 def _about(document: dict[str, Any]) -> str:
@@ -187,23 +196,27 @@ def _send_inputs(server: "MlflowClient", run_id: str, trial: dict[str, Any]) -> 
     server.log_batch(run_id, params=[Param(key, str(value)) for key, value in trial.items()])
 
 
-def _model(server: "MlflowClient", run: "Found") -> str | None:
-    """The id of the run's model, if it is there whole."""
-    ids = [one.model_id for one in run.outputs.model_outputs] if run.outputs else []
-    return next((one for one in ids if server.get_logged_model(one).status == LoggedModelStatus.READY), None)
-
-
 def send_report(server: "MlflowClient", experiment: str, folder: Path, note: str, failed: bool) -> None:
     """The sweep's ``report`` run, anew: its figures, its page and its table; ``note`` is shown first, and its first
-    line beside the experiment's name."""
+    line beside the experiment's name. The earlier one is deleted once the new one is whole."""
     experiment = experiment_id(server, experiment)
+    note = _cut(note)
     server.set_experiment_tag(experiment, "mlflow.note.content", note.partition("\n")[0])
-    for old in _find(server, experiment, "dvq.report", "true"):
-        server.delete_run(old.info.run_id)
+    earlier = _find(server, experiment, "dvq.report", "true")
     tags = {"dvq.report": "true", "dvq.store": _store(), "mlflow.note.content": note}
     run = server.create_run(experiment, tags=tags, run_name="report")
     server.log_artifacts(run.info.run_id, str(folder))
     server.set_terminated(run.info.run_id, "FAILED" if failed else "FINISHED")
+    for old in earlier:
+        server.delete_run(old.info.run_id)
+
+
+def _cut(note: str) -> str:
+    """The note's lines, as many as there is room for."""
+    if len(note) <= NOTE:
+        return note
+    kept = note[:NOTE]
+    return (kept.rpartition("\n")[0] or kept) + "\n\n… all rows: table.json"
 
 
 def crown(server: "MlflowClient", model: str, experiment: str, best: dict[str, Any]) -> None:
@@ -224,16 +237,7 @@ def crown(server: "MlflowClient", model: str, experiment: str, best: dict[str, A
         "dvq.commit": best["provenance"]["commit"],
         f"dvq.{best['evaluation']['split']}_bits_per_dim": f"{best['evaluation']['bits_per_dim']:.6f}",
     }
-    found = _versions(server, model, lineage["dvq.attempt"])
+    found = logged.versions(server, model, lineage["dvq.attempt"])
     if not found:
-        found = [mlflow.register_model(f"models:/{_model(server, run)}", model, tags=lineage).version]
+        found = [mlflow.register_model(f"models:/{logged.whole(server, run)}", model, tags=lineage).version]
     server.set_registered_model_alias(model, "champion", found[0])
-
-
-def _versions(server: "MlflowClient", model: str, attempt: str) -> list[str]:
-    """The versions that were made of this attempt."""
-    try:
-        found = server.search_model_versions(f"name = '{model}'")
-    except MlflowException:  # no such model yet
-        return []
-    return [str(one.version) for one in found if one.tags.get("dvq.attempt") == attempt]

@@ -111,6 +111,10 @@ class Store:
     def state(self, key: str) -> State:
         return state(self.trial(key))
 
+    def silent(self, key: str) -> bool:  # noqa: ARG002
+        """Whether the trial's last worker ended without a word, or is at work; never told of one in a folder."""
+        return False
+
     def has(self, key: str, part: str) -> bool:
         """Whether the trial has this file or folder."""
         return (self.trial(key) / part).exists()

@@ -31,6 +31,7 @@ REFUSED = (
     "MLflow at {} refuses the name and password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
     "to those of a user there"
 )
+ANOTHERS = "the experiment, or the model of that name, is another user's: ask its owner for EDIT permission"
 
 
 def client(uri: str | None = None) -> "MlflowClient":
@@ -54,8 +55,12 @@ def redacted(text: str) -> str:
 
 
 def _say(what: str, error: Exception) -> None:
-    mended = "; make replay mends it" if os.environ.get("DVQ_STORE") else ""
-    print(f"tracking: {what} is not up to date in MLflow ({told(error)}){mended}", flush=True)
+    # the body of a 403 of MLflow's own: others have other causes, such as a host that it does not know
+    denied = getattr(error, "error_code", "") == "PERMISSION_DENIED" and "Permission denied" in str(error)
+    lasting = denied or isinstance(error, DvqError)
+    mended = "; make replay mends it" if os.environ.get("DVQ_STORE") and not lasting else ""
+    why = ANOTHERS if denied else told(error)
+    print(f"tracking: {what} is not up to date in MLflow ({why}){mended}", flush=True)
 
 
 def told(error: Exception) -> str:
@@ -101,6 +106,9 @@ def experiment_id(server: "MlflowClient", name: str) -> str:
             found = server.get_experiment_by_name(name)
             if found is None:
                 raise
+    if found.lifecycle_stage == "deleted":  # the name stays taken
+        restore = f"mlflow experiments restore -x {found.experiment_id}"
+        raise DvqError(f"MLflow's experiment '{name}' is deleted: restore it ({restore}) or rename the sweep")
     return str(found.experiment_id)
 
 
@@ -136,6 +144,12 @@ def known(folder: Path, experiment: str, content: str = "finished") -> bool:
     file = database()
     noted = read_json(folder / "tracked.json") or {}
     return (file is None or file.exists()) and noted.get(_place(experiment)) == content
+
+
+def known_somewhere(folder: Path, experiment: str) -> bool:
+    """Whether a tracker has the finished trial in the experiment, by whatever address its worker called it."""
+    noted = read_json(folder / "tracked.json") or {}
+    return any(place.endswith(f" {experiment}") and content == "finished" for place, content in noted.items())
 
 
 def remember(folder: Path, experiment: str, content: str = "finished") -> None:

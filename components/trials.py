@@ -29,8 +29,9 @@ INTERRUPTED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM)
 
 def unfinished(sweep: Sweep, limit: int = 0, experiment: str = "") -> list[Point]:
     """The sweep's points that the store does not have finished, or that ``experiment`` does not have whole; with a
-    ``limit`` so many at most, and last those that failed before, behind those that began and came to no checkpoint
-    (their pod may have been out of memory), lest they stand in the others' way each time.
+    ``limit`` so many at most, and last those that failed before, behind those that began and came to no checkpoint or
+    whose last worker died without a word (their pod may have been out of memory), lest they stand in the others' way
+    each time.
 
     Raises:
         DvqError: no trial, one that is wrong, or one that stands in the sweep twice; a limit below 0.
@@ -43,12 +44,14 @@ def unfinished(sweep: Sweep, limit: int = 0, experiment: str = "") -> list[Point
         store.look([key for _, key in todo], "tracked.json")
         todo = [(point, key) for point, key in todo if not _done(store, key, experiment)]
         if limit:
-            todo.sort(key=lambda one: _patience(store.state(one[1])))
+            todo.sort(key=lambda one: _patience(store.state(one[1]), store.silent(one[1])))
     return [point for point, _ in todo[: limit or None]]
 
 
-def _patience(state: State) -> int:
-    return 2 if state.name == "failed" else int(state.name == "interrupted" and not state.step)
+def _patience(state: State, silent: bool) -> int:
+    if state.name == "failed":
+        return 2
+    return int(silent or (state.name == "interrupted" and not state.step))
 
 
 def _done(store: Store, key: str, experiment: str) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,7 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
         ended = follow(job, kubeflow, current, console)
         while (before := _progress(job)) and ended.state != "CANCELED" and (left := _left(job)):
             conclusion.say(console, f"{len(left)} trials are left: submitting it again")
-            current = submit()
+            current = again(kubeflow, experiment, submit, console)
             ended = follow(job, kubeflow, current, console)
             if _progress(job) <= before:
                 break
@@ -135,6 +136,21 @@ def start(job: Job, kubeflow: Kubeflow, experiment: str, version: tuple[str, str
     conclusion.say(console, f"run:    {kubeflow.link(made)}")
     conclusion.say(console, f"mlflow: {_mlflow(job.sweep.name)}")
     return made
+
+
+def again(kubeflow: Kubeflow, experiment: str, submit: Callable[[], str], console: Console) -> str:
+    """Start another run, with patience for a KFP that does not answer; its id. If a run was made and its answer
+    lost, that one is taken."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            if going := kubeflow.going(experiment):
+                conclusion.say(console, f"run:    {kubeflow.link(going)}")
+            return going or submit()
+        except UnreachableError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(LOOK)
 
 
 def _mlflow(sweep: str) -> str:
@@ -216,6 +232,13 @@ def conclude(
     spent = forecast.spent(job.trials.values(), job.store, profile, began)
     known = "no forecast" if plan.unknown else f"forecast {plan.hours:.2f}"
     conclusion.say(console, f"{forecast.unit(profile)}: {spent:.2f} spent, {known}")
+    finished = [trial.key() for name, trial in job.trials.items() if name not in failures]
+    if lacking := conclusion.untracked(job.sweep, finished, job.store, profile.cluster):
+        conclusion.say(
+            console,
+            f"MLflow lacks {lacking} of the finished trials: the log of the run's task 'report' says why; once that "
+            "is mended, make replay sends a sweep's",
+        )
     report = f"{job.store.place}/reports/{job.sweep.name}/report.html"
     conclusion.say(console, f"\nrun {ended.state.lower()}; report: {report}")
     return 0 if ended.state == SUCCEEDED and not failures else 1

@@ -1,17 +1,20 @@
 """What a sweep came to: its table, what failed and why, and where to look further."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from components import tracking
 from components.store import DID_NOT_FINISH, DID_NOT_START, Store
 from dvq.config import Sweep
 from dvq.fingerprints import label
 from dvq.tables import COLUMNS, SETTINGS, best, certificate, filled, fitted_first, rows, settings, shown
 from dvq.trial import Trial
+from pipeline.profile import Cluster
 
 TRIAL = (
     *("name", "bits_per_dim", "fitted_bits_per_dim", "autoregressive_bits_per_dim"),
@@ -73,6 +76,17 @@ def _came(failures: Mapping[str, str]) -> str:
     failed = set(failures.values()) - {DID_NOT_START, DID_NOT_FINISH}
     rest = len(failed) < len(set(failures.values()))
     return ("failed or are not finished" if rest else "failed") if failed else "are not finished"
+
+
+def untracked(sweep: Sweep, finished: Iterable[str], store: Store, cluster: Cluster | None) -> int:
+    """How many of the ``finished`` trials MLflow lacks, as a cluster's pods noted, who may call it by another address
+    than this machine does; 0 where it is not named to them, or not to us."""
+    given = chain(*cluster.config_maps.values(), *cluster.secrets.values()) if cluster else ()
+    if not os.environ.get("MLFLOW_TRACKING_URI") or "MLFLOW_TRACKING_URI" not in given:
+        return 0
+    keys = list(finished)
+    store.look(keys, "tracked.json")
+    return sum(not tracking.known_somewhere(store.trial(key), sweep.name) for key in keys)
 
 
 def goodput(trials: list[dict[str, Any]]) -> str:

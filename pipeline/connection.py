@@ -31,7 +31,7 @@ REMEDIES = {
 
 
 class UnreachableError(DvqError):
-    """KFP does not answer; it may later."""
+    """KFP does not answer, or with a fault of its own or too much to do; it may later."""
 
 
 class Connection:
@@ -137,10 +137,8 @@ class Connection:
                 f"{self} does not let you work in namespace '{self.namespace}': does it exist, and are you its "
                 "owner or a contributor? (KFP_NAMESPACE)"
             )
-        told = f"{self} answers with an error ({error.status}: {reason})"
-        if error.status in (502, 503, 504):
-            return UnreachableError(told)
-        return DvqError(f"{told}{remedy(reason)}")
+        kind = UnreachableError if error.status == 429 or error.status >= 500 else DvqError
+        return kind(f"{self} answers with an error ({error.status}: {reason}){remedy(reason)}")
 
 
 def _message(error: Any) -> str:

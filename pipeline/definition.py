@@ -71,7 +71,8 @@ def sweep_pipeline(
 
     @dsl.pipeline(name=NAME, pipeline_config=dsl.PipelineConfig(ttl_seconds_after_finished=ttl))
     def dvq_sweep(sweep: str, base: str, data_name: str, source: str, experiment: str) -> None:
-        items = task(plan, sweep=sweep, experiment=experiment, **({"limit": limit} if limit else {}))
+        # Without the experiment: a finished trial that MLflow lacks is sent by report, not by three tasks of its own.
+        items = task(plan, sweep=sweep, **({"limit": limit} if limit else {}))
         data = task(prepare_data, name=data_name, source=source)
         all_trials = trials(items=items.output, data=data.output, base=base, experiment=experiment)
         task(report, sweep=sweep).after(all_trials).ignore_upstream_failure()

@@ -19,7 +19,8 @@ def settle(task: Any, name: str, profile: Profile, environment: Mapping[str, str
     _limits(task, profile, cluster, name in TRAINS)
     if name != "report":  # which fails where a trial is missing, each time
         task.set_retry(num_retries=cluster.retries, backoff_duration="30s", backoff_factor=2.0)
-    for variable, value in {**ONE_THREAD, **environment}.items():
+    # Unbuffered: what a pod says is in its log at once, and not lost with it.
+    for variable, value in {**ONE_THREAD, "PYTHONUNBUFFERED": "1", **environment}.items():
         task.set_env_variable(variable, value)
     for source, variables in cluster.config_maps.items():
         kubernetes.use_config_map_as_env(task, source, dict(zip(variables, variables, strict=True)))

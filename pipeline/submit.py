@@ -167,7 +167,8 @@ def conclude(job: Job, code: int, console: Console) -> int:
     if behind and os.environ.get("MLFLOW_TRACKING_URI"):
         conclusion.say(
             console,
-            f"MLflow lacks {len(behind)} of the finished trials: make replay sends a sweep's; the log says why",
+            f"MLflow lacks {len(behind)} of the finished trials: the log says why; once that is mended, make replay "
+            "sends a sweep's",
         )
     conclusion.where(job.sweep, job.store, console)
     conclusion.say(console, f"log:    {job.folder / 'kfp.log'}")

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from components import tracking
+from components import reports, tracking, trials
 from components.folder import begin, read_json, state, write_json
+from components.store import Store
 from dvq import events
-from dvq.config import trial
+from dvq.config import Sweep, trial
 from dvq.events import Events
 from dvq.model import Model
 from dvq.saved import save
@@ -202,6 +203,65 @@ def test_a_model_has_its_trials_name_as_far_as_mlflow_allows(tmp_path: Path) -> 
     assert tracking.client().get_logged_model(output.model_id).name == "gs-soft-c4-k8-s0-temperature-0_1"
 
 
+def test_a_runs_name_has_room_in_mlflows_database_and_is_no_others(tmp_path: Path) -> None:
+    """PostgreSQL has 250 characters for it, sqlite any number."""
+    for key in ("0" * 16 + "-4", "0" * 16 + "-8"):
+        folder, diary = folder_with(tmp_path / key, 1)
+        document = {**(read_json(folder / "trial.json") or {}), "key": key, "name": "gs-soft" * 40 + key}
+        write_json(folder / "trial.json", document)
+        finish(folder, diary)
+        assert tracking.TrialRun(folder, "sweep").sync()
+    names = {run.info.run_name for run in runs()}
+    assert {len(name) for name in names} == {250}
+    assert {name[-19:] for name in names} == {f"-{'0' * 16}-4", f"-{'0' * 16}-8"}
+
+
+def test_a_long_report_has_room_in_mlflows_database_and_is_known(tmp_path: Path) -> None:
+    """PostgreSQL has 8,000 characters for a tag, sqlite any number."""
+    page = tmp_path / "report"
+    page.mkdir()
+    rows = [f"| trial {number} " + "| 7.000 " * 6 + "|" for number in range(200)]
+    note = "\n".join(["What it is.", "", *rows])
+    for last in ("", "\none more"):
+        assert not tracking.known(page, "sweep", note + last)
+        tracking.report("sweep", page, note + last, failed=False)
+        assert tracking.known(page, "sweep", note + last)
+    (run,) = runs()
+    said = run.data.tags["mlflow.note.content"].splitlines()
+    assert 7800 < len("\n".join(said)) < 8000
+    assert (said[-2:], set(said[2:-2]) <= set(rows)) == (["", "… all rows: table.json"], True)
+    assert tracking.client().get_experiment(run.info.experiment_id).tags["mlflow.note.content"] == said[0]
+
+
+def test_a_report_that_does_not_arrive_costs_not_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    page = tmp_path / "report"
+    page.mkdir()
+    tracking.report("sweep", page, "first", failed=False)
+    for what in ("create_run", "log_artifacts"):
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, what, lambda *_, **__: 1 / 0)
+            tracking.report("sweep", page, "second", failed=False)
+        assert "first" in [run.data.tags["mlflow.note.content"] for run in runs()]
+    tracking.report("sweep", page, "second", failed=False)
+    assert [run.data.tags["mlflow.note.content"] for run in runs()] == ["second"]
+
+
+def test_a_finished_trial_that_mlflow_lacks_is_sent_by_the_report(tmp_path: Path) -> None:
+    """No task of its own is started for that."""
+    fields = TINY.model_dump(mode="json", exclude_defaults=True) | {"data": TINY.data}
+    sweep, store = Sweep(name="sweep", base=fields, include=[{"estimator": "gs-soft"}]), Store(tmp_path)
+    ((name, one),) = sweep.trials().items()
+    begin(store.trial(one.key()), one, "as another sweep calls it")
+    finish(store.trial(one.key()), Events(store.trial(one.key())))
+    assert trials.unfinished(sweep) == []
+    assert reports.track(sweep, store) == {name: True}
+    assert [(run.info.run_name, run.info.status) for run in runs()] == [(name, "FINISHED")]
+
+
 def test_a_trial_without_codebooks_is_a_finished_run_too(tmp_path: Path) -> None:
     folder, diary = folder_with(tmp_path, 1)
     finish(folder, diary)
@@ -288,6 +348,27 @@ def test_a_trial_computed_anew_replaces_its_run(tmp_path: Path) -> None:
     assert history(run, "train/rate") == [(1, 0.1)]
 
 
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_trial_computed_anew_takes_its_earlier_model_away_but_no_registered_one(
+    registered: bool, tmp_path: Path
+) -> None:
+    import mlflow
+
+    folder, diary = folder_with(tmp_path, 1)
+    finish(folder, diary)
+    assert tracking.TrialRun(folder, "sweep").sync()
+    (old,) = runs()
+    (output,) = old.outputs.model_outputs
+    if registered:
+        mlflow.register_model(f"models:/{output.model_id}", "somebodys")
+    shutil.rmtree(folder)
+    folder, _ = folder_with(tmp_path, 1)
+    assert tracking.TrialRun(folder, "sweep").sync()
+    assert old.info.run_id not in [run.info.run_id for run in runs()]
+    left = tracking.client().search_logged_models([old.info.experiment_id])
+    assert [one.model_id for one in left] == [output.model_id] * registered
+
+
 def test_two_sweeps_each_have_the_trial_that_they_share(tmp_path: Path) -> None:
     folder, diary = folder_with(tmp_path, 1)
     finish(folder, diary)
@@ -337,6 +418,43 @@ def test_a_tracking_fault_is_said_and_never_raised(
         "trial trial is not up to date in MLflow (no server); make replay mends it" in capsys.readouterr().out
     )
     assert state(folder).name == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("body", "told"), [("Permission denied", "EDIT permission)"), ("Invalid Host", "mends it")]
+)
+def test_what_another_user_owns_is_not_mended_by_sending_it_again(
+    body: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+
+    folder, _ = folder_with(tmp_path, 1)
+
+    def refuse() -> None:
+        raise MlflowException(
+            f"API request failed with error code 403 != 200. Response body: '{body}'", PERMISSION_DENIED
+        )
+
+    monkeypatch.setattr(tracking, "client", refuse)
+    tracking.TrialRun(folder, "sweep").sync()
+    assert capsys.readouterr().out.strip().endswith(told)
+
+
+def test_a_deleted_experiment_is_restored_or_the_sweep_renamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name stays taken, and no sync mends it."""
+    folder, _ = folder_with(tmp_path, 1)
+    server = tracking.client()
+    deleted = tracking.experiment_id(server, "sweep")
+    server.delete_experiment(deleted)
+    assert not tracking.TrialRun(folder, "sweep").sync()
+    said = capsys.readouterr().out
+    remedy = f"restore it (mlflow experiments restore -x {deleted}) or rename the sweep"
+    assert f"(MLflow's experiment 'sweep' is deleted: {remedy})\n" in said
+    server.restore_experiment(deleted)
+    assert tracking.TrialRun(folder, "sweep").sync()
 
 
 def test_what_a_fault_kept_back_is_sent_by_the_next_sync(

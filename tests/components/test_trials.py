@@ -118,6 +118,20 @@ def test_a_plan_with_a_limit_has_those_last_that_failed(store: Store) -> None:
     assert [one["seed"] for one in trials.unfinished(sweep, 9)] == [3, 1, 0, 2]
 
 
+def test_a_plan_with_a_limit_has_those_late_whose_worker_died_without_a_word(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whatever step, behind those that are new, and before those that failed."""
+    sweep = Sweep(name="s", base=BASE, grid={"estimator": ["vq-ema"]}, seeds=[0, 1, 2])
+    died, failed, _ = (one.key() for one in sweep.trials().values())
+    (store.trial(died) / "checkpoints" / "000000002").mkdir(parents=True)
+    (store.trial(died) / "checkpoints" / "000000002" / "checkpoint.json").write_text("{}")
+    events.Events(store.trial(failed)).failure("it diverged")
+    assert [one["seed"] for one in trials.unfinished(sweep, 9)] == [0, 2, 1]
+    monkeypatch.setattr(Store, "silent", lambda _, key: key == died)
+    assert [one["seed"] for one in trials.unfinished(sweep, 9)] == [2, 0, 1]
+
+
 def test_a_finished_trial_that_its_experiment_lacks_is_in_the_plan(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from docker.errors import NotFound
 from rich.console import Console
 
 from components import IMAGE
-from components.folder import begin
+from components.folder import begin, write_json
 from components.store import Store
 from dvq import DvqError, data, fingerprints
 from dvq.config import Sweep
@@ -23,7 +23,7 @@ from pipeline.kubeflow import Run
 from pipeline.preflight import PROFILE
 from pipeline.profile import Cluster, Profile, find_profile
 from pipeline.watch import Job
-from tests.kubeflow_server import KubeflowServer
+from tests.kubeflow_server import KubeflowServer, RefusedError
 
 PLAIN = Profile(cpu=1, image="r.example.org/dvq:1", cluster=Cluster(pull_policy="Never"))
 Make = Callable[..., Job]
@@ -249,6 +249,36 @@ def test_it_is_submitted_again_while_it_gets_on(make: Make, server: KubeflowServ
 
 
 @pytest.mark.usefixtures("_plain_end")
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_fault_of_kfps_while_it_is_submitted_again_ends_nothing(
+    status: int, make: Make, server: KubeflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor while it is followed; and a run that was made though the answer was an error is not made twice."""
+    job, follow = make(), cluster.follow
+
+    def started(made: Any, _: str) -> None:
+        made.state = "FAILED" if len(server.runs) == 1 else "RUNNING"
+        checkpoint(job, 20, len(server.runs) - 1)
+        server.faults = [(status, "busy"), (status, "busy")]  # of what is asked next
+        if len(server.runs) == 2:
+            raise RefusedError(status, "made, and the answer lost")
+
+    def followed(*given: Any) -> Any:
+        if len(server.runs) == 2:
+            assert not server.faults
+            list(server.runs.values())[1].state = "SUCCEEDED"
+            finish(job, 0)
+            finish(job, 1)
+        return follow(*given)
+
+    server.started = started
+    monkeypatch.setattr(cluster, "follow", followed)
+    code, told = run(job)
+    assert (code, len(server.runs)) == (0, 2)
+    assert [told.count(f"/#/runs/details/{made}") for made in server.runs] == [1, 1]
+
+
+@pytest.mark.usefixtures("_plain_end")
 def test_more_trials_than_a_run_may_have_are_several_runs(make: Make, server: KubeflowServer) -> None:
     """The first trial fails at once, which is news enough to go on with the second."""
     job = make(PLAIN.model_copy(update={"cluster": Cluster(pull_policy="Never", limit=1)}))
@@ -371,6 +401,33 @@ def test_a_sweep_succeeds_where_its_run_and_all_its_trials_do(
         ended = Run("run", state)
         assert cluster.conclude(job, plan, PLAIN, ended, began, Console(file=text, width=200)) == code
         assert f"CPU-hours: {spent} spent, no forecast" in text.getvalue()
+
+
+def test_finished_trials_that_mlflow_lacks_are_counted_by_what_the_pods_noted(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod's own sentence is in its log alone, and the address by which it calls MLflow is its own."""
+    job = make(seeds=3)
+    monkeypatch.setattr(conclusion, "show", lambda *_: {"vq-ema-c512-k8-s2": "why not"})
+    plan = forecast.plan(job.trials, job.store, PLAIN)
+
+    def told(profile: Profile = PLAIN) -> str:
+        text = io.StringIO()
+        cluster.conclude(job, plan, profile, Run("run", "SUCCEEDED"), 0.0, Console(file=text, width=200))
+        return text.getvalue()
+
+    assert "MLflow lacks 2 of the finished trials: the log of the run's task 'report' says why" in told()
+    for key, lacks in zip(job.keys(), ("MLflow lacks 1 of", ""), strict=False):
+        job.store.trial(key).mkdir(parents=True)
+        write_json(job.store.trial(key) / "tracked.json", {"http://mlflow.dvq:5000 another": "finished"})
+        assert "MLflow lacks" in told()
+        write_json(job.store.trial(key) / "tracked.json", {"http://mlflow.dvq:5000 s": "finished"})
+        assert lacks in told()
+    assert "MLflow" not in told()
+    write_json(job.store.trial(job.keys()[0]) / "tracked.json", {})
+    assert "MLflow" not in told(PLAIN.model_copy(update={"cluster": Cluster(config_maps={})}))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert "MLflow" not in told()
 
 
 class Answers:

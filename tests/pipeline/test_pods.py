@@ -99,6 +99,12 @@ def simple(task: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in made.items() if value}
 
 
+def test_the_plan_looks_at_the_store_alone() -> None:
+    """A finished trial that MLflow lacks would hold GPUs only to be sent, which report does."""
+    spec, _ = documents(EVERYTHING)
+    assert spec["root"]["dag"]["tasks"]["plan"]["inputs"]["parameters"].keys() == {"sweep", "limit"}
+
+
 @pytest.mark.parametrize("name", [*CLUSTERS, "everything"])
 def test_each_task_has_what_the_profile_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVQ_RECORD", "0")
@@ -118,6 +124,7 @@ def test_each_task_has_what_the_profile_says(name: str, monkeypatch: pytest.Monk
         assert told == {
             **ONE_THREAD,
             **device,
+            "PYTHONUNBUFFERED": "1",
             "DVQ_STORE": "s3://dvq/store",
             "DVQ_RECORD": "0",
             "DVQ_FUSE": "0",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from components import tracking
 from components.folder import begin
 from components.tracking import TrialRun
 from dvq import DvqError
@@ -66,3 +67,24 @@ def test_the_right_password_is_let_in_and_a_wrong_one_is_a_sentence(
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", RIGHT)
     assert tracker.check() == ""
     assert TrialRun(tmp_path / "trial", "sweep").sync()
+
+
+def test_an_experiment_of_another_users_is_a_sentence_that_names_the_remedy(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To send it again mends nothing."""
+    from mlflow.server.auth.client import AuthServiceClient
+
+    begin(tmp_path / "trial", trial({"estimator": "gs-soft", "data": "cifar10-sample"}), "t")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", RIGHT)
+    tracking.experiment_id(tracking.client(), "the admin's")
+    AuthServiceClient(address).create_user("guest", "another-long-password")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "guest")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another-long-password")
+    assert not TrialRun(tmp_path / "trial", "the admin's").sync()
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.endswith("is another user's: ask its owner for EDIT permission)")

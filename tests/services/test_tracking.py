@@ -268,6 +268,20 @@ def test_an_interrupted_trial_is_killed_and_runs_again_when_it_goes_on(tmp_path:
     assert end_state("interrupted")["status"] == "FINISHED"
 
 
+@pytest.mark.usefixtures("server")
+def test_long_names_and_reports_have_room_in_postgresql(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diary = train(tmp_path / "trial", "gs-soft" * 40)
+    finish(tmp_path / "trial", diary)
+    assert TrialRun(tmp_path / "trial", "long").sync()
+    (tmp_path / "report").mkdir()
+    note = "\n".join(f"| trial {number} | 7.000 |" for number in range(1000))
+    tracking.report("long", tmp_path / "report", note, failed=False)
+    assert "tracking:" not in capsys.readouterr().out
+    assert {run.info.run_name[:7] for run in runs("long")} == {"gs-soft", "report"}
+
+
 TRAIN = "import json, sys; from pathlib import Path; from components import trials\n"
 TRAIN += "trials.train('estimator=gs-soft', sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), 'sigterm')"
 

@@ -18,11 +18,12 @@ import torch
 
 from components import bucket as objects
 from components import judging, mirror, remote, reports, s3, trials
-from components.folder import State
+from components.folder import State, begin
 from components.remote import RemoteStore
 from components.store import Store
 from dvq import DvqError, checkpoint
 from dvq.config import Sweep, trial
+from dvq.events import Events
 from tests.services.conftest import SeaweedFS, wait_for
 from tests.services.proxy import Proxy, answer_up_to, cut, s3_error, slow
 
@@ -121,6 +122,25 @@ def plain(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(scope="module")
 def undisturbed(plain: Store) -> dict[str, Any]:
     return numbers(plain.results(KEY))
+
+
+def test_a_trial_whose_worker_died_without_a_word_is_behind_the_others(store: RemoteStore) -> None:
+    """As a pod that is out of memory does: at any step, while evaluating, and before its first push. In front it
+    would end each run before the others begin."""
+    sweep = Sweep(name="s", base=BASE, grid={"estimator": ["vq-ema"]}, seeds=[0, 1, 2, 3])
+    keys = [one.key() for one in sweep.trials().values()]
+    for seed in (0, 1, 2):
+        with store.working(keys[seed]) as work:
+            if seed:
+                begin(work.folder, list(sweep.trials().values())[seed], f"s{seed}")
+                checkpoint.write(work.folder, 2, {}, {"events": {}})
+                Events(work.folder).state("evaluating")
+    for seed in (0, 1):
+        store._mirror(keys[seed]).claim()  # and nothing after it
+    assert [one["seed"] for one in trials.unfinished(sweep, 9)] == [2, 3, 0, 1]
+    with store.working(keys[1]):
+        pass
+    assert [one["seed"] for one in trials.unfinished(sweep, 9)] == [1, 2, 3, 0]
 
 
 def publish(store: RemoteStore, folder: Path) -> None:
