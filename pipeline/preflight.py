@@ -16,7 +16,7 @@ import typer
 
 from components import datasets, tracking
 from components.store import Store
-from dvq import DvqError
+from dvq import DvqError, disk
 from dvq.config import Sweep, load_sweep
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -27,9 +27,8 @@ ProfileName = Annotated[str, typer.Option(help="a name in pipeline/profiles, or 
 PROFILE = {"docker": "docker", "kfp": "nvidia"}
 """The profile of each place that has one, unless another is named."""
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 REFUSED = (errno.EACCES, errno.ENAMETOOLONG)
-"""What the system says of a disk, and of a file that was named; all else that it says is a bug."""
+"""What the system says of a file that was named; all else, but of a full disk, is a bug."""
 
 
 @contextlib.contextmanager
@@ -42,11 +41,11 @@ def one_sentence() -> Iterator[None]:
     except DvqError as error:
         told = str(error)
     except OSError as error:
-        if error.errno not in NO_ROOM + REFUSED:
+        if error.errno not in disk.NO_ROOM + REFUSED:
             raise
         place = error.filename or "the disk"
         mended = "; make room, or set DVQ_STORE to a folder that can be written"
-        told = f"{place}: {error.strerror}" + mended * (error.errno in NO_ROOM)
+        told = f"{place}: {error.strerror}" + mended * (error.errno in disk.NO_ROOM)
     else:
         return
     print(f"error: {told}", file=sys.stderr)

@@ -29,6 +29,8 @@ from pipeline.watch import Job, remove, rows, watch
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ERROR = re.compile(r"([\w.]*(Error|Exception)|error): (?!\d+ of \d+ trials failed: )")
 """begins a line that says why; the report's own end only repeats the reasons"""
+KFPS = "finished with status FAILURE"
+"""is in kfp's own last error, which does not say why"""
 DOWNLOAD = re.compile(r"downloading: .*")
 
 
@@ -188,11 +190,13 @@ def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
     ]
     if deaths and {DID_NOT_START, DID_NOT_FINISH} & set(failures.values()):
         return deaths
+    errors = [line for line in lines if ERROR.match(line)]
+    sentences = [line.removeprefix("error: ") for line in errors if line.startswith("error: ")]
     if DID_NOT_START in failures.values():
-        errors = [line for line in lines if ERROR.match(line)]
-        sentences = [line.removeprefix("error: ") for line in errors if line.startswith("error: ")]
         return [*sentences, *errors, f"the pipeline ended with exit status {code}"][:1]
     if code != 0 and not failures:
+        if told := [line for line in sentences or errors if KFPS not in line]:
+            return [f"the pipeline failed after the trials: {told[-1]}"]
         return ["the pipeline failed after the trials; the end of its log:", *lines[-15:]]
     return []
 

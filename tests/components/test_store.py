@@ -158,6 +158,20 @@ def test_a_manifest_whose_paths_lead_elsewhere_is_refused(path: str) -> None:
             parse(Manifest(files=files).content(), "m")
 
 
+def test_a_report_that_has_no_room_is_one_sentence(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which names the folder, as a full disk does not."""
+    sweep = Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft"]})
+
+    def write(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(reports, "write", write)
+    with pytest.raises(
+        DvqError, match=rf"cannot be written to {store.report('s')}: No space left.*; make room"
+    ):
+        reports.report(sweep.model_dump_json())
+
+
 def test_reports_of_one_sweep_wait_for_each_other(tmp_path: Path) -> None:
     """Each removes the figures that are there before it draws its own."""
     sweep, store = (

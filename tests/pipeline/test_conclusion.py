@@ -171,3 +171,19 @@ def test_why_nothing_started_is_not_the_reports_repetition(tmp_path: Path) -> No
         "dvq.DvqError: 1 of 2 trials failed: a: it did not start\n"
     )
     assert _because(1, {"a": DID_NOT_START}, log) == ["yaml.parser.ParserError: expected ',' or ']'"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("    error: the report cannot be written", ": the report cannot be written"),
+        ("    AttributeError: no fileno\n    OSError: [Errno 5] it", ": OSError: [Errno 5] it"),
+        ("nothing", "; the end of its log:"),
+    ],
+)
+def test_why_a_report_failed_is_not_kfps_own_end(text: str, says: str, tmp_path: Path) -> None:
+    log = tmp_path / "kfp.log"
+    log.write_text(
+        f"{text}\nFile kfp.py\nRuntimeError: Pipeline 'x' finished with status FAILURE. Inner task\n"
+    )
+    assert _because(1, {}, log)[0] == f"the pipeline failed after the trials{says}"
