@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ REFUSED = (errno.EACCES, errno.ENAMETOOLONG)
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
     """Turn a DvqError, and a disk that is full or cannot be written, into a sentence and exit status 2."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see pipeline/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):  # which may have no ±; standard error has another way
         sys.stdout.reconfigure(errors="replace")
     try:

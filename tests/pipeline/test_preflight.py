@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -394,6 +395,35 @@ def test_a_terminal_without_a_character_has_another_for_it(monkeypatch: pytest.M
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     preflight.application(lambda: print("6.9 ± 0.1", flush=True))([], standalone_mode=False)
     assert sys.stdout.buffer.getvalue() == b"6.9 ? 0.1\n"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("command", "handler", "code", "said"),
+    [
+        (["-m", "pipeline.submit"], signal.SIG_DFL, -signal.SIGINT, ""),
+        (["-m", "pipeline.submit"], signal.SIG_IGN, 0, "it goes on"),
+        (["-m", "pipeline.local"], signal.SIG_DFL, 0, "KeyboardInterrupt"),
+        (["-c", "import pipeline.preflight"], signal.SIG_DFL, 0, "KeyboardInterrupt"),
+    ],
+)
+def test_ctrl_c_while_a_command_is_imported_is_no_traceback(
+    command: list[str], handler: signal.Handlers, code: int, said: str, tmp_path: Path
+) -> None:
+    """Unless it is ignored, as in the background; nor is it another for what is no command."""
+    pressed = "import os, signal\ntry:\n    signal.raise_signal(signal.SIGINT)\n    print('it goes on', flush=True)\n"
+    pressed += "except KeyboardInterrupt:\n    print('KeyboardInterrupt', flush=True)\nos._exit(0)\n"
+    for module in ("typer", "docker"):  # which both are imported early
+        (tmp_path / f"{module}.py").write_text(pressed)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (code, said, "")
 
 
 def test_a_stack_without_what_it_needs_is_one_sentence(
