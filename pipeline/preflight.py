@@ -18,7 +18,7 @@ import typer
 from components import datasets, tracking
 from components.store import Store
 from dvq import DvqError, disk
-from dvq.config import Sweep, load_sweep
+from dvq.config import LONGEST, Sweep, load_sweep
 
 SWEEPS = Path(__file__).parent / "sweeps"
 SIGNED = re.compile(r"[?&][^=&]*(signature|sig|token|secret)=", re.IGNORECASE)
@@ -97,7 +97,9 @@ def again(path: Path) -> Sweep:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))["trial"]
         seed = fields.pop("seed")
-        return Sweep(name=re.sub("[^a-z0-9]+", "-", path.stem), base=fields, include=[{}], seeds=[seed])
+        return Sweep(
+            name=re.sub("[^a-z0-9]+", "-", path.stem)[:LONGEST], base=fields, include=[{}], seeds=[seed]
+        )
     except OSError as error:
         raise DvqError(f"results file {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
