@@ -144,10 +144,10 @@ def check_begun(sweep: Sweep, store: Store, name: str) -> None:
         )
 
 
-def whole_number(name: str, text: str) -> int:
-    """The number ≥ 1 in ``text``."""
-    if not text.isdecimal() or int(text) < 1:
-        raise DvqError(f"{name} = '{text}': give a whole number of at least 1")
+def whole_number(name: str, text: str, most: int) -> int:
+    """The number from 1 to ``most`` in ``text``."""
+    if not text.isdecimal() or len(text) > len(str(most)) or not 1 <= int(text) <= most:
+        raise DvqError(f"{name} = '{text}': give a whole number from 1 to {most}")
     return int(text)
 
 

@@ -11,6 +11,8 @@ from dvq import DvqError
 PROFILES = Path(__file__).parent / "profiles"
 TRAINS = ("train", "evaluate")
 """The components that use a GPU and take the profile's own limits; the others are light."""
+JOBS = 1000
+"""trials at a time, at most"""
 Size = Annotated[str, Field(pattern=r"^[1-9]\d*(Ki|Mi|Gi)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 """of a Kubernetes object"""
@@ -98,7 +100,7 @@ class Profile(_Strict):
     """of /dev/shm"""
     gpu: int = Field(0, ge=0)
     """of a pod; a container sees all of the machine's, over which trials spread, unless this is 0"""
-    parallelism: int = Field(2, ge=1)
+    parallelism: int = Field(2, ge=1, le=JOBS)
     """trials at a time, unless JOBS says it"""
     image: str = ""
     """another image than the one that `make image` builds of this checkout"""

@@ -22,7 +22,7 @@ from components.store import DID_NOT_FINISH, DID_NOT_START
 from dvq import DvqError, fingerprints
 from dvq.trial import Trial
 from pipeline import conclusion, containers, forecast, image, local, preflight, tracker
-from pipeline.profile import Profile, find_profile
+from pipeline.profile import JOBS, Profile, find_profile
 from pipeline.progress import FAILED, FINISHED, Row
 from pipeline.watch import Job, remove, rows, watch
 
@@ -79,7 +79,7 @@ def submit(
 
 def look_at(name: str, jobs: str, source: str, profile: Profile | None) -> Job:
     """The sweep, with what the store has of it; DvqError for what is wrong."""
-    number = preflight.whole_number("JOBS", jobs or str(profile.parallelism if profile else 2))
+    number = preflight.whole_number("JOBS", jobs or str(profile.parallelism if profile else 2), JOBS)
     sweep = preflight.find_sweep(name)
     trials = sweep.trials()
     store = preflight.set_environment()

@@ -88,6 +88,8 @@ def test_a_sweep_that_is_not_there(refusal: Refusal) -> None:
     [
         (("--jobs", "0"), "JOBS"),
         (("--jobs", "two"), "JOBS"),
+        (("--jobs", "9" * 20), "give a whole number from 1 to 1000"),
+        (("--jobs", "9" * 5000), "give a whole number from 1 to 1000"),
         (("--on", "mars"), "ON = 'mars'"),
         (("--profile", "gke"), "PROFILE = 'gke'"),
         (("--data", "gone.tar.gz"), "gone.tar.gz"),
@@ -147,8 +149,19 @@ def test_a_home_is_found_where_the_shell_did_not(tmp_path: Path, monkeypatch: py
     assert os.environ["DVQ_CACHE"] == str(tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"evaluation": {"bits', "Unterminated string"),
+        ("{}", "it is empty"),
+        ("[]", "it holds no object"),
+        (None, "it is a folder"),
+    ],
+)
 @pytest.mark.parametrize("command", [submit, report, explain])
-def test_results_that_are_cut_off_are_one_sentence(
+def test_results_that_are_damaged_are_one_sentence(
+    content: str | None,
+    says: str,
     command: Any,
     write_sweep: Callable[..., Path],
     tmp_path: Path,
@@ -162,17 +175,21 @@ def test_results_that_are_cut_off_are_one_sentence(
     folder = Store(tmp_path / "store").trial(trial[1].key())
     folder.mkdir(parents=True)
     (folder / "trial.json").write_text("{}")
-    (folder / "results.json").write_text('{"evaluation": {"bits')
+    if content is None:
+        (folder / "results.json").mkdir()
+    else:
+        (folder / "results.json").write_text(content)
 
     def show(job: Any, console: Any, _: bool) -> None:
         conclusion.show(job.sweep, job.trials, job.store, console)
 
     monkeypatch.setattr(submit, "prepare", lambda job: job)
     monkeypatch.setattr(submit, "run", show)
-    with pytest.raises(SystemExit) as stopped:
-        command.app(["tiny.yaml", *(["--trial", trial[0]] if command is explain else [])])
-    assert stopped.value.code == 2
-    assert "results.json" in capsys.readouterr().err
+    for arguments in ([], ["--trial", trial[0]])[: 1 + (command is explain)]:
+        with pytest.raises(SystemExit) as stopped:
+            command.app(["tiny.yaml", *arguments])
+        assert stopped.value.code == 2
+        assert f"{folder}/results.json: damaged ({says}" in capsys.readouterr().err
 
 
 def test_data_for_a_sweep_of_the_sample_is_said_not_to_be_used(
@@ -316,7 +333,7 @@ def test_explain_tells_every_state(
     folders = [Store(tmp_path / "store").trial(trial.key()) for trial in load_sweep(path).trials().values()]
     for folder in folders[:4]:
         (folder / "events").mkdir(parents=True)
-    (folders[0] / "results.json").write_text("{}")
+    (folders[0] / "results.json").write_text('{"evaluation": {}}')
     state = json.dumps({"kind": "state", "time": 1.0, "state": "training", "pid": 1}) + "\n"
     failure = json.dumps({"kind": "failure", "time": 2.0, "reason": "it rained"}) + "\n"
     (folders[1] / "events" / "000000.jsonl").write_text(state + failure)
