@@ -64,6 +64,8 @@ class Store:
 
     def check(self) -> None:
         """DvqError if the store cannot be reached."""
+        if self.root.is_file():
+            raise DvqError(f"DVQ_STORE: {self.root} is a file; name a folder")
 
     def check_writing(self) -> None:
         """DvqError if one worker alone could not own a trial here."""
