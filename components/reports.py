@@ -50,11 +50,14 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
     return path
 
 
-def write(sweep: Sweep, store: Store) -> tuple[Path, dict[str, str]]:
+def write(sweep: Sweep, store: Store, anew: bool = False) -> tuple[Path, dict[str, str]]:
     """Write the sweep's report to the store and to MLflow; its path, and why trials are not finished, by name. Of
-    several processes on a machine that do, as launches that waited for the same trial, one waits for the other."""
+    several processes on a machine that do, as launches that waited for the same trial, one waits for the other.
+    ``anew``: send it to MLflow, whatever is noted."""
     lock = store.report(sweep.name).with_name(f".{sweep.name}.lock")
     with disk.locked(lock, lambda: print("waiting for another launch that writes this report", flush=True)):
+        if anew:
+            tracking.forget(store.report(sweep.name), sweep.name)
         return _write(sweep, store)
 
 
