@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvq import DvqError
+from dvq.config import Loader
 
 PROFILES = Path(__file__).parent / "profiles"
 TRAINS = ("train", "evaluate")
@@ -116,7 +117,7 @@ def find_profile(name: str) -> Profile:
     """The profile of that name in pipeline/profiles, or in the YAML file at that path."""
     path = Path(name) if name.endswith((".yaml", ".yml")) or "/" in name else PROFILES / f"{name}.yaml"
     try:
-        return Profile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        return Profile.model_validate(yaml.load(path.read_text(encoding="utf-8"), Loader) or {})
     except OSError as error:
         known = ", ".join(sorted(one.stem for one in PROFILES.glob("*.yaml")))
         raise DvqError(f"PROFILE = '{name}': {error.strerror}; known: {known}; or give a file") from None

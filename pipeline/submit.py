@@ -171,6 +171,8 @@ def conclude(job: Job, code: int, console: Console) -> int:
             console,
             f"MLflow lacks {len(behind)} of the finished trials: make replay sends a sweep's; the log says why",
         )
+    elif finished and not _crowned(job):
+        conclusion.say(console, "MLflow lacks the champion: make replay names it; the log says why")
     conclusion.where(job.sweep, job.store, console)
     conclusion.say(console, f"log:    {job.folder / 'kfp.log'}")
     return 1 if failures or code != 0 else 0
@@ -179,6 +181,14 @@ def conclude(job: Job, code: int, console: Console) -> int:
 def _tracked(job: Job, trial: Trial) -> bool:
     """Whether MLflow has the trial, as far as this machine knows: a container may call the tracker otherwise."""
     return bool(job.profile) or tracking.known(job.store.trial(trial.key()), job.sweep.name)
+
+
+def _crowned(job: Job) -> bool:
+    """Whether MLflow has the sweep's champion, if it is to have one: the report says so in the log alone."""
+    if not (job.sweep.champion and os.environ.get("MLFLOW_TRACKING_URI")):
+        return True
+    text = (job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace")
+    return f"champion: models:/{job.sweep.champion}@champion is " in text
 
 
 def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:

@@ -18,7 +18,7 @@ import pytest
 from components.store import Store
 from dvq import DvqError
 from dvq.config import load_sweep
-from pipeline import conclusion, explain, local, preflight, replay, report, stack, submit, ui
+from pipeline import conclusion, containers, explain, local, preflight, replay, report, stack, submit, ui
 from pipeline.stack import Stack
 
 GRID = {"estimator": ["gs-soft"]}
@@ -108,14 +108,27 @@ def test_a_wrong_argument(
 
 
 @pytest.mark.parametrize(
-    "place", ["tiny.yaml/store", "gs://bucket/store", "s3://Not_A_Bucket/store", "s3:/bucket/store"]
+    ("place", "said"),
+    [
+        ("tiny.yaml", "tiny.yaml is a file; name a folder"),
+        ("tiny.yaml/store", ""),
+        ("gs://bucket/store", ""),
+        ("s3://Not_A_Bucket/store", ""),
+        ("s3:/bucket/store", ""),
+    ],
 )
 def test_a_store_that_cannot_be_written(
-    refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, place: str
+    refusal: Refusal,
+    write_sweep: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    said: str,
 ) -> None:
     write_sweep(grid=GRID)
     monkeypatch.setenv("DVQ_STORE", place)
-    assert "DVQ_STORE" in refusal("tiny.yaml")
+    told = refusal("tiny.yaml")
+    assert "DVQ_STORE" in told
+    assert said in told
 
 
 @pytest.mark.parametrize(
@@ -441,6 +454,17 @@ def test_ctrl_c_while_a_command_is_imported_is_no_traceback(
         preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
     )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (code, said, "")
+
+
+def test_what_of_a_stack_or_a_daemon_is_damaged_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stack.json").write_text("[]")
+    with pytest.raises(DvqError, match=r"stack.json is damaged, and with it the passwords: remove"):
+        Stack(tmp_path)
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:99999")
+    with pytest.raises(DvqError, match=r"no Docker daemon answers at tcp://127\.0\.0\.1:99999; install one"):
+        containers.connect()
 
 
 def test_a_stack_without_what_it_needs_is_one_sentence(
