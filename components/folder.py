@@ -111,12 +111,21 @@ def _forget_end(folder: Path) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object at ``path``, None if there is no such file; DvqError if it is damaged."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
     except FileNotFoundError:
         return None
+    except IsADirectoryError:
+        raise damaged(path, "it is a folder") from None
     except ValueError as error:
-        raise DvqError(f"{path}: damaged ({error}); delete this trial's folder to compute it anew") from None
+        raise damaged(path, str(error)) from None
     return content
+
+
+def damaged(path: Path, why: str) -> DvqError:
+    """What to do about a file of a trial's folder."""
+    return DvqError(f"{path}: damaged ({why}); delete this trial's folder to compute it anew")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

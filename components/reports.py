@@ -26,27 +26,38 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
     """Write the sweep's report, and copy its page to ``page``; its path.
 
     Raises:
-        DvqError: no store, or, after everything is written, trials that failed, each with its reason.
+        DvqError: no store, or a full one, or, after everything is written, trials that failed, each with its reason.
     """
     store = Store.from_environment()
     if store is None:
         raise DvqError("report: DVQ_STORE is not set; a report is made from the results in a store")
     sweep = read_sweep(sweep_json)
-    path, failures = write(sweep, store)
-    if page is not None:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, page)
+    try:
+        path, failures = write(sweep, store)
+        if page is not None:
+            page.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, page)
+    except OSError as error:
+        if error.errno not in disk.NO_ROOM:
+            raise
+        place = error.filename or store.report(sweep.name)
+        raise DvqError(
+            f"the report cannot be written to {place}: {error.strerror}; make room, and give the same command again"
+        ) from None
     if failures:
         named = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise DvqError(f"{len(failures)} of {len(sweep.trials())} trials failed: {named}")
     return path
 
 
-def write(sweep: Sweep, store: Store) -> tuple[Path, dict[str, str]]:
+def write(sweep: Sweep, store: Store, anew: bool = False) -> tuple[Path, dict[str, str]]:
     """Write the sweep's report to the store and to MLflow; its path, and why trials are not finished, by name. Of
-    several processes on a machine that do, as launches that waited for the same trial, one waits for the other."""
+    several processes on a machine that do, as launches that waited for the same trial, one waits for the other.
+    ``anew``: send it to MLflow, whatever is noted."""
     lock = store.report(sweep.name).with_name(f".{sweep.name}.lock")
     with disk.locked(lock, lambda: print("waiting for another launch that writes this report", flush=True)):
+        if anew:
+            tracking.forget(store.report(sweep.name), sweep.name)
         return _write(sweep, store)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.folder import State, clear, read_json, state
+from components.folder import State, clear, damaged, read_json, state
 from dvq import DvqError, checkpoint, disk, fingerprints
 from dvq.trial import Trial
 
@@ -64,6 +64,8 @@ class Store:
 
     def check(self) -> None:
         """DvqError if the store cannot be reached."""
+        if self.root.is_file():
+            raise DvqError(f"DVQ_STORE: {self.root} is a file; name a folder")
 
     def check_writing(self) -> None:
         """DvqError if one worker alone could not own a trial here."""
@@ -159,8 +161,12 @@ class Store:
         return max(found, default=None)
 
     def results(self, key: str) -> dict[str, Any] | None:
-        """The finished trial's results.json."""
-        return read_json(self.trial(key) / "results.json") if self.has(key, "results.json") else None
+        """The finished trial's results.json; DvqError if it is damaged."""
+        path = self.trial(key) / "results.json"
+        found = read_json(path) if self.has(key, "results.json") else None
+        if found == {}:
+            raise damaged(path, "it is empty")
+        return found
 
     def outcomes(self, trials: Mapping[str, Trial]) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """The finished trials' results, and of the others the reasons, by name."""

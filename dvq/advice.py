@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from pydantic import ValidationError
@@ -32,9 +33,12 @@ KINDS = {
     "tuple_type": "give a list of numbers; in a grid a list of such lists",
     "string_type": "give a text",
     "too_short": "give at least one",
-    "string_pattern_mismatch": "give letters, digits, '_', '.' and '-'",
+    "string_pattern_mismatch": "give letters or digits, and '_', '.' and '-' between them",
 }
 """what to do about an error of pydantic's"""
+SINGLE = ("int_type", "float_type", "string_type", "bool_type", "literal_error")
+"""its errors about a field of one value"""
+SEVERAL = "give one value; a list of values goes under 'grid'"
 TRIALS = "give a list of trials, - {estimator: gs-soft, temperature: 0.1}"
 
 
@@ -53,17 +57,20 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 def plain_name(stem: str, otherwise: str) -> str:
     """A file's name in small letters, digits and hyphens, as like ``stem`` as can be."""
-    words = re.sub(r"([a-z0-9])([A-Z])", r"\1-\2", stem).lower()
+    letters = "".join(c for c in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(c))
+    words = re.sub(r"([a-z0-9])([A-Z])", r"\1-\2", letters).casefold()  # which makes ss of ß
     return re.sub("[^a-z0-9]+", "-", words).strip("-") or otherwise
 
 
-def sentence(error: ValidationError, where: str) -> DvqError:
-    """The first of pydantic's errors; ``where`` begins it."""
+def sentence(error: ValidationError, where: str, several: str = "") -> DvqError:
+    """The first of pydantic's errors; ``where`` begins it. ``several``: what to do about a list for one value."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
     told = KINDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     if first["loc"] == ("include",):
         told = TRIALS
+    if several and isinstance(first["input"], list) and first["type"] in SINGLE:
+        told = several
     message = told[0].lower() + told[1:]
     if first["type"].startswith("int_") and _exponent(first["input"]):
         message += f", {float(first['input']):.0f}; YAML takes 1e3 for a word"

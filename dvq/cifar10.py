@@ -101,6 +101,8 @@ def _locate(source: str) -> str | Path:
     """An address, the archive's path, or the folder that holds the batches themselves."""
     if not source or source.startswith(("http://", "https://")):
         return source or ADDRESS
+    if source.startswith("file:"):
+        raise DvqError(f"DATA={source}: give the path alone, without file://")
     path = Path(os.path.expanduser(source))
     with _reading(path):
         if not path.exists():
@@ -109,6 +111,8 @@ def _locate(source: str) -> str | Path:
             with path.open("rb") as file:
                 _require_gzip(file.read(2), str(path))
             return path
+        if not path.is_dir():
+            raise DvqError(f"DATA={source}: this is no file or folder, but a device or pipe; {GIVE}")
         for folder in (path, path / FOLDER):
             if any((folder / name).exists() for name in BATCH_MD5):
                 return folder

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -15,19 +15,29 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvq import DvqError
-from dvq.advice import meant, nearest, plain_name, sentence
+from dvq.advice import SEVERAL, meant, nearest, plain_name, sentence
 from dvq.estimators import ESTIMATORS
 from dvq.trial import Trial
 
 Point = dict[str, Any]
-NAME = re.compile(r"^[a-z0-9][a-z0-9-]*$")
+LONGEST = 100
+"""letters of a sweep's name: Kubeflow's experiments have 128 at most"""
+NAME = re.compile(rf"^[a-z0-9][a-z0-9-]{{0,{LONGEST - 1}}}$")
 """of a sweep, which is also its experiment's in MLflow and its report's folder"""
 LARGEST = 4 << 20
 """bytes of a sweep's file, with what it refers to written out"""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a mapping that has a key twice, of which YAML takes the last, is an error."""
+class Loader(yaml.SafeLoader):
+    """YAML in which a mapping that has a key twice, of which YAML takes the last, is an error, and 0100 and 1:30,
+    which it takes for 64 and 90, are words."""
+
+    def number(self, node: yaml.ScalarNode) -> Any:
+        word = str(self.construct_scalar(node))
+        if ":" in word or re.match("[-+]?0[0-9_]", word):
+            return word
+        make = self.construct_yaml_int if node.tag.endswith("int") else self.construct_yaml_float
+        return make(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -39,6 +49,10 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(word)
         return super().construct_mapping(node, deep)
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.number)
+Loader.add_constructor("tag:yaml.org,2002:float", Loader.number)
 
 
 def estimators() -> dict[str, type[Trial]]:
@@ -80,8 +94,23 @@ def _elsewhere(key: str, cls: type[Trial]) -> str:
     if not owners or field in cls.model_fields:
         return nearest(key, list(cls.model_fields))
     which = "which" if field == key else f"{field}, which"
-    where = f"move it to 'include', to {{estimator: {owners[0]}, {field}: …}}"
-    return f", {which} is a field of {', '.join(owners)}; {where}"
+    where = f"name it with its estimator in 'include', {{estimator: {owners[0]}, {field}: …}}"
+    return f", {which} is a field of {', '.join(owners)}; leave it out, or {where}"
+
+
+def _unknown(key: str, value: Any) -> str:
+    """What to do about a key that stands beside 'base' and 'grid' and is none of a sweep's."""
+    field = meant(key)
+    if field != "seed" and any(field in one.model_fields for one in estimators().values()):
+        return f"; put '{field}' under '{'grid' if isinstance(value, list) else 'base'}'"
+    return nearest(key, [name for name in Sweep.model_fields if name != "name"])
+
+
+def _beside(where: str, fields: Iterable[object]) -> None:
+    """DvqError for a sweep's own key among the fields of trials."""
+    for key in fields:
+        if key in Sweep.model_fields and key != "name":
+            raise DvqError(f"{where}: '{key}' stands beside 'base' and 'grid', not in them")
 
 
 def _not_in_the_list(name: str) -> str:
@@ -100,6 +129,8 @@ def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
     name = values.get("estimator")
     if name is None:
         raise DvqError(f"{where}: no estimator is named; known: {', '.join(sorted(known))}")
+    if isinstance(name, list):
+        raise DvqError(f"{where}: estimator = {name}: {SEVERAL}")
     if not isinstance(name, str) or name not in known:
         hint = _not_in_the_list(str(name)) or nearest(str(name), list(known))
         raise DvqError(f"{where}: unknown estimator '{name}'{hint}")
@@ -113,7 +144,7 @@ def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
-        raise sentence(error, where) from None
+        raise sentence(error, where, SEVERAL) from None
 
 
 def overrides(point: Mapping[str, Any]) -> str:
@@ -160,8 +191,9 @@ class Sweep(BaseModel):
     grid: dict[str, list[Any]] = {}
     include: list[Point] = []
     seeds: Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1)] = [0]
-    champion: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
-    """the registered model in MLflow whose alias ``champion`` the sweep's best trial gets; empty for none"""
+    champion: Annotated[str, Field(pattern=r"^(\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*)?$")] = ""
+    """the registered model in MLflow whose alias ``champion`` the sweep's best trial gets; empty for none. MLflow
+    has none of dots alone"""
 
     def points(self) -> list[Point]:
         """What each trial sets over ``base``, in the file's order."""
@@ -176,7 +208,9 @@ class Sweep(BaseModel):
 
     def trials(self) -> dict[str, Trial]:
         """Every trial by its short name; DvqError if there is none, two are the same, or a seed stands apart."""
-        if any("seed" in part for part in (self.base, self.grid, *self.include)):
+        parts = (self.base, self.grid, *self.include)
+        _beside(f"sweep '{self.name}'", itertools.chain(*parts))
+        if any("seed" in part for part in parts):
             raise DvqError(
                 f"sweep '{self.name}': name the seeds in 'seeds', a list beside 'grid', and nowhere else"
             )
@@ -226,10 +260,10 @@ def load_sweep(path: Path) -> Sweep:
     """The sweep in a YAML file, its name the file's; DvqError for what is wrong with it."""
     content = _content(path)
     if not NAME.match(path.stem):
-        better = plain_name(path.stem, "my-sweep")
+        better = plain_name(path.stem, "my-sweep")[:LONGEST] + path.suffix.lower()
         raise DvqError(
-            f"sweep file {path}: a sweep has its file's name; call it {better}{path.suffix}: small "
-            "letters, digits and hyphens"
+            f"sweep file {path}: a sweep has its file's name; call it {better}: small letters, digits and "
+            f"hyphens, {LONGEST} at most"
         )
     if not isinstance(content, dict):
         raise DvqError(f"sweep file {path}: expected 'base:' and 'grid:', each with lines of 'field: value'")
@@ -239,10 +273,10 @@ def load_sweep(path: Path) -> Sweep:
         if key == "name":
             raise DvqError(f"sweep file {path}: a sweep has its file's name; leave 'name' out")
         if key not in Sweep.model_fields:
-            known = [field for field in Sweep.model_fields if field != "name"]
-            raise DvqError(f"sweep file {path}: unknown key '{key}'{nearest(str(key), known)}")
+            raise DvqError(f"sweep file {path}: unknown key '{key}'{_unknown(str(key), content[key])}")
     grid = content.get("grid")
     for key, values in grid.items() if isinstance(grid, dict) else ():
+        _beside(f"sweep file {path}", [key])
         if not isinstance(values, list) or not values:
             instead = f", [{values}]" if isinstance(values, str | int | float) else ""
             raise DvqError(f"sweep file {path}: grid: '{key}' needs a list of at least one value{instead}")
@@ -255,7 +289,7 @@ def load_sweep(path: Path) -> Sweep:
 def _content(path: Path) -> Any:
     """What a YAML file holds, if it can travel as JSON."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
         written = json.JSONEncoder(default=str, ensure_ascii=False).iterencode(content)
         if any(size > LARGEST for size in itertools.accumulate(len(part.encode()) for part in written)):
             raise ValueError(f"it holds more than {LARGEST >> 20} MB")  # as what stands for itself may
@@ -269,6 +303,6 @@ def _content(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise DvqError(
-            f"sweep file {path}{line}: not valid YAML: {getattr(error, 'problem', error)}"
+            f"sweep file {path}{line}: not valid YAML: {str(getattr(error, 'problem', error)).splitlines()[0]}"
         ) from None
     return content

@@ -1,5 +1,6 @@
 """Files that a reader, or the machine after a power cut, finds whole or not at all; and locks."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -14,6 +15,9 @@ from typing import Self
 import numpy as np
 
 from dvq import DvqError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What the system says of a disk that is full, or not to be written."""
 
 
 def sync(path: Path) -> None:

@@ -226,14 +226,14 @@ def figure_2(results: Sequence[Result], analyses: Analyses) -> Figure:
     rows = _analyzed(results, analyses)
     columns = min(MOST_COLUMNS, max((len(found[0].norms) for _, found in rows), default=1))
     size = min(2.25, 11 / columns)  # inches a panel
-    width, height = max(10, 1 + size * columns), 0.6 + (size + 0.2) * len(rows)
+    drawn, height = 1 + size * columns, 0.6 + (size + 0.2) * len(rows)
     title = counted("The codes on their first three principal components", len(rows), _discrete(results))
     most = max((len(found[0].norms) for _, found in rows), default=1)
     title += f"; the first {columns} of {most} codebooks" if most > columns else ""
-    figure = new_figure(title, results, width, height)
+    figure = new_figure(title, results, max(10, drawn), height)
     panels = figure.subplots(max(1, len(rows)), columns, squeeze=False, subplot_kw={"projection": "3d"})
     for row, (group, found) in zip(panels, rows, strict=False):
-        _codebooks(figure, row, found[0])
+        _codebooks(figure, row, found[0], drawn)
         row[0].set_title(group.label, loc="left", pad=18)
     return figure
 
@@ -243,13 +243,15 @@ def codebooks_3d(analysis: Analysis, title: str) -> Figure:
     """Figure 2 of one trial: up to 16 latent variables."""
     columns = min(4, len(analysis.norms))
     rows = min(4, -(-len(analysis.norms) // columns))
-    figure = new_figure(title, [], max(8, 1 + 2 * columns), 0.4 + 2.15 * rows)
+    drawn = 1 + 2 * columns
+    figure = new_figure(title, [], max(8, drawn), 0.4 + 2.15 * rows)
     panels = figure.subplots(rows, columns, squeeze=False, subplot_kw={"projection": "3d"})
-    _codebooks(figure, panels.ravel(), analysis)
+    _codebooks(figure, panels.ravel(), analysis, drawn)
     return figure
 
 
-def _codebooks(figure: Figure, panels: Any, analysis: Analysis) -> None:
+def _codebooks(figure: Figure, panels: Any, analysis: Analysis, drawn: float) -> None:
+    """The codebooks, a panel each, in the figure's left ``drawn`` inches: its title may be wider."""
     norm = Normalize(analysis.norms.min(), analysis.norms.max())
     dots: dict[str, Any] = {"s": 6, "depthshade": False, "clip_on": False}  # codes may be at the edge
     for k, axes in enumerate(panels):
@@ -271,4 +273,5 @@ def _codebooks(figure: Figure, panels: Any, analysis: Analysis) -> None:
     bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels[: len(analysis.norms)], shrink=0.7).ax
     bar.set_title("norm", size=8)
     # else the bars' numbers may be cut off
-    figure.set_layout_engine("constrained", rect=(0.01, 0, 0.95, 0.985))
+    rect = (0.01, 0, 0.95 * drawn / figure.get_figwidth(), 0.985)
+    figure.set_layout_engine("constrained", rect=rect)

@@ -85,6 +85,8 @@ def _sizes(shape: tuple[int, ...]) -> str:
 def _arrays(source: str) -> dict[str, npt.NDArray[Any]]:
     if not source:
         raise DvqError(f"DATA: name the file of your images, DATA=file.npz; in it {WANTED}")
+    if source.startswith("file:"):
+        raise DvqError(f"DATA={source}: give the path alone, without file://")
     if "://" in source:
         raise DvqError(f"DATA={source}: images of your own come from a file; fetch it, and give that")
     try:
@@ -117,6 +119,12 @@ def _half(half: str, found: dict[str, npt.NDArray[Any]], source: str) -> dict[st
         raise DvqError(
             f"DATA={source}: {half}_images is {images.dtype} {images.shape}; give uint8 (N, height, width, 3), "
             f"or 1 in gray, values from 0 to 255, at least {LEAST[half]} of them{gray}"
+        )
+    channels = fingerprints.CHANNELS
+    if images.shape[1] in channels and images.shape[3] not in channels:
+        raise DvqError(
+            f"DATA={source}: {half}_images is {images.dtype} {images.shape}, channels first; give channels last, "
+            f"{half}_images.transpose(0, 2, 3, 1)"
         )
     try:
         fingerprints.check_shape(images.shape[1:])

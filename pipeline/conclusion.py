@@ -93,7 +93,8 @@ def goodput(trials: list[dict[str, Any]]) -> str:
     """What interruptions cost, over the finished trials; empty if there were none."""
     steps, seconds = (sum(one[key] for one in trials) for key in ("steps_lost", "seconds_lost"))
     again = sum(max(0, one["attempts"] - 1) for one in trials)
-    told = f"goodput {again} interruptions, after which {steps} steps, {seconds:.0f} s of training, were made again"
+    told = f"goodput {again} interruption{'s' * (again > 1)}, after which {steps} step{'s' * (steps != 1)}, "
+    told += f"{seconds:.0f} s of training, {'was' if steps == 1 else 'were'} made again"
     return told if again else ""
 
 

@@ -37,7 +37,7 @@ def connect() -> docker.DockerClient:
     """The daemon's client; DvqError if none answers."""
     try:
         return docker.from_env()
-    except DockerException as error:
+    except (DockerException, ValueError) as error:  # the latter of a port that is none
         place = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
         if "PermissionError" in str(error):
             raise DvqError(

@@ -24,11 +24,12 @@ def explain(
     found = preflight.find_sweep(sweep)
     store = preflight.set_environment()
     trials = found.trials()
-    store.look([one.key() for one in trials.values()], *(["results.json"] if trial else []))
+    store.look([one.key() for one in trials.values()], "results.json")
     if trial:
         print(ledger(trial, trials, store, sweep))
         return
     width, todo = max(map(len, trials)), 0
+    store.outcomes(trials)  # DvqError for results that are damaged
     for name, one in trials.items():
         state, trained = store.state(one.key()), store.has(one.key(), "model")
         reached = store.reached(one)

@@ -201,6 +201,10 @@ def _hours(found: Plan, profile: Profile, at_once: int) -> str:
         f"{found.hours:.2f} {unit(profile)}, {wall:.2f} hours or more on the clock, by images/s measured on "
     )
     told += ", ".join(found.devices) or "what the profile says"
-    guessed = f"; {found.guessed} trials taken as the slowest of their estimator" if found.guessed else ""
+    guessed = (
+        f"; {found.guessed} trial{'s' * (found.guessed > 1)} taken as the slowest of their estimator"
+        if found.guessed
+        else ""
+    )
     unknown = f"; and {len(found.unknown)} of which nothing is known" if found.unknown else ""
     return told + guessed + unknown

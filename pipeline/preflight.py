@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,8 +17,8 @@ import typer
 
 from components import datasets, tracking
 from components.store import Store
-from dvq import DvqError
-from dvq.config import Sweep, load_sweep
+from dvq import DvqError, disk
+from dvq.config import LONGEST, Sweep, load_sweep
 
 SWEEPS = Path(__file__).parent / "sweeps"
 SIGNED = re.compile(r"[?&][^=&]*(signature|sig|token|secret)=", re.IGNORECASE)
@@ -27,14 +28,15 @@ ProfileName = Annotated[str, typer.Option(help="a name in pipeline/profiles, or 
 PROFILE = {"docker": "docker", "kfp": "nvidia"}
 """The profile of each place that has one, unless another is named."""
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 REFUSED = (errno.EACCES, errno.ENAMETOOLONG)
-"""What the system says of a disk, and of a file that was named; all else that it says is a bug."""
+"""What the system says of a file that was named; all else, but of a full disk, is a bug."""
 
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
     """Turn a DvqError, and a disk that is full or cannot be written, into a sentence and exit status 2."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see pipeline/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):  # which may have no ±; standard error has another way
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -42,11 +44,11 @@ def one_sentence() -> Iterator[None]:
     except DvqError as error:
         told = str(error)
     except OSError as error:
-        if error.errno not in NO_ROOM + REFUSED:
+        if error.errno not in disk.NO_ROOM + REFUSED:
             raise
         place = error.filename or "the disk"
         mended = "; make room, or set DVQ_STORE to a folder that can be written"
-        told = f"{place}: {error.strerror}" + mended * (error.errno in NO_ROOM)
+        told = f"{place}: {error.strerror}" + mended * (error.errno in disk.NO_ROOM)
     else:
         return
     print(f"error: {told}", file=sys.stderr)
@@ -95,7 +97,9 @@ def again(path: Path) -> Sweep:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))["trial"]
         seed = fields.pop("seed")
-        return Sweep(name=re.sub("[^a-z0-9]+", "-", path.stem), base=fields, include=[{}], seeds=[seed])
+        return Sweep(
+            name=re.sub("[^a-z0-9]+", "-", path.stem)[:LONGEST], base=fields, include=[{}], seeds=[seed]
+        )
     except OSError as error:
         raise DvqError(f"results file {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -140,10 +144,10 @@ def check_begun(sweep: Sweep, store: Store, name: str) -> None:
         )
 
 
-def whole_number(name: str, text: str) -> int:
-    """The number ≥ 1 in ``text``."""
-    if not text.isdecimal() or int(text) < 1:
-        raise DvqError(f"{name} = '{text}': give a whole number of at least 1")
+def whole_number(name: str, text: str, most: int) -> int:
+    """The number from 1 to ``most`` in ``text``."""
+    if not text.isdecimal() or len(text) > len(str(most)) or not 1 <= int(text) <= most:
+        raise DvqError(f"{name} = '{text}': give a whole number from 1 to {most}")
     return int(text)
 
 

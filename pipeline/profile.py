@@ -7,10 +7,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvq import DvqError
+from dvq.config import Loader
 
 PROFILES = Path(__file__).parent / "profiles"
 TRAINS = ("train", "evaluate")
 """The components that use a GPU and take the profile's own limits; the others are light."""
+JOBS = 1000
+"""trials at a time, at most"""
 Size = Annotated[str, Field(pattern=r"^[1-9]\d*(Ki|Mi|Gi)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 """of a Kubernetes object"""
@@ -98,7 +101,7 @@ class Profile(_Strict):
     """of /dev/shm"""
     gpu: int = Field(0, ge=0)
     """of a pod; a container sees all of the machine's, over which trials spread, unless this is 0"""
-    parallelism: int = Field(2, ge=1)
+    parallelism: int = Field(2, ge=1, le=JOBS)
     """trials at a time, unless JOBS says it"""
     image: str = ""
     """another image than the one that `make image` builds of this checkout"""
@@ -114,7 +117,7 @@ def find_profile(name: str) -> Profile:
     """The profile of that name in pipeline/profiles, or in the YAML file at that path."""
     path = Path(name) if name.endswith((".yaml", ".yml")) or "/" in name else PROFILES / f"{name}.yaml"
     try:
-        return Profile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        return Profile.model_validate(yaml.load(path.read_text(encoding="utf-8"), Loader) or {})
     except OSError as error:
         known = ", ".join(sorted(one.stem for one in PROFILES.glob("*.yaml")))
         raise DvqError(f"PROFILE = '{name}': {error.strerror}; known: {known}; or give a file") from None

@@ -14,8 +14,7 @@ def replay(sweep: preflight.SweepName = "smoke") -> None:
     tracker.require()
     tracking.ensure()
     sent = reports.track(found, store, anew=True)
-    tracking.forget(store.report(found.name), found.name)
-    reports.write(found, store)
+    reports.write(found, store, anew=True)
     uri = tracking.redacted(os.environ["MLFLOW_TRACKING_URI"])
     unfinished = len(found.trials()) - len(sent)
     rest = f"; {unfinished} unfinished, which are sent when they go on" if unfinished else ""

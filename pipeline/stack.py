@@ -40,7 +40,7 @@ class Stack:
             self.secret, self.ports, self.pids = found["secret"], found["ports"], found["pids"]
         except FileNotFoundError:
             pass
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             raise DvqError(f"{self._file} is damaged, and with it the passwords: remove {folder}") from None
 
     @property

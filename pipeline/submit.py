@@ -22,13 +22,15 @@ from components.store import DID_NOT_FINISH, DID_NOT_START
 from dvq import DvqError, fingerprints
 from dvq.trial import Trial
 from pipeline import conclusion, containers, forecast, image, local, preflight, tracker
-from pipeline.profile import Profile, find_profile
+from pipeline.profile import JOBS, Profile, find_profile
 from pipeline.progress import FAILED, FINISHED, Row
 from pipeline.watch import Job, remove, rows, watch
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ERROR = re.compile(r"([\w.]*(Error|Exception)|error): (?!\d+ of \d+ trials failed: )")
 """begins a line that says why; the report's own end only repeats the reasons"""
+KFPS = "finished with status FAILURE"
+"""is in kfp's own last error, which does not say why"""
 DOWNLOAD = re.compile(r"downloading: .*")
 
 
@@ -77,7 +79,7 @@ def submit(
 
 def look_at(name: str, jobs: str, source: str, profile: Profile | None) -> Job:
     """The sweep, with what the store has of it; DvqError for what is wrong."""
-    number = preflight.whole_number("JOBS", jobs or str(profile.parallelism if profile else 2))
+    number = preflight.whole_number("JOBS", jobs or str(profile.parallelism if profile else 2), JOBS)
     sweep = preflight.find_sweep(name)
     trials = sweep.trials()
     store = preflight.set_environment()
@@ -170,6 +172,8 @@ def conclude(job: Job, code: int, console: Console) -> int:
             f"MLflow lacks {len(behind)} of the finished trials: the log says why; once that is mended, make replay "
             "sends a sweep's",
         )
+    elif finished and not _crowned(job):
+        conclusion.say(console, "MLflow lacks the champion: make replay names it; the log says why")
     conclusion.where(job.sweep, job.store, console)
     conclusion.say(console, f"log:    {job.folder / 'kfp.log'}")
     return 1 if failures or code != 0 else 0
@@ -178,6 +182,14 @@ def conclude(job: Job, code: int, console: Console) -> int:
 def _tracked(job: Job, trial: Trial) -> bool:
     """Whether MLflow has the trial, as far as this machine knows: a container may call the tracker otherwise."""
     return bool(job.profile) or tracking.known(job.store.trial(trial.key()), job.sweep.name)
+
+
+def _crowned(job: Job) -> bool:
+    """Whether MLflow has the sweep's champion, if it is to have one: the report says so in the log alone."""
+    if not (job.sweep.champion and os.environ.get("MLFLOW_TRACKING_URI")):
+        return True
+    text = (job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace")
+    return f"champion: models:/{job.sweep.champion}@champion is " in text
 
 
 def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
@@ -189,11 +201,13 @@ def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
     ]
     if deaths and {DID_NOT_START, DID_NOT_FINISH} & set(failures.values()):
         return deaths
+    errors = [line for line in lines if ERROR.match(line)]
+    sentences = [line.removeprefix("error: ") for line in errors if line.startswith("error: ")]
     if DID_NOT_START in failures.values():
-        errors = [line for line in lines if ERROR.match(line)]
-        sentences = [line.removeprefix("error: ") for line in errors if line.startswith("error: ")]
         return [*sentences, *errors, f"the pipeline ended with exit status {code}"][:1]
     if code != 0 and not failures:
+        if told := [line for line in sentences or errors if KFPS not in line]:
+            return [f"the pipeline failed after the trials: {told[-1]}"]
         return ["the pipeline failed after the trials; the end of its log:", *lines[-15:]]
     return []
 

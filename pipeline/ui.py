@@ -51,13 +51,11 @@ def _start() -> str:
 
 
 def _check_port(port: str) -> None:
-    number = preflight.whole_number("PORT", port)
+    number = preflight.whole_number("PORT", port, 65535)
     try:
         socket.create_server((HOST, number)).close()
-    except (OSError, OverflowError) as error:
-        reason = (
-            os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "the last is 65535"
-        )
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
         raise DvqError(f"PORT = '{port}' cannot be listened on ({reason}): name another") from None
 
 

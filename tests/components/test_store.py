@@ -172,16 +172,34 @@ def test_a_manifest_whose_paths_lead_elsewhere_is_refused(path: str) -> None:
             parse(Manifest(files=files).content(), "m")
 
 
-def test_reports_of_one_sweep_wait_for_each_other(tmp_path: Path) -> None:
-    """Each removes the figures that are there before it draws its own."""
+def test_a_report_that_has_no_room_is_one_sentence(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which names the folder, as a full disk does not."""
+    sweep = Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft"]})
+
+    def write(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(reports, "write", write)
+    with pytest.raises(
+        DvqError, match=rf"cannot be written to {store.report('s')}: No space left.*; make room"
+    ):
+        reports.report(sweep.model_dump_json())
+
+
+def test_reports_of_one_sweep_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each removes the figures that are there before it draws its own, and a replay what is noted of it."""
+    forgotten: list[Any] = []
+    monkeypatch.setattr(reports.tracking, "forget", lambda *told: forgotten.append(told))
     sweep, store = (
         Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft"]}),
         Store(tmp_path),
     )
     with ThreadPoolExecutor(1) as pool:
         with disk.locked(tmp_path / "reports" / ".s.lock"):
-            other = pool.submit(reports.write, sweep, store)
+            other = pool.submit(reports.write, sweep, store, anew=True)
             with pytest.raises(TimeoutError):
                 other.result(timeout=1)
             assert not store.report("s").exists()
+            assert not forgotten
         assert other.result()[0].exists()
+    assert forgotten == [(store.report("s"), "s")]

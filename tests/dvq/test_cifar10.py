@@ -139,6 +139,13 @@ def test_another_thing_than_cifar10_is_refused(source, part, tmp_path):
     refused(tmp_path / source, tmp_path, part, source, "set DATA to")
 
 
+def test_a_device_a_pipe_and_an_address_of_a_file_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for source in ("/dev/zero", tmp_path / "pipe"):
+        refused(source, tmp_path, "this is no file or folder, but a device or pipe; set DATA to")
+    refused(f"file://{tmp_path}", tmp_path, "give the path alone, without file://")
+
+
 @pytest.mark.parametrize(
     ("path", "part"),
     [("/missing", "answers 404 Not Found"), ("/page", "this is not cifar-10-python.tar.gz")],

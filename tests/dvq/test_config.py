@@ -28,7 +28,7 @@ ALIASES = "".join(
         ({**GS, "num_code": 3}, "gs-soft has no 'num_code'; did you mean 'num_codes'?"),
         (
             {**GS, "commitment": 1.0},
-            "gs-soft has no 'commitment', which is a field of vq-ema, vq-loss; move it",
+            "gs-soft has no 'commitment', which is a field of vq-ema, vq-loss; leave it out, or name it with",
         ),
         (
             {"estimator": "gaussian", "num_codes": 8},
@@ -61,6 +61,15 @@ ALIASES = "".join(
             {**GS, "normalization": "none", "normalization_until": 5},
             "normalization: none has no statistics to fix; leave normalization_until out",
         ),
+        (
+            {"estimator": ["fsq", "vimco"]},
+            "= ['fsq', 'vimco']: give one value; a list of values goes under 'grid'",
+        ),
+        ({**GS, "num_codes": [32, 64]}, "num_codes = [32, 64]: give one value; a list of values goes under"),
+        ({**GS, "learning_rate": [1, 2]}, "learning_rate = [1, 2]: give one value; a list of values goes"),
+        ({**GS, "prior": ["uniform"]}, "prior = ['uniform']: give one value; a list of values goes under"),
+        ({**GS, "decay_after": [1]}, "decay_after = [1]: give one value; a list of values goes under"),
+        ({"estimator": "fsq", "levels": []}, "levels = []: give at least one"),
         ({**GS, "normalization_until": 0}, "normalization_until = 0: input should be greater than"),
         (
             {**GS, "data": "dots@4x4x1-0123456789abcdef", "batch_size": 1},
@@ -88,6 +97,11 @@ def test_a_wrong_trial_is_one_sentence(values: dict[str, Any], says: str) -> Non
             },
             "stands in it twice, once as 'num_codes=8 seed=0'; remove one",
         ),
+        ({"base": {"grid": {"estimator": ["gs-soft"]}}}, "'grid' stands beside 'base' and 'grid', not in"),
+        ({"base": {**GS, "seeds": [0, 1]}}, "'seeds' stands beside 'base' and 'grid', not in them"),
+        ({"base": GS, "grid": {"seeds": [0, 1]}}, "'seeds' stands beside 'base' and 'grid', not in them"),
+        ({"include": [{**GS, "description": "x"}]}, "'description' stands beside 'base' and 'grid', not in"),
+        ({"base": {**GS, "name": "x"}}, "gs-soft has no 'name'"),
         ({"grid": {"estimator": ["gs-soft"], "seed": [1]}}, "name the seeds in 'seeds'"),
         ({"base": {"seed": 1}, "grid": {"estimator": ["gs-soft"]}}, "name the seeds in 'seeds'"),
         ({"grid": {"estimator": ["gs-soft"], "ema_decay": [0.9]}}, "gs-soft has no 'ema_decay'"),
@@ -105,6 +119,18 @@ def test_a_sweep_of_a_base_alone_is_one_trial(tmp_path: Path) -> None:
     assert list(load_sweep(tmp_path / "one.yaml").trials()) == ["gs-soft-c512-k8-s0"]
 
 
+def test_a_number_is_as_it_is_written(tmp_path: Path) -> None:
+    """Not octal, as YAML has it."""
+    text = "base: {estimator: gs-soft, steps: 0100, learning_rate: 00.5, features: 0x10, batch_size: 0}\n"
+    text += "seeds: [-1, 0]"
+    (tmp_path / "one.yaml").write_text(text)
+    sweep = load_sweep(tmp_path / "one.yaml")
+    assert (sweep.base["features"], sweep.base["batch_size"]) == (16, 0)
+    one = trial({**sweep.base, "batch_size": 1})
+    assert (one.steps, one.learning_rate) == (100, 0.5)
+    assert sweep.seeds == [-1, 0]
+
+
 def test_a_sweep_may_merge_and_set_anew(tmp_path: Path) -> None:
     text = "base: &b {estimator: gs-soft, steps: 5}\ninclude:\n- {<<: *b, steps: 7}\n"
     (tmp_path / "one.yaml").write_text(text)
@@ -120,6 +146,27 @@ def test_a_sweep_may_merge_and_set_anew(tmp_path: Path) -> None:
         ("broken.yaml", b"base:\n  data: x\n steps: 3\n", "line 3: not valid YAML"),
         ("near.yaml", b"grids: {}", "did you mean 'grid'?"),
         ("named.yaml", b"name: x", "leave 'name' out"),
+        ("top.yaml", b"data: cifar10", "unknown key 'data'; put 'data' under 'base'"),
+        ("top.yaml", b"estimator: [fsq, vimco]", "unknown key 'estimator'; put 'estimator' under 'grid'"),
+        ("top.yaml", b"lr: 0.1", "unknown key 'lr'; put 'learning_rate' under 'base'"),
+        ("top.yaml", b"seed: 1", "unknown key 'seed'; did you mean 'seeds'?"),
+        (
+            "told.yaml",
+            b"grid: {description: x}",
+            "'description' stands beside 'base' and 'grid', not in them",
+        ),
+        ("dots.yaml", b"champion: ..", "champion = '..': give letters or digits"),
+        (
+            "a" * 101 + ".yaml",
+            b"",
+            "call it " + 100 * "a" + ".yaml: small letters, digits and hyphens, 100 at",
+        ),
+        ("\u00fcn\u00ef-Gr\u00f6\u00dfe.yaml", b"", "call it uni-grosse.yaml"),
+        ("UP.YAML", b"", "call it up.yaml"),
+        ("null.yaml", b"\0\0", "not valid YAML: unacceptable character #x0000: special characters are not"),
+        ("sixty.yaml", b"seeds: [1:30]", "seeds.0 = '1:30': give a whole number"),
+        ("sixty.yaml", b"seeds: [1:30.5]", "seeds.0 = '1:30.5': give a whole number"),
+        ("octal.yaml", b"seeds: [010]", "seeds.0 = '010': give a whole number"),
         (
             "twice.yaml",
             b"grid:\n  seed: [1]\n  seed: [2]",
@@ -150,6 +197,7 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path, name: str, content: bytes 
         load_sweep(tmp_path / name)
     assert says in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_sweep_is_its_grid_and_what_it_includes_for_every_seed() -> None:

@@ -448,6 +448,14 @@ def test_figure_2_has_a_row_a_trial_and_a_column_a_latent():
     )
 
 
+def test_few_codebooks_stand_at_the_left_under_the_title():
+    (one,) = sweep(estimators=("gs-soft",), sizes=(16,), latents=(1,), seeds=(0,))
+    found = analyze(np.random.default_rng(0).normal(size=(1, 16, 5)))
+    for figure in (figures.figure_2([one], {one["name"]: found}), figures.codebooks_3d(found, "a trial")):
+        figure.draw_without_rendering()
+        assert max(axes.get_position().x1 for axes in figure.axes) < 0.5
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 1), (5, 8, 3), (20, 4, 2)])
 @pytest.mark.filterwarnings("error")
 def test_figures_of_one_trial(shape, tmp_path):

@@ -172,6 +172,10 @@ def test_a_sweep_with_another_name_says_how_to_get_one(wrong):
             "images of 30×32: the network halves height and width twice; make them multiples of 4, 128 at most",
         ),
         (
+            {"train_images": images(20).transpose(0, 3, 1, 2), "test_images": images(2)},
+            r"\(20, 3, 32, 32\), channels first; .* last, train_images\.transpose\(0, 2, 3, 1\)",
+        ),
+        (
             {"train_images": images(20)[..., :2], "test_images": images(2)[..., :2]},
             r"make them 1 \(gray\) or 3",
         ),
@@ -210,6 +214,8 @@ def test_no_file_of_images_is_one_sentence(birds, tmp_path):
         own.name(str(tmp_path / "nowhere.npz"))
     with pytest.raises(DvqError, match="images of your own come from a file; fetch it"):
         own.name("s3://bucket/birds.npz")
+    with pytest.raises(DvqError, match="give the path alone, without file://"):
+        own.name(f"file://{birds}")
     with pytest.raises(DvqError, match=r"name the file of your images, DATA=file.npz"):
         own.name("")
     with pytest.raises(DvqError, match=r"call it my-birds.npz"):

@@ -122,6 +122,8 @@ def test_what_interruptions_cost_is_told_where_there_were_some() -> None:
     undisturbed = {"attempts": 1, "steps_lost": 0, "seconds_lost": 0.0}
     cost = [undisturbed, {"attempts": 3, "steps_lost": 5, "seconds_lost": 2.0}]
     assert conclusion.goodput(cost).startswith("goodput 2 interruptions, after which 5 steps, 2 s of")
+    once = conclusion.goodput([{"attempts": 2, "steps_lost": 1, "seconds_lost": 0.0}])
+    assert once == "goodput 1 interruption, after which 1 step, 0 s of training, was made again"
     assert conclusion.goodput([undisturbed]) == ""
 
 
@@ -149,6 +151,23 @@ def test_the_champion_is_named_where_there_is_a_registry(
         assert ("best, for models:/mine@champion: gs-soft-c512-k8-s0" in out.getvalue()) == bool(uri)
 
 
+def test_a_champion_that_mlflow_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own faults are in the log alone."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    sweep = SWEEP.model_copy(update={"champion": "mine"})
+    job = Job(sweep, SWEEP.trials(), Store(tmp_path), {}, 1, tmp_path, None)
+    for one in job.trials.values():
+        job.store.trial(one.key()).mkdir(parents=True)
+        tracking.remember(job.store.trial(one.key()), "s")
+    monkeypatch.setattr(conclusion, "show", lambda *_: {})
+    for log in ("tracking: the champion of s is not", "    champion: models:/mine@champion is gs-soft"):
+        (tmp_path / "kfp.log").write_text(log)
+        console = Console(file=io.StringIO(), width=200)
+        conclude(job, 0, console)
+        assert isinstance(console.file, io.StringIO)
+        assert ("MLflow lacks the champion: make replay" in console.file.getvalue()) == ("is not" in log)
+
+
 def test_fresh_trials_go_on_from_no_shorter_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trials, store = SWEEP.trials(), Store(tmp_path)
     name, *_ = trials
@@ -171,3 +190,19 @@ def test_why_nothing_started_is_not_the_reports_repetition(tmp_path: Path) -> No
         "dvq.DvqError: 1 of 2 trials failed: a: it did not start\n"
     )
     assert _because(1, {"a": DID_NOT_START}, log) == ["yaml.parser.ParserError: expected ',' or ']'"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("    error: the report cannot be written", ": the report cannot be written"),
+        ("    AttributeError: no fileno\n    OSError: [Errno 5] it", ": OSError: [Errno 5] it"),
+        ("nothing", "; the end of its log:"),
+    ],
+)
+def test_why_a_report_failed_is_not_kfps_own_end(text: str, says: str, tmp_path: Path) -> None:
+    log = tmp_path / "kfp.log"
+    log.write_text(
+        f"{text}\nFile kfp.py\nRuntimeError: Pipeline 'x' finished with status FAILURE. Inner task\n"
+    )
+    assert _because(1, {}, log)[0] == f"the pipeline failed after the trials{says}"

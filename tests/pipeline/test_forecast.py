@@ -116,6 +116,7 @@ def test_others_are_guessed_by_the_slowest_of_their_estimator(store: Store) -> N
     finish(store, whole, "vq-ema-c8-k8-s0")
     found = forecast.plan(whole.trials(), store, GPU)
     assert found.guessed == 1
+    assert "; 1 trial taken as the slowest of" in "".join(forecast.lines(found, GPU, 2, "image", None))
     assert found.unknown == ("gs-soft-c8-k8-s0", "gs-soft-c512-k8-s0")
     with pytest.raises(DvqError, match=r"2 of the trials \(the first: gs-soft-c8-k8-s0\); run a short one"):
         forecast.check(found, 100, GPU)

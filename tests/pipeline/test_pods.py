@@ -237,6 +237,7 @@ def test_the_profiles_that_are_shipped() -> None:
         ),
         ("budget: 0", "budget: Input should be greater than 0"),
         ("a: [", "is no YAML"),
+        ("gpu: 1\ngpu: 2", "is no YAML: 'gpu' stands there twice"),
         ("gpu: 2024-13-45", "is no YAML: month must be in 1..12"),
         ("gpu: " + "1" * 5000, "is no YAML: Exceeds the limit"),
         ("{a: " * 3000, "is no YAML: maximum recursion depth exceeded"),

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from components.store import Store
 from dvq import DvqError
 from dvq.config import load_sweep
-from pipeline import conclusion, explain, local, preflight, replay, report, stack, submit, ui
+from pipeline import conclusion, containers, explain, local, preflight, replay, report, stack, submit, ui
 from pipeline.stack import Stack
 
 GRID = {"estimator": ["gs-soft"]}
@@ -87,6 +88,8 @@ def test_a_sweep_that_is_not_there(refusal: Refusal) -> None:
     [
         (("--jobs", "0"), "JOBS"),
         (("--jobs", "two"), "JOBS"),
+        (("--jobs", "9" * 20), "give a whole number from 1 to 1000"),
+        (("--jobs", "9" * 5000), "give a whole number from 1 to 1000"),
         (("--on", "mars"), "ON = 'mars'"),
         (("--profile", "gke"), "PROFILE = 'gke'"),
         (("--data", "gone.tar.gz"), "gone.tar.gz"),
@@ -105,14 +108,27 @@ def test_a_wrong_argument(
 
 
 @pytest.mark.parametrize(
-    "place", ["tiny.yaml/store", "gs://bucket/store", "s3://Not_A_Bucket/store", "s3:/bucket/store"]
+    ("place", "said"),
+    [
+        ("tiny.yaml", "tiny.yaml is a file; name a folder"),
+        ("tiny.yaml/store", ""),
+        ("gs://bucket/store", ""),
+        ("s3://Not_A_Bucket/store", ""),
+        ("s3:/bucket/store", ""),
+    ],
 )
 def test_a_store_that_cannot_be_written(
-    refusal: Refusal, write_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, place: str
+    refusal: Refusal,
+    write_sweep: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    said: str,
 ) -> None:
     write_sweep(grid=GRID)
     monkeypatch.setenv("DVQ_STORE", place)
-    assert "DVQ_STORE" in refusal("tiny.yaml")
+    told = refusal("tiny.yaml")
+    assert "DVQ_STORE" in told
+    assert said in told
 
 
 @pytest.mark.parametrize(
@@ -146,8 +162,19 @@ def test_a_home_is_found_where_the_shell_did_not(tmp_path: Path, monkeypatch: py
     assert os.environ["DVQ_CACHE"] == str(tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"evaluation": {"bits', "Unterminated string"),
+        ("{}", "it is empty"),
+        ("[]", "it holds no object"),
+        (None, "it is a folder"),
+    ],
+)
 @pytest.mark.parametrize("command", [submit, report, explain])
-def test_results_that_are_cut_off_are_one_sentence(
+def test_results_that_are_damaged_are_one_sentence(
+    content: str | None,
+    says: str,
     command: Any,
     write_sweep: Callable[..., Path],
     tmp_path: Path,
@@ -161,17 +188,21 @@ def test_results_that_are_cut_off_are_one_sentence(
     folder = Store(tmp_path / "store").trial(trial[1].key())
     folder.mkdir(parents=True)
     (folder / "trial.json").write_text("{}")
-    (folder / "results.json").write_text('{"evaluation": {"bits')
+    if content is None:
+        (folder / "results.json").mkdir()
+    else:
+        (folder / "results.json").write_text(content)
 
     def show(job: Any, console: Any, _: bool) -> None:
         conclusion.show(job.sweep, job.trials, job.store, console)
 
     monkeypatch.setattr(submit, "prepare", lambda job: job)
     monkeypatch.setattr(submit, "run", show)
-    with pytest.raises(SystemExit) as stopped:
-        command.app(["tiny.yaml", *(["--trial", trial[0]] if command is explain else [])])
-    assert stopped.value.code == 2
-    assert "results.json" in capsys.readouterr().err
+    for arguments in ([], ["--trial", trial[0]])[: 1 + (command is explain)]:
+        with pytest.raises(SystemExit) as stopped:
+            command.app(["tiny.yaml", *arguments])
+        assert stopped.value.code == 2
+        assert f"{folder}/results.json: damaged ({says}" in capsys.readouterr().err
 
 
 def test_data_for_a_sweep_of_the_sample_is_said_not_to_be_used(
@@ -327,7 +358,7 @@ def test_explain_tells_every_state(
     folders = [Store(tmp_path / "store").trial(trial.key()) for trial in load_sweep(path).trials().values()]
     for folder in folders[:4]:
         (folder / "events").mkdir(parents=True)
-    (folders[0] / "results.json").write_text("{}")
+    (folders[0] / "results.json").write_text('{"evaluation": {}}')
     state = json.dumps({"kind": "state", "time": 1.0, "state": "training", "pid": 1}) + "\n"
     failure = json.dumps({"kind": "failure", "time": 2.0, "reason": "it rained"}) + "\n"
     (folders[1] / "events" / "000000.jsonl").write_text(state + failure)
@@ -406,6 +437,46 @@ def test_a_terminal_without_a_character_has_another_for_it(monkeypatch: pytest.M
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     preflight.application(lambda: print("6.9 ± 0.1", flush=True))([], standalone_mode=False)
     assert sys.stdout.buffer.getvalue() == b"6.9 ? 0.1\n"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("command", "handler", "code", "said"),
+    [
+        (["-m", "pipeline.submit"], signal.SIG_DFL, -signal.SIGINT, ""),
+        (["-m", "pipeline.submit"], signal.SIG_IGN, 0, "it goes on"),
+        (["-m", "pipeline.local"], signal.SIG_DFL, 0, "KeyboardInterrupt"),
+        (["-c", "import pipeline.preflight"], signal.SIG_DFL, 0, "KeyboardInterrupt"),
+    ],
+)
+def test_ctrl_c_while_a_command_is_imported_is_no_traceback(
+    command: list[str], handler: signal.Handlers, code: int, said: str, tmp_path: Path
+) -> None:
+    """Unless it is ignored, as in the background; nor is it another for what is no command."""
+    pressed = "import os, signal\ntry:\n    signal.raise_signal(signal.SIGINT)\n    print('it goes on', flush=True)\n"
+    pressed += "except KeyboardInterrupt:\n    print('KeyboardInterrupt', flush=True)\nos._exit(0)\n"
+    for module in ("typer", "docker"):  # which both are imported early
+        (tmp_path / f"{module}.py").write_text(pressed)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (code, said, "")
+
+
+def test_what_of_a_stack_or_a_daemon_is_damaged_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stack.json").write_text("[]")
+    with pytest.raises(DvqError, match=r"stack.json is damaged, and with it the passwords: remove"):
+        Stack(tmp_path)
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:99999")
+    with pytest.raises(DvqError, match=r"no Docker daemon answers at tcp://127\.0\.0\.1:99999; install one"):
+        containers.connect()
 
 
 def test_a_stack_without_what_it_needs_is_one_sentence(
