@@ -224,12 +224,12 @@ def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str
         "AR prior": _number(judged.get("autoregressive_bits_per_dim"), ".3f"),
         "rate": f"{judged['rate']:.3f}",
         "distortion": f"{judged['distortion']:.3f}",
-        "L_S": f"{judged['bound']:.3f} (S = {fields['bound_samples']})" if "bound" in judged else "–",
+        "L_S": _number(judged.get("bound"), ".3f", f" (S = {fields['bound_samples']})"),
         "uniform prior": _number(uniform, ".3f"),
         "perplexity": _number(judged.get("perplexity"), ".1f"),
-        "dead": f"{judged['dead_codes']}/{one.num_codes * one.num_latents}"
-        if isinstance(one, Discrete)
-        else "–",
+        "dead": _number(
+            judged.get("dead_codes"), "d", f"/{fields.get('num_codes', 0) * fields['num_latents']}"
+        ),
         "minutes": f"{result['training']['seconds'] / 60:.1f}",
         "device": provenance["device"],
         "code": provenance["commit"],
@@ -238,5 +238,5 @@ def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str
     }
 
 
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+def _number(value: float | None, form: str, behind: str = "") -> str:
+    return "–" if value is None else format(value, form) + behind
