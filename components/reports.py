@@ -9,7 +9,7 @@ from components import tracking
 from components.store import Store
 from components.tracking import TrialRun
 from dvq import DvqError, disk
-from dvq.config import Sweep, read_sweep
+from dvq.sweep import Sweep, read_sweep
 
 if TYPE_CHECKING:
     from dvq.analyze import Analysis

@@ -17,10 +17,11 @@ from components.folder import State, begin, state
 from components.store import Store, Work
 from components.tracking import TrialRun
 from dvq import DvqError, failures
-from dvq.config import Point, Sweep, point, short_name
+from dvq.config import Point, point
 from dvq.config import trial as make_trial
 from dvq.data import load
 from dvq.events import Events
+from dvq.sweep import Sweep, short_name
 from dvq.trial import Trial, values
 
 SYNC_SECONDS = 5

@@ -11,9 +11,10 @@ import numpy as np
 from dvq import NUMERICS, DvqError, disk, figures
 from dvq import report as reports
 from dvq.analyze import Analysis
-from dvq.config import estimators, short_name, trial
+from dvq.config import estimators, trial
 from dvq.report import FIGURES
 from dvq.style import PAPERS_SIZE, partial, save_png, style
+from dvq.sweep import short_name
 from dvq.trial import Discrete, Stochastic, Trial
 
 Result = dict[str, Any]

@@ -11,11 +11,11 @@ from string import Template
 import yaml
 
 from dvq import disk, figures, patches, style
-from dvq.config import Sweep
 from dvq.fingerprints import shape
 from dvq.patches import Patches
 from dvq.pictures import Pictures, of_sweep
 from dvq.style import Analyses, notice, save_png
+from dvq.sweep import Sweep
 from dvq.tables import (
     COLUMNS,
     SETTINGS,

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from components import tracking
 from components.store import DID_NOT_FINISH, DID_NOT_START, Store
-from dvq.config import Sweep
 from dvq.fingerprints import label
+from dvq.sweep import Sweep
 from dvq.tables import COLUMNS, SETTINGS, best, certificate, filled, fitted_first, rows, settings, shown
 from dvq.trial import Trial
 from pipeline.profile import Cluster

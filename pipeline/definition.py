@@ -43,7 +43,7 @@ def sweep_pipeline(
 ) -> Any:
     """The pipeline that computes a sweep.
 
-    Its parameters: ``sweep`` (JSON of dvq.config.Sweep), ``base`` (JSON of what all its trials share),
+    Its parameters: ``sweep`` (JSON of dvq.sweep.Sweep), ``base`` (JSON of what all its trials share),
     ``data_name`` and ``source`` (as prepare_data takes them), ``experiment`` (the name in MLflow).
 
     Args:

@@ -6,8 +6,8 @@ from typing import Any
 
 from components.store import Store
 from dvq import DvqError
-from dvq.config import Sweep
 from dvq.findings import OPEN, Claim, Miniature, bits_per_dim, claims, draw, label, over
+from dvq.sweep import Sweep
 from pipeline import preflight
 
 

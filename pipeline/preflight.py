@@ -18,7 +18,7 @@ import typer
 from components import datasets, tracking
 from components.store import Store
 from dvq import DvqError, disk
-from dvq.config import LONGEST, Sweep, load_sweep
+from dvq.sweep import LONGEST, Sweep, load_sweep
 
 SWEEPS = Path(__file__).parent / "sweeps"
 SIGNED = re.compile(r"[?&][^=&]*(signature|sig|token|secret)=", re.IGNORECASE)

@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvq import DvqError
-from dvq.config import Loader
+from dvq.sweep import Loader
 
 PROFILES = Path(__file__).parent / "profiles"
 TRAINS = ("train", "evaluate")

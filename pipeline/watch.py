@@ -9,8 +9,8 @@ from rich.console import Console
 
 from components.folder import begin
 from components.store import Store
-from dvq.config import Sweep
 from dvq.events import Tail
+from dvq.sweep import Sweep
 from dvq.trial import Trial
 from pipeline.profile import Profile
 from pipeline.progress import FINISHED, LOOK, LiveTable, PlainLines, Row

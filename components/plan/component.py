@@ -10,7 +10,7 @@ def plan(sweep: str, limit: int = 0, experiment: str = "") -> list[str]:
     """The sweep's trials that the store does not have finished, each as what it sets over the sweep's base.
 
     Args:
-        sweep: the sweep as JSON (``dvq.config.Sweep``).
+        sweep: the sweep as JSON (``dvq.sweep.Sweep``).
         limit: at most so many, those that failed before at the end; 0 for all.
         experiment: the MLflow experiment in which a finished trial must be complete too; empty for none.
 
@@ -18,7 +18,8 @@ def plan(sweep: str, limit: int = 0, experiment: str = "") -> list[str]:
         Output: one text a trial: ``estimator=gs-soft num_codes=512 seed=0``.
     """
     from components import sentences, trials
-    from dvq.config import overrides, read_sweep
+    from dvq.config import overrides
+    from dvq.sweep import read_sweep
 
     with sentences():
         checked = read_sweep(sweep)

@@ -11,7 +11,7 @@ def report(sweep: str, page: Output[HTML]):
     """One page with the sweep's table and figures, from the store; fails, after writing it, if a trial failed.
 
     Args:
-        sweep: the sweep as JSON (``dvq.config.Sweep``).
+        sweep: the sweep as JSON (``dvq.sweep.Sweep``).
 
     Returns:
         page: the page.

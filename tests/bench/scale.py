@@ -22,7 +22,8 @@ import yaml
 
 from components import reports
 from components.store import Store
-from dvq.config import Sweep, load_sweep, overrides
+from dvq.config import overrides
+from dvq.sweep import Sweep, load_sweep
 from dvq.trial import values
 from pipeline import cluster, forecast
 from pipeline.profile import find_profile

@@ -12,9 +12,10 @@ from components import judging, reports, tracking, trials
 from components.folder import State, read_json, write_json
 from components.store import Store
 from dvq import DvqError, data
-from dvq.config import Sweep, trial
+from dvq.config import trial
 from dvq.model import Model
 from dvq.saved import save
+from dvq.sweep import Sweep
 from tests.components.conftest import BASE, run
 
 

@@ -21,8 +21,9 @@ from components import judging, reports, trials
 from components.folder import begin
 from components.store import Store
 from dvq import checkpoint, data, events
-from dvq.config import Sweep, trial
+from dvq.config import trial
 from dvq.evaluate import evaluate
+from dvq.sweep import Sweep
 from dvq.train import train
 
 WRITTEN = Path(__file__).parents[1] / "fixtures" / "store-v1"

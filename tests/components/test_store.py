@@ -17,7 +17,8 @@ from components.folder import begin, read_json, write_json
 from components.manifest import Manifest, Piece, parse
 from components.store import Store
 from dvq import DvqError, checkpoint, disk
-from dvq.config import Sweep, trial
+from dvq.config import trial
+from dvq.sweep import Sweep
 
 HOLD = """
 import subprocess, sys

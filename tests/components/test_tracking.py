@@ -14,11 +14,12 @@ from components import reports, tracking, trials
 from components.folder import begin, read_json, state, write_json
 from components.store import Store
 from dvq import events
-from dvq.config import Sweep, trial
+from dvq.config import trial
 from dvq.events import Events
 from dvq.model import Model
 from dvq.saved import save
 from dvq.style import save_png
+from dvq.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,9 +14,10 @@ from components import judging, sentences, tracking, trials
 from components.folder import State, begin, state, write_json
 from components.store import Store
 from dvq import DvqError, events, failures, goodput
-from dvq.config import Sweep, trial
+from dvq.config import trial
 from dvq.fingerprints import FINGERPRINTS
 from dvq.pictures import Pictures
+from dvq.sweep import Sweep
 from tests.components.conftest import BASE, run
 
 

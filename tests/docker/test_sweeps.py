@@ -13,7 +13,7 @@ import yaml
 
 from components.store import Store
 from dvq import events
-from dvq.config import load_sweep
+from dvq.sweep import load_sweep
 
 pytestmark = pytest.mark.timeout(600)
 GRID = {"estimator": ["gs-soft", "vq-ema"]}

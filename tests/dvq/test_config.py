@@ -8,9 +8,10 @@ from pydantic import BaseModel, model_validator
 
 import dvq
 from dvq import DvqError, config
-from dvq.config import Sweep, load_sweep, overrides, point, trial
+from dvq.config import overrides, point, trial
 from dvq.estimators.gs_soft import GSSoft
 from dvq.fingerprints import FINGERPRINTS
+from dvq.sweep import Sweep, load_sweep
 from dvq.trial import Discrete
 
 GS = {"estimator": "gs-soft"}

@@ -9,10 +9,11 @@ from torch import Tensor
 from vector_quantize_pytorch import FSQ as Theirs  # noqa: N811
 
 from dvq import DvqError, figures
-from dvq.config import Sweep, overrides, point, short_name, trial
+from dvq.config import overrides, point, trial
 from dvq.evaluate import evaluate
 from dvq.model import Model
 from dvq.quantizers import Rounded
+from dvq.sweep import Sweep, short_name
 from dvq.trainer import Trainer
 from tests.dvq.test_figures import curves, result
 

@@ -15,9 +15,9 @@ import pytest
 
 from dvq import report, tables
 from dvq.analyze import analyze
-from dvq.config import Sweep, load_sweep
 from dvq.patches import Patches
 from dvq.pictures import Pictures
+from dvq.sweep import Sweep, load_sweep
 
 FAILURES = {"vimco-c16-k4-s0": "training was killed by <SIGKILL> & more"}
 EVIL = '<script>alert("x")</script>'

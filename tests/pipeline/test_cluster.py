@@ -15,8 +15,8 @@ from components import IMAGE
 from components.folder import begin, write_json
 from components.store import Store
 from dvq import DvqError, data, fingerprints
-from dvq.config import Sweep
 from dvq.events import Events
+from dvq.sweep import Sweep
 from pipeline import cancel, cluster, conclusion, containers, forecast, image, submit
 from pipeline.connection import UnreachableError
 from pipeline.kubeflow import Run

@@ -12,7 +12,7 @@ from components import tracking
 from components.folder import begin
 from components.store import DID_NOT_START, Store
 from dvq import checkpoint, events
-from dvq.config import Sweep
+from dvq.sweep import Sweep
 from dvq.trial import Trial, values
 from pipeline import conclusion
 from pipeline.submit import _because, conclude

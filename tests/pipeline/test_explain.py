@@ -7,8 +7,8 @@ import pytest
 
 from components.store import Store
 from dvq import DvqError
-from dvq.config import Sweep
 from dvq.events import Events
+from dvq.sweep import Sweep
 from pipeline.explain import ledger
 
 TRIALS = Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft"]}).trials()

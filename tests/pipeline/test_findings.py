@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from components.store import Store
-from dvq.config import load_sweep
 from dvq.findings import Claim, Estimate, Miniature, claims, signal
+from dvq.sweep import load_sweep
 from dvq.trial import Trial, values
 from pipeline import findings, preflight
 

@@ -9,8 +9,8 @@ import pytest
 
 from components.store import Store
 from dvq import DvqError
-from dvq.config import Sweep
 from dvq.events import Events
+from dvq.sweep import Sweep
 from dvq.trial import values
 from pipeline import forecast
 from pipeline.profile import Cluster, Profile

@@ -17,7 +17,8 @@ from kfp.dsl import HTML, Artifact, Dataset, Input, Metrics, Model, Output
 from kfp.local import subprocess_task_handler
 from kfp.local.orchestrator import enhanced_dag_orchestrator
 
-from dvq.config import Sweep, overrides
+from dvq.config import overrides
+from dvq.sweep import Sweep
 from pipeline import definition
 from pipeline.local import lift_cap
 

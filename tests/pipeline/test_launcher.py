@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dvq import events, goodput
-from dvq.config import load_sweep
+from dvq.sweep import load_sweep
 
 GRACE = 15
 """seconds in which everything that was started has to end"""

@@ -13,7 +13,8 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components import IMAGE
 from dvq import DvqError
-from dvq.config import Sweep, overrides
+from dvq.config import overrides
+from dvq.sweep import Sweep
 from pipeline import cluster, definition
 from pipeline.local import ONE_THREAD
 from pipeline.preflight import PROFILE

@@ -17,7 +17,7 @@ import pytest
 
 from components.store import Store
 from dvq import DvqError
-from dvq.config import load_sweep
+from dvq.sweep import load_sweep
 from pipeline import conclusion, containers, explain, local, preflight, replay, report, stack, submit, ui
 from pipeline.stack import Stack
 

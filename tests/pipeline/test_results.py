@@ -13,8 +13,9 @@ import pytest
 from components.store import Store
 from dvq import NUMERICS, DvqError, kept, report
 from dvq.analyze import Analysis, analyze
-from dvq.config import load_sweep, trial
+from dvq.config import trial
 from dvq.style import notice, partial
+from dvq.sweep import load_sweep
 from dvq.trial import Trial, values
 from pipeline import preflight, results
 

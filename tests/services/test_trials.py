@@ -22,8 +22,9 @@ from components.folder import State, begin
 from components.remote import RemoteStore
 from components.store import Store
 from dvq import DvqError, checkpoint
-from dvq.config import Sweep, trial
+from dvq.config import trial
 from dvq.events import Events
+from dvq.sweep import Sweep
 from tests.services.conftest import SeaweedFS, wait_for
 from tests.services.proxy import Proxy, answer_up_to, cut, s3_error, slow
 
