@@ -11,8 +11,8 @@ import numpy as np
 from dvq import NUMERICS, DvqError, disk, figures
 from dvq import report as reports
 from dvq.analyze import Analysis
+from dvq.captions import FIGURES
 from dvq.config import estimators, trial
-from dvq.report import FIGURES
 from dvq.style import PAPERS_SIZE, partial, save_png, style
 from dvq.sweep import short_name
 from dvq.trial import Discrete, Stochastic, Trial

@@ -15,6 +15,7 @@ import pytest
 
 from dvq import report, tables
 from dvq.analyze import analyze
+from dvq.captions import FIGURES
 from dvq.patches import Patches
 from dvq.pictures import Pictures
 from dvq.sweep import Sweep, load_sweep
@@ -313,14 +314,14 @@ def test_the_page_names_every_trial_and_failure_and_what_it_was_made_from(writte
 def test_the_page_embeds_its_pictures_and_loads_nothing(written):
     page = Page(written.read_text())
     pictures = page.all("img")
-    assert [picture["alt"] for picture in pictures] == [title for title, _ in report.FIGURES.values()]
-    for picture, name in zip(pictures, report.FIGURES, strict=True):
+    assert [picture["alt"] for picture in pictures] == [title for title, _ in FIGURES.values()]
+    for picture, name in zip(pictures, FIGURES, strict=True):
         kind, _, data = picture["src"].partition(",")
         assert kind == "data:image/png;base64"
         png = base64.b64decode(data, validate=True)
         assert png.startswith(b"\x89PNG\r\n\x1a\n")
         assert png == (written.parent / "figures" / f"{name}.png").read_bytes()
-        assert report.FIGURES[name][1] in page.text
+        assert FIGURES[name][1] in page.text
     assert {key for _, attributes in page.tags for key in attributes} & {
         "href",
         "srcset",

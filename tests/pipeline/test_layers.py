@@ -27,6 +27,7 @@ DVQ_IN_PIPELINE = {
     "dvq.kept",
     "dvq.own",
     "dvq.provenance",
+    "dvq.sweep",
     "dvq.tables",
     "dvq.trial",
 }
