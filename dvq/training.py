@@ -22,6 +22,9 @@ from dvq.style import save_png
 from dvq.trainer import Trainer
 from dvq.trial import Trial
 
+SAYS_AFTER = 60
+"""seconds between the lines of progress, which a pod's log has of a training"""
+
 
 class Interrupted(BaseException):
     """SIGTERM or SIGINT came: write a checkpoint and end."""
@@ -74,7 +77,7 @@ class Training:
             self._go_on(found)
         self.events_before = events.sizes(folder)
         self.saved = self.done if found else None
-        self.saved_at = self.since = time.perf_counter()
+        self.saved_at = self.said_at = self.since = time.perf_counter()
 
     def _go_on(self, found: checkpoint.Checkpoint) -> None:
         self.trainer.restore(found.tensors)
@@ -174,6 +177,13 @@ class Training:
         speed = len(self.terms) * self.trial.batch_size / (self.seconds - self.seconds_at_point)
         named = {f"train/{name}": value for name, value in values.items()}
         self.events.metrics(self.done, named | {"images_per_second": speed})
+        if self.since - self.said_at >= SAYS_AFTER:
+            bits, of = values["bits_per_dim"], f"{self.done:,} of {self.trial.steps:,} steps"
+            print(
+                f"{self.trial.describe()}: {of}, {bits:.3f} bits/dim in training, {speed:.0f} images/s",
+                flush=True,
+            )
+            self.said_at = self.since
 
     def _evaluate(self) -> None:
         """Evaluate on all evaluation images, and draw some reconstructions."""

@@ -293,6 +293,19 @@ def test_the_seconds_of_training_are_its_steps(tmp_path: Path, prepared: Path, c
     assert speeds == [4.0] * 3
 
 
+@pytest.mark.usefixtures("clock")
+def test_a_line_a_minute_says_how_far_training_is(
+    tmp_path: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = trial({**TINY, "steps": 130, "log_every": 10, "evaluate_every": 1000, "checkpoint_every": 1000})
+    train(one, load(prepared), tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in said] == [
+        f"gs-soft-c4-k2-s0: {step} of 130 steps" for step in (60, 120)
+    ]
+    assert all(line.endswith(" bits/dim in training, 4 images/s") for line in said)
+
+
 def test_an_evaluation_that_is_cut_off_is_no_training(
     tmp_path: Path, prepared: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
