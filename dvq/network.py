@@ -53,7 +53,9 @@ class _Network(nn.Module):
     """whether the convolutions are in bfloat16 in training"""
 
     def autocast(self, like: Tensor) -> torch.autocast:
-        return torch.autocast(like.device.type, torch.bfloat16, enabled=self.mixed and self.training)
+        mixed = self.mixed and self.training
+        # without a cache, which an autocast round the training would keep over its steps: the first weights, for ever
+        return torch.autocast(like.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
 
 
 class Encoder(_Network):

@@ -218,6 +218,24 @@ def test_what_is_round_it_changes_no_number(images: data.Data, tmp_path: Path) -
         assert all(torch.equal(found[key], x) for key, x in model.state_dict().items()), name
 
 
+def test_bfloat16_is_of_each_steps_weights(images: data.Data, tmp_path: Path) -> None:
+    """An autocast round the training keeps what an inner one cached: the first step's."""
+    one = config.trial({**TINY, "cpu_precision": "bfloat16", "learning_rate": 0.01})
+    train(one, images, tmp_path)
+    trainer = Trainer(one, images.training("test")[0], torch.device("cpu"), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        for step in range(6):
+            trainer.step(step)
+    found = dvq.load(tmp_path / "model").state_dict()
+    for name, right in trainer.model.state_dict().items():
+        torch.testing.assert_close(found[name], right, msg=name)
+    alone = Trainer(one, images.training("test")[0], torch.device("cpu"), torch.float32)
+    for step in range(6):
+        alone.step(step)
+    for name, right in trainer.model.state_dict().items():
+        assert torch.equal(alone.model.state_dict()[name], right), name
+
+
 def test_an_evaluation_that_is_interrupted_leaves_the_model_in_its_mode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
