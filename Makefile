@@ -11,7 +11,7 @@ SWEEP ?= smoke
 ON ?= local
 PORT ?= 5000
 OPTIONS := SWEEP ON PORT JOBS PROFILE WAIT BUDGET DRY_RUN RUN TORCH BASE PUSH REGISTRY DATA FRESH TRIAL ARGS PYTHON3
-OPTIONS += $(addprefix DVQ_,STORE CACHE DEVICE RECORD FUSE LOCKS KILLS COMMIT)
+OPTIONS += $(addprefix DVQ_,STORE CACHE DEVICE RECORD FUSE LOCKS KILLS COMMIT TEST_CIFAR10)
 GIVEN := $(foreach word,$(subst \ ,_,$(MAKEOVERRIDES)),$(if $(findstring =,$(word)),$(firstword $(subst =, ,$(word)))))
 $(foreach word,$(filter-out $(OPTIONS) MLFLOW_% AWS_% KFP_% PIP_% -%,$(GIVEN)),$(error $(word) is no option here; they are $(OPTIONS); a variable of the environment stands before make))
 
