@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
 from dvq import DvqError, inputs
-from dvq.model import Model
+from dvq.model import Model, in_evaluation
 from dvq.randomness import minibatch, noise, seeded
 
 WIDTH, LAYERS, HEADS = 128, 4, 4
@@ -70,12 +70,13 @@ class Autoregressive(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """log r(z) [nats] of each image: (B, H/4, W/4, K) → (B,)."""
         codes = codes.flatten(1, 2)
-        logits = self.logits(self.context(codes), codes)
+        with torch.autocast(codes.device.type, enabled=False):
+            logits = self.logits(self.context(codes), codes)
         wanted = codes.flatten(0, 1).T.flatten()  # (K·B·P,)
         nats = nn.functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="none")
         return -nats.unflatten(0, (-1, *codes.shape[:2])).sum((0, 2))
 
-    @torch.no_grad()
+    @in_evaluation
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """``n`` draws z ~ r(z), (n, H/4, W/4, K), for the model's ``decode``."""
         device = self.place.device
@@ -114,7 +115,7 @@ def fit(
     if not hasattr(steps, "__index__") or steps < 1:
         raise DvqError(f"steps = {steps!r}: give a whole number of at least 1")
     training = inputs.arrays(training, model.trial, "the training images")
-    full = torch.autocast(model.generator(0).device.type, enabled=False)
+    full = torch.autocast(model.generator(0).device.type, enabled=False)  # of the backward pass too
     with torch.inference_mode(False), torch.enable_grad(), full:
         with seeded(seed):
             prior = Autoregressive(model)

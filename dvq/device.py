@@ -79,7 +79,7 @@ def exact() -> None:
     """On GPUs: the same each time, and float32 proper where it is not bfloat16 that was asked for."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @contextmanager

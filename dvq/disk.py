@@ -102,9 +102,13 @@ def locked(path: Path, busy: Callable[[], None] = lambda: None) -> Iterator[int]
         yield lock.fileno()
 
 
+class BusyError(DvqError):
+    """Another process or thread is at work in a folder."""
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """The folder, made if it is not there, is this caller's; DvqError where another is at work in it. Some networks'
+    """The folder, made if it is not there, is this caller's; BusyError where another is at work in it. Some networks'
     file systems lock no folder, and are trusted."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,11 +122,13 @@ def alone(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise DvqError(
+                raise BusyError(
                     f"{folder}: another process or thread is training in it; wait, or name another"
                 ) from None
         yield
     finally:
+        with suppress(OSError):  # said, for a process that was forked meanwhile holds the lock too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 

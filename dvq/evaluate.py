@@ -151,9 +151,10 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int | None = None
     training = inputs.arrays(training, model.trial, "the training images")
     generator = model.generator(seed)
     model.eval()
-    _fit_normalization(model, training, generator)
-    if isinstance(getattr(model.latents, "prior_logits", None), nn.Parameter):
-        _fit_prior(model, training, batch_size or model.trial.images_at_once, generator)
+    with torch.autocast(generator.device.type, enabled=False):
+        _fit_normalization(model, training, generator)
+        if isinstance(getattr(model.latents, "prior_logits", None), nn.Parameter):
+            _fit_prior(model, training, batch_size or model.trial.images_at_once, generator)
     return model
 
 

@@ -37,11 +37,17 @@ _SEEDED = threading.Lock()
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's own random numbers begin with ``seed`` in this block, and are as they were behind it. They are the
-    whole process's, so other threads wait before a block of their own."""
-    with _SEEDED, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not the GPUs', which nothing here draws from
-        yield
+    """torch's own random numbers begin with ``seed`` in this block, are drawn on the CPU and in float32 whatever the
+    caller's defaults, and are as they were behind it. They are the whole process's, so other threads wait before a
+    block of their own."""
+    with _SEEDED, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        dtype = torch.get_default_dtype()
+        torch.default_generator.manual_seed(seed)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def noise_seed(seed: int, step: int, *stream: int) -> int:

@@ -28,18 +28,15 @@ from dvq.trial import Trial
 @contextmanager
 def _as_before() -> Iterator[None]:
     """torch's settings for the whole process are as they were behind this block; in it gradients are on, and no
-    autocast or default type of the caller's changes numbers."""
+    autocast of the caller's changes numbers."""
     threads, kept = torch.get_num_threads(), bool(torch.tensor(1e-40) * 1)
-    dtype = torch.get_default_dtype()
     # a number under 1e-38, as hopeless codes' weights are, costs a CPU as much as 100 others
     torch.set_flush_denormal(True)
-    torch.set_default_dtype(torch.float32)  # the initial weights are drawn in it
     full = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
     try:
         with torch.inference_mode(False), torch.enable_grad(), next(full), next(full):
             yield
     finally:
-        torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
         torch.set_flush_denormal(not kept)
 
@@ -120,6 +117,9 @@ def main() -> int:
         train(make_trial(document["trial"]), load(args.data), args.folder, str(pick()))
     except (Interrupted, KeyboardInterrupt):
         return 128 + signal.SIGTERM
+    except disk.BusyError as error:  # whose folder it is, and its events
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except failures.UnusableError as error:
         Events(args.folder).state("interrupted", failures.reason(error))
         print(f"error: {error}", file=sys.stderr)

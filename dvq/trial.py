@@ -240,7 +240,7 @@ class Discrete(Trial):
 
     def key(self) -> str:
         """The trial's name in the store, which tells the steps of an autoregressive prior too."""
-        return super().key() + (f"r{self.autoregressive_steps}" if self.autoregressive_steps else "")
+        return super().key() + (f"a{self.autoregressive_steps}" if self.autoregressive_steps else "")
 
 
 class LearnedCodes(Discrete):

@@ -185,11 +185,11 @@ def _tracked(job: Job, trial: Trial) -> bool:
 
 
 def _crowned(job: Job) -> bool:
-    """Whether MLflow has the sweep's champion, if it is to have one: the report says so in the log alone."""
+    """Whether MLflow took the sweep's champion, if it was to take one: the report says it in the log alone."""
     if not (job.sweep.champion and os.environ.get("MLFLOW_TRACKING_URI")):
         return True
     text = (job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace")
-    return f"champion: models:/{job.sweep.champion}@champion is " in text
+    return f"the champion of {job.sweep.name} is not up to date in MLflow" not in text
 
 
 def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:

@@ -1,7 +1,10 @@
 """dvq as a library: what the README shows of it, as in a notebook whose cells are run again."""
 
+import json
+import os
 import re
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +16,16 @@ import pytest
 import torch
 
 import dvq
-from dvq import DvqError, config, data, disk, events
+from dvq import DvqError, autoregressive, config, data, disk, events
 from dvq.estimators import ESTIMATORS
 from dvq.estimators.gs_soft import GSSoft
-from dvq.evaluate import evaluate
+from dvq.evaluate import evaluate, fit
 from dvq.model import Model
-from dvq.train import train
+from dvq.randomness import seeded
+from dvq.train import main, train
 from dvq.trainer import Trainer
 from dvq.training import Training
+from dvq.trial import values
 
 CELL = re.compile(r"```python\n(from pathlib import Path\n\nimport dvq\n.*?)```", re.DOTALL)
 
@@ -200,22 +205,41 @@ def test_a_training_that_is_done_is_left_as_it_is(
 
 def test_what_is_round_it_changes_no_number(images: data.Data, tmp_path: Path) -> None:
     one, some = config.trial({**TINY, "steps": 2}), images.evaluation("test")[0][:20]
-    train(one, images, tmp_path / "plain")
-    model = dvq.load(tmp_path / "plain/model")
-    right, codes = evaluate(model, some), model.encode(some, model.generator(0))
+
+    def numbers(folder: Path) -> list[torch.Tensor]:
+        train(one, images, folder)
+        model = dvq.load(folder / "model")
+        found = (
+            evaluate(model, some)["bits_per_dim"],
+            evaluate(model, some, training=some)["fitted_bits_per_dim"],
+        )
+        prior, codes = autoregressive.fit(model, some, steps=2), model.encode(some, model.generator(0))
+        bits = fit(dvq.load(folder / "model"), some).bits_per_dim(some, model.generator(0))
+        with torch.no_grad():
+            likely = prior(codes)
+        weights = torch.cat([x.flatten().double() for x in model.state_dict().values()])
+        return [
+            torch.tensor(found, dtype=torch.float64),
+            codes,
+            bits,
+            likely,
+            prior.sample(2, model.generator(0)),
+            weights,
+        ]
+
+    right = numbers(tmp_path / "plain")
     torch.set_default_dtype(torch.float64)
     try:
-        train(one, images, tmp_path / "double")
+        double = numbers(tmp_path / "double")
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        train(one, images, tmp_path / "mixed")
-        assert evaluate(model, some) == right
-        assert torch.equal(model.encode(some, model.generator(0)), codes)
-    for name in ("double", "mixed"):
-        found = dvq.load(tmp_path / name / "model").state_dict()
-        assert all(torch.equal(found[key], x) for key, x in model.state_dict().items()), name
+        mixed = numbers(tmp_path / "mixed")
+    for found in (double, mixed):
+        assert [torch.equal(x.double(), y.double()) for x, y in zip(found, right, strict=True)] == [True] * 6
+    with torch.device("meta"), seeded(1):
+        assert torch.empty(0).device.type == "cpu", "a GPU's numbers would have another seed"
 
 
 def test_bfloat16_is_of_each_steps_weights(images: data.Data, tmp_path: Path) -> None:
@@ -254,13 +278,25 @@ def test_an_evaluation_that_is_interrupted_leaves_the_model_in_its_mode(
     assert (model.training, model.encoder.training, model.decoder.training) == (True, False, True)
 
 
-def test_two_trainings_do_not_share_a_folder(images: data.Data, tmp_path: Path) -> None:
-    with (
-        disk.alone(tmp_path / "a"),
-        pytest.raises(DvqError, match="another process or thread is training in it"),
-    ):
-        train(config.trial(TINY), images, tmp_path / "a")
-    assert not list((tmp_path / "a").iterdir())
+def test_two_trainings_do_not_share_a_folder(
+    images: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "trial.json").write_text(json.dumps({"trial": values(config.trial(TINY))}))
+    before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "a"), "--data", str(tmp_path / "none")])
+    monkeypatch.setattr("dvq.train.load", lambda _: images)
+    with disk.alone(tmp_path / "a"):
+        with pytest.raises(DvqError, match="another process or thread is training in it"):
+            train(config.trial(TINY), images, tmp_path / "a")
+        assert main() == 1
+        assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before, (
+            "no failure of its own"
+        )
+        child = os.fork() or os._exit(time.sleep(20) or 0)
+    with disk.alone(tmp_path / "a"):  # which a child that was forked meanwhile does not hold
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     (tmp_path / "file").touch()
     with pytest.raises(DvqError, match=r"file can't be made or read \(File exists\); name another"):
         train(config.trial(TINY), images, tmp_path / "file")

@@ -160,12 +160,13 @@ def test_a_champion_that_mlflow_lacks_is_told(tmp_path: Path, monkeypatch: pytes
         job.store.trial(one.key()).mkdir(parents=True)
         tracking.remember(job.store.trial(one.key()), "s")
     monkeypatch.setattr(conclusion, "show", lambda *_: {})
-    for log in ("tracking: the champion of s is not", "    champion: models:/mine@champion is gs-soft"):
+    lacks = "tracking: the champion of s is not up to date in MLflow (Invalid value)"
+    for log in (lacks, "    champion: models:/mine@champion is gs-soft"):
         (tmp_path / "kfp.log").write_text(log)
         console = Console(file=io.StringIO(), width=200)
         conclude(job, 0, console)
         assert isinstance(console.file, io.StringIO)
-        assert ("MLflow lacks the champion: make replay" in console.file.getvalue()) == ("is not" in log)
+        assert ("MLflow lacks the champion: make replay" in console.file.getvalue()) == (log is lacks)
 
 
 def test_fresh_trials_go_on_from_no_shorter_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,8 +206,10 @@ def test_its_champion_loads_with_pickle_forbidden_and_says_where_it_comes_from(h
     assert len(version.tags["dvq.fingerprint"]) == 64
     script = (
         "import mlflow, numpy, dvq; images = numpy.zeros((2, 32, 32, 3), dtype=numpy.uint8)\n"
-        "codes = mlflow.pyfunc.load_model('models:/tiny-model@champion').predict(images)\n"
-        "import torch; same = dvq.load('models:/tiny-model@champion').encode(torch.from_numpy(images)).numpy()\n"
+        "import torch; served = mlflow.pyfunc.load_model('models:/tiny-model@champion')\n"
+        "model = dvq.load('models:/tiny-model@champion')\n"
+        "torch.manual_seed(0); codes = served.predict(images)\n"
+        "torch.manual_seed(0); same = model.encode(torch.from_numpy(images)).numpy()\n"
         "print(codes.shape, (codes == same).all())"
     )
     settings = {"MLFLOW_TRACKING_URI": home.stack.address, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
