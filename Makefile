@@ -59,7 +59,7 @@ stack-down: $(SERVICES) ## end them; what they keep stays
 ui: $(READY) ## MLflow's pages on the sweeps: their address, served at PORT=5000 unless a server tracks them
 	@$(PYTHON) -m pipeline.ui --port "$(PORT)"
 
-test: $(READY) ## every test that needs no server, Docker or GPU: five to eight minutes
+test: $(READY) ## every test that needs no server, Docker or GPU: five to twelve minutes
 	@$(PYTHON) -m pytest -n auto --dist loadfile
 
 test-services: $(SERVICES) ## the tests against real servers and their faults

@@ -63,7 +63,7 @@ def test_a_container_killed_in_training_is_told_and_the_same_command_goes_on(swe
     assert mine() == []
     code, output = sweep.run("--on", "docker")
     assert code == 0, output
-    assert "goodput 1 interruptions" in output
+    assert "goodput 1 interruption," in output
 
 
 def test_ctrl_c_ends_the_containers_after_a_checkpoint(sweep: Any, mine: Any) -> None:
