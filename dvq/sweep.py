@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dvq import DvqError
 from dvq.advice import meant, nearest, plain_name, sentence
 from dvq.config import Point, estimators, overrides, trial
-from dvq.trial import Trial
+from dvq.trial import NEEDS, Trial
 
 LONGEST = 100
 """letters of a sweep's name: Kubeflow's experiments have 128 at most"""
@@ -109,6 +109,16 @@ class Sweep(BaseModel):
                     "set split: tune in 'base'"
                 )
         return named
+
+    def idle(self) -> list[tuple[str, str]]:
+        """The fields that are set and change nothing in any trial, each with the field that it needs."""
+        found: dict[tuple[str, str], list[bool]] = {}
+        for one in self.trials().values():
+            for name in one.changed():
+                extra = type(one).model_fields[name].json_schema_extra
+                if isinstance(extra, dict) and (need := extra.get(NEEDS)):
+                    found.setdefault((name, str(need)), []).append(getattr(one, str(need)) is None)
+        return [pair for pair, idle in found.items() if all(idle)]
 
 
 def short_name(one: Trial, at: Point) -> str:

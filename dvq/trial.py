@@ -27,6 +27,7 @@ Several = Annotated[int, Field(ge=2, lt=2**31)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Unkeyed: dict[str, Any] = {"key": False}  # a field that changes no number: it is left out of the trial's key
+NEEDS = "needs"  # names the field without which a field does nothing
 
 
 def _none_or_several(draws: int) -> int:
@@ -98,7 +99,7 @@ class Trial(BaseModel):
     decay_after: Whole | None = None
     """steps after which the learning rate falls, by half every ``decay_half_life``; None: it is constant, as in
     the paper. As the other schedules it does not look at the last step: longer trials go on from shorter ones."""
-    decay_half_life: Count = 10_000
+    decay_half_life: Count = Field(default=10_000, json_schema_extra={NEEDS: "decay_after"})
 
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """of the convolutions and the head's factors in training on a GPU; the other products of the backward pass take

@@ -82,6 +82,8 @@ def look_at(name: str, jobs: str, source: str, profile: Profile | None) -> Job:
     number = preflight.whole_number("JOBS", jobs or str(profile.parallelism if profile else 2), JOBS)
     sweep = preflight.find_sweep(name)
     trials = sweep.trials()
+    for field, need in sweep.idle():
+        print(f"warning: sweep '{sweep.name}': {field} changes nothing without {need}", file=sys.stderr)
     store = preflight.set_environment()
     data = next(iter(trials.values())).data
     arguments = {

@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dvq.trial import Count, Loss, Positive, Stochastic, Whole, progress
+from pydantic import Field
+
+from dvq.trial import NEEDS, Count, Loss, Positive, Stochastic, Whole, progress
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -30,9 +32,9 @@ class GSSoft(Stochastic):
     """τ, or where its annealing begins; the paper's 0.5 balances bias and variance"""
     final_temperature: Positive | None = None
     """τ falls to this, geometrically, over ``annealing_steps``; None: τ is constant, as in the paper"""
-    annealing_after: Whole = 0
+    annealing_after: Whole = Field(default=0, json_schema_extra={NEEDS: "final_temperature"})
     """steps before it begins to fall"""
-    annealing_steps: Count = 50_000
+    annealing_steps: Count = Field(default=50_000, json_schema_extra={NEEDS: "final_temperature"})
 
     def temperature_at(self, step: "Step") -> "float | Tensor":
         """τ at a training step."""

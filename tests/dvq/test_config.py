@@ -216,6 +216,17 @@ def test_a_sweep_is_its_grid_and_what_it_includes_for_every_seed() -> None:
     assert len({one.key() for one in trials.values()}) == 10
 
 
+def test_a_field_that_changes_nothing_in_any_trial_is_told_with_what_it_needs() -> None:
+    plain = {"estimator": "gs-soft", "annealing_after": 5, "annealing_steps": 5, "decay_half_life": 5}
+    assert Sweep(name="s", base=plain).idle() == [
+        ("decay_half_life", "decay_after"),
+        ("annealing_after", "final_temperature"),
+        ("annealing_steps", "final_temperature"),
+    ]
+    some = Sweep(name="s", base=plain, grid={"final_temperature": [None, 0.1], "decay_after": [3]})
+    assert some.idle() == []
+
+
 @pytest.mark.parametrize(
     "at",
     [

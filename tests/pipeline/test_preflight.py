@@ -205,6 +205,20 @@ def test_results_that_are_damaged_are_one_sentence(
         assert f"{folder}/results.json: damaged ({says}" in capsys.readouterr().err
 
 
+def test_a_field_that_changes_nothing_is_a_warning(
+    write_sweep: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    submit.look_at(str(write_sweep({"decay_half_life": 5}, grid=GRID)), "", "", None)
+    assert (
+        "warning: sweep 'tiny': decay_half_life changes nothing without decay_after"
+        in capsys.readouterr().err
+    )
+
+
 def test_data_for_a_sweep_of_the_sample_is_said_not_to_be_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
