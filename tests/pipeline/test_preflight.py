@@ -211,12 +211,11 @@ def test_a_field_that_changes_nothing_is_a_warning(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    for name in ("DVQ_STORE", "DVQ_CACHE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, str(tmp_path / name))
     submit.look_at(str(write_sweep({"decay_half_life": 5}, grid=GRID)), "", "", None)
-    assert (
-        "warning: sweep 'tiny': decay_half_life changes nothing without decay_after"
-        in capsys.readouterr().err
-    )
+    told = "warning: sweep 'tiny': decay_half_life changes nothing without decay_after\n"
+    assert capsys.readouterr().err == told
 
 
 def test_data_for_a_sweep_of_the_sample_is_said_not_to_be_used(
