@@ -61,7 +61,8 @@ class Claim(NamedTuple):
 
     def verdict(self) -> str:
         """A difference speaks for or against the paper only beyond two standard errors: with three seeds chance alone
-        goes beyond them, in each direction, 6 times in 100 where two means are compared, 9 where it is one."""
+        goes beyond them, in each direction, 4 times in 100 where four means are compared, 6 where two, 9 where it is
+        one. Seeds are not paired."""
         if any(one.mean < -2 * one.error for one in self.differences):
             return DISAGREES
         return AGREES if all(one.mean > 2 * one.error for one in self.differences) else OPEN

@@ -225,7 +225,9 @@ def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str
         "AR prior": _number(judged.get("autoregressive_bits_per_dim"), ".3f"),
         "rate": f"{judged['rate']:.3f}",
         "distortion": f"{judged['distortion']:.3f}",
-        "L_S": _number(judged.get("bound"), ".3f", f" (S = {fields['bound_samples']})"),
+        "L_S": _number(
+            None if deterministic else judged.get("bound"), ".3f", f" (S = {fields['bound_samples']})"
+        ),
         "uniform prior": _number(uniform, ".3f"),
         "perplexity": _number(judged.get("perplexity"), ".1f"),
         "dead": _number(

@@ -95,7 +95,8 @@ class Rounded(Deterministic):
     """The posterior of FSQ: each dimension of v is bounded and rounded to one of its L levels.
 
     b = h·tanh(v + atanh(o/h)) − o with h = (L − 1)(1 + ε)/2 and o = ½ for even L, else 0, rounds to −⌊L/2⌋, …,
-    ⌈L/2⌉ − 1; the decoder sees round(b) / ⌊L/2⌋, in [−1, 1]. The codes count the first dimension's levels
+    ⌈L/2⌉ − 1; the decoder sees round(b) / ⌊L/2⌋, in [−1, 1]. (The authors' listing has 1 − ε and tan(o/h), which are
+    not of two levels; this is vector-quantize-pytorch's form.) The codes count the first dimension's levels
     fastest, and the codebooks, all the same, list them.
     """
 

@@ -39,7 +39,7 @@ def markdown(mini: Miniature, told: Sequence[Claim]) -> str:
     seeds = sorted({len(some) for some in mini.settings.values()})
     lines = [
         f"Mean ± standard error over {' or '.join(map(str, seeds))} seeds; a difference under two standard "
-        f"errors says nothing: {OPEN}. With three seeds chance alone is beyond them, in each direction, 6 to 9 times "
+        f"errors says nothing: {OPEN}. With three seeds chance alone is beyond them, in each direction, 4 to 9 times "
         "in 100.\n",
         "| | the paper | the miniature | |\n| --- | --- | --- | --- |",
         *(f"| {one.number} | {one.says} | {one.shows} | {one.verdict()} |" for one in told),
