@@ -21,7 +21,7 @@ from components.manifest import Manifest, parse, paths
 from components.mirror import Mirror, OvertakenError
 from components.s3 import MissingError
 from components.store import Store, Work
-from dvq import DvqError, checkpoint, disk, fingerprints
+from dvq import DvqError, checkpoint, disk
 
 LOOK = 2.0
 """Seconds between two looks for a new checkpoint, which is pushed at once."""
@@ -145,20 +145,21 @@ class RemoteStore(Store):
         return list(self._listed)
 
     def has_data(self, name: str) -> bool:
-        return bool(self._dataset(fingerprints.of(name)).read().owner) or super().has_data(name)
+        return bool(self._dataset(name).read().owner) or super().has_data(name)
 
-    def _dataset(self, fingerprint: str) -> Mirror:
-        return Mirror(self.bucket, f"data/{fingerprint}", self.data(fingerprint), lambda _: {})
+    def _dataset(self, name: str) -> Mirror:
+        folder = self.data(name)
+        return Mirror(self.bucket, f"data/{folder.name}", folder, lambda _: {})
 
-    def fetch_data(self, fingerprint: str) -> None:
-        folder = self.data(fingerprint)
-        with disk.locked(folder.parent / f".{fingerprint}.fetch"):
-            mirror = self._dataset(fingerprint)
+    def fetch_data(self, name: str) -> None:
+        folder = self.data(name)
+        with disk.locked(folder.with_name(f".{folder.name}.fetch")):
+            mirror = self._dataset(name)
             if mirror.read().owner:
                 mirror.fetch()
 
-    def publish_data(self, fingerprint: str) -> None:
-        self._dataset(fingerprint).publish_once()
+    def publish_data(self, name: str) -> None:
+        self._dataset(name).publish_once()
 
     def publish_report(self, sweep: str) -> None:
         """Its page last: who sees it sees what it shows."""

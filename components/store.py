@@ -57,8 +57,8 @@ class Store:
     def trial(self, key: str) -> Path:
         return self.root / "trials" / key
 
-    def data(self, fingerprint: str) -> Path:
-        return self.root / "data" / fingerprint
+    def data(self, name: str) -> Path:
+        return self.root / "data" / fingerprints.of(name)
 
     def report(self, sweep: str) -> Path:
         return self.root / "reports" / sweep
@@ -100,12 +100,12 @@ class Store:
         """Whether the store has the prepared dataset."""
         from dvq.data import is_prepared
 
-        return is_prepared(name, self.data(fingerprints.of(name)))
+        return is_prepared(name, self.data(name))
 
-    def fetch_data(self, fingerprint: str) -> None:
+    def fetch_data(self, name: str) -> None:
         """Bring the prepared dataset to its folder, if it is elsewhere."""
 
-    def publish_data(self, fingerprint: str) -> None:
+    def publish_data(self, name: str) -> None:
         """Give others the prepared dataset that is in its folder."""
 
     def publish_report(self, sweep: str) -> None:
