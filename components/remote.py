@@ -31,10 +31,6 @@ LEAVING = 3.0
 """Seconds of patience with S3 in a process that was told to end."""
 
 
-class _BusyError(Exception):
-    """Another process of this machine is at work on the folder."""
-
-
 class RemoteStore(Store):
     """A bucket, and the folder that is its cache."""
 
@@ -96,9 +92,9 @@ class RemoteStore(Store):
         """What is ``wanted`` of it; nothing of one that this machine works on, whose folder is ahead."""
 
         def busy() -> None:
-            raise _BusyError
+            raise disk.BusyError
 
-        with suppress(_BusyError), disk.locked(self._lock(key), busy):
+        with suppress(disk.BusyError), disk.locked(self._lock(key), busy):
             mirror = self._mirror(key)
             mirror.look(self._manifests[key])
             while True:
