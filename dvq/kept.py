@@ -13,7 +13,7 @@ from dvq import report as reports
 from dvq.analyze import Analysis
 from dvq.captions import FIGURES
 from dvq.config import estimators, trial
-from dvq.style import PAPERS_SIZE, partial, save_png, style
+from dvq.style import PAPERS_SIZE, partly_trained, save_png, style
 from dvq.sweep import short_name
 from dvq.trial import Discrete, Stochastic, Trial
 
@@ -129,8 +129,9 @@ def _analysis(result: Result) -> Analysis:
 def _kinds(results: Sequence[Result]) -> dict[str, list[Result]]:
     kinds: dict[str, list[Result]] = {"full": [], "partial": [], "tune": []}
     for one in results:
-        split = one["trial"]["split"]
-        kinds["tune" if split == "tune" else "partial" if partial(one["trial"]) else "full"].append(one)
+        fields = one["trial"]
+        kind = "tune" if fields["split"] == "tune" else "partial" if partly_trained(fields) else "full"
+        kinds[kind].append(one)
     return kinds
 
 
