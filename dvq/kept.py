@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dvq import NUMERICS, DvqError, disk, figures
-from dvq import report as reports
+from dvq import NUMERICS, DvqError, disk, figures, report
 from dvq.analyze import Analysis
 from dvq.captions import FIGURES
 from dvq.config import estimators, trial
@@ -94,7 +93,7 @@ def draw(folder: Path, results: Sequence[Result]) -> None:
     Of the codebooks also of trainings without the held-out images, for lack of others. Their legends leave out what
     all the trials have in common."""
     shown, coded = _shown(results)
-    reports.draw(folder, _named(shown), {}, {}, {})
+    report.draw(folder, _named(shown), {}, {}, {})
     named = _named(coded)
     analyses = {one["name"]: _analysis(one) for one in named}
     if named:
