@@ -11,14 +11,15 @@ from dvq import DvqError, data, disk, fingerprints
 
 def prepare(name: str, source: str, path: Path) -> dict[str, Any]:
     """Make ``path`` hold the dataset ``name``; its data.json."""
-    store, fingerprint = Store.from_environment(), fingerprints.of(name)
-    folder = store.data(fingerprint) if store else path
+    fingerprints.of(name)  # DvqError unless images are called so
+    store = Store.from_environment()
+    folder = store.data(name) if store else path
     if store:
-        store.fetch_data(fingerprint)
+        store.fetch_data(name)
     if not data.is_prepared(name, folder):
         _make(name, source, folder)
     if store:
-        store.publish_data(fingerprint)
+        store.publish_data(name)
         data.link(folder, path)
     return data.load(path).info
 

@@ -62,7 +62,7 @@ class Manifest:
     by: str = ""
     """where the owner is, in words"""
     state: dict[str, Any] = field(default_factory=dict)
-    """of a trial, as ``components.store.State`` has it"""
+    """of a trial, as ``components.folder.State`` has it"""
     files: dict[str, list[Piece]] = field(default_factory=dict)
     format: int = FORMAT
 

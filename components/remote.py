@@ -21,7 +21,7 @@ from components.manifest import Manifest, parse, paths
 from components.mirror import Mirror, OvertakenError
 from components.s3 import MissingError
 from components.store import Store, Work
-from dvq import DvqError, checkpoint, disk, fingerprints
+from dvq import DvqError, checkpoint, disk
 
 LOOK = 2.0
 """Seconds between two looks for a new checkpoint, which is pushed at once."""
@@ -29,10 +29,6 @@ HEARTBEAT = 30.0
 """Seconds between two pushes otherwise; less than components.mirror.SILENCE."""
 LEAVING = 3.0
 """Seconds of patience with S3 in a process that was told to end."""
-
-
-class _BusyError(Exception):
-    """Another process of this machine is at work on the folder."""
 
 
 class RemoteStore(Store):
@@ -96,9 +92,9 @@ class RemoteStore(Store):
         """What is ``wanted`` of it; nothing of one that this machine works on, whose folder is ahead."""
 
         def busy() -> None:
-            raise _BusyError
+            raise disk.BusyError
 
-        with suppress(_BusyError), disk.locked(self._lock(key), busy):
+        with suppress(disk.BusyError), disk.locked(self._lock(key), busy):
             mirror = self._mirror(key)
             mirror.look(self._manifests[key])
             while True:
@@ -145,20 +141,21 @@ class RemoteStore(Store):
         return list(self._listed)
 
     def has_data(self, name: str) -> bool:
-        return bool(self._dataset(fingerprints.of(name)).read().owner) or super().has_data(name)
+        return bool(self._dataset(name).read().owner) or super().has_data(name)
 
-    def _dataset(self, fingerprint: str) -> Mirror:
-        return Mirror(self.bucket, f"data/{fingerprint}", self.data(fingerprint), lambda _: {})
+    def _dataset(self, name: str) -> Mirror:
+        folder = self.data(name)
+        return Mirror(self.bucket, f"data/{folder.name}", folder, lambda _: {})
 
-    def fetch_data(self, fingerprint: str) -> None:
-        folder = self.data(fingerprint)
-        with disk.locked(folder.parent / f".{fingerprint}.fetch"):
-            mirror = self._dataset(fingerprint)
+    def fetch_data(self, name: str) -> None:
+        folder = self.data(name)
+        with disk.locked(folder.with_name(f".{folder.name}.fetch")):
+            mirror = self._dataset(name)
             if mirror.read().owner:
                 mirror.fetch()
 
-    def publish_data(self, fingerprint: str) -> None:
-        self._dataset(fingerprint).publish_once()
+    def publish_data(self, name: str) -> None:
+        self._dataset(name).publish_once()
 
     def publish_report(self, sweep: str) -> None:
         """Its page last: who sees it sees what it shows."""

@@ -37,7 +37,7 @@ class MissingError(DvqError):
 class Connection:
     """What leads to a bucket, and to a prefix in it."""
 
-    def __init__(self, url: str, named: str = "DVQ_STORE") -> None:
+    def __init__(self, url: str, named: str) -> None:
         found = URL.fullmatch(url)
         if not found:
             shown = re.sub("//.*@", "//…@", url)  # a password, which has no place there

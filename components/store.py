@@ -4,6 +4,7 @@
 Without one, components work alone: they keep nothing and find nothing.
 """
 
+import glob
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,8 +57,8 @@ class Store:
     def trial(self, key: str) -> Path:
         return self.root / "trials" / key
 
-    def data(self, fingerprint: str) -> Path:
-        return self.root / "data" / fingerprint
+    def data(self, name: str) -> Path:
+        return self.root / "data" / fingerprints.of(name)
 
     def report(self, sweep: str) -> Path:
         return self.root / "reports" / sweep
@@ -99,12 +100,12 @@ class Store:
         """Whether the store has the prepared dataset."""
         from dvq.data import is_prepared
 
-        return is_prepared(name, self.data(fingerprints.of(name)))
+        return is_prepared(name, self.data(name))
 
-    def fetch_data(self, fingerprint: str) -> None:
+    def fetch_data(self, name: str) -> None:
         """Bring the prepared dataset to its folder, if it is elsewhere."""
 
-    def publish_data(self, fingerprint: str) -> None:
+    def publish_data(self, name: str) -> None:
         """Give others the prepared dataset that is in its folder."""
 
     def publish_report(self, sweep: str) -> None:
@@ -127,11 +128,12 @@ class Store:
 
     def keys(self) -> list[str]:
         """Of every trial in the store, whatever sweep it is of."""
-        return [folder.name for folder in (self.root / "trials").glob("[!.]*-*")]
+        return glob.glob("*-*", root_dir=self.root / "trials")
 
-    def family(self, trial: Trial) -> list[str]:
-        """The keys of the trials of the same family."""
-        return [key for key in self.keys() if key.startswith(f"{trial.family()}-")]
+    def families(self, trials: Iterable[Trial]) -> list[str]:
+        """The keys of the trials of the same families as these."""
+        families = {trial.family() for trial in trials}
+        return [key for key in self.keys() if key.rpartition("-")[0] in families]
 
     def reached(self, trial: Trial) -> int:
         """The step that the trial would go on from: its own last checkpoint's, or, unless it was begun, a shorter
@@ -153,11 +155,8 @@ class Store:
     def _shorter(self, trial: Trial) -> tuple[int, str] | None:
         """The latest step that another trial of the family has a checkpoint of and this one can go on from, and
         that trial's key."""
-        found = []
-        for key in self.family(trial):
-            reached = [step for step in self.steps(key) if step <= trial.steps]
-            if reached and key != trial.key():
-                found.append((reached[-1], key))
+        others = (key for key in self.families([trial]) if key != trial.key())
+        found = ((step, key) for key in others for step in self.steps(key) if step <= trial.steps)
         return max(found, default=None)
 
     def results(self, key: str) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ the last two are kept, so that one that was damaged later leaves another.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,8 +64,8 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
 
 
-def latest(folder: Path, family: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """The last checkpoint that is whole; ``say`` is told of each that is not. None: there is none.
+def latest(folder: Path, family: str) -> Checkpoint | None:
+    """The last checkpoint that is whole; of each that is not a line is printed. None: there is none.
 
     Raises:
         DvqError: a checkpoint of another configuration, or of a format that this version does not read.
@@ -82,7 +81,7 @@ def latest(folder: Path, family: str, say: Callable[[str], None]) -> Checkpoint 
         except (OSError, ValueError, KeyError, TypeError) as error:
             damage = str(error)
         if damage:
-            say(f"checkpoint {path} is damaged ({damage}); it is left out")
+            print(f"checkpoint {path} is damaged ({damage}); it is left out", flush=True)
             continue
         if about["format"] != FORMAT:
             raise DvqError(

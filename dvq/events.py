@@ -3,7 +3,8 @@
 ``events/000000.jsonl``, ``events/000001.jsonl``, …: every process that has something to say opens the next
 file, so that no two ever write to one. A line is ``{"kind": …, "time": seconds since 1970, …}``:
 
-- ``state``: ``state`` is training, interrupted, evaluating, analyzing or finished; ``pid`` of who says so
+- ``state``: ``state`` is training, interrupted, evaluating, analyzing or finished; ``pid`` of who says so; and, of
+  an interruption by a machine that cannot compute, its ``reason``
 - ``metrics``: ``step`` and ``values`` {name: number}
 - ``failure``: ``reason``, one sentence
 - ``image``: ``step``, ``name`` and ``path`` (relative to the trial's folder) of a picture

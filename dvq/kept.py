@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from dvq import NUMERICS, DvqError, disk, figures
-from dvq import report as reports
+from dvq import NUMERICS, DvqError, disk, figures, report
 from dvq.analyze import Analysis
 from dvq.captions import FIGURES
 from dvq.config import estimators, trial
-from dvq.style import PAPERS_SIZE, partial, save_png, style
+from dvq.style import PAPERS_SIZE, partly_trained, save_png, style
 from dvq.sweep import short_name
 from dvq.trial import Discrete, Stochastic, Trial
 
@@ -94,7 +93,7 @@ def draw(folder: Path, results: Sequence[Result]) -> None:
     Of the codebooks also of trainings without the held-out images, for lack of others. Their legends leave out what
     all the trials have in common."""
     shown, coded = _shown(results)
-    reports.draw(folder, _named(shown), {}, {}, {})
+    report.draw(folder, _named(shown), {}, {}, {})
     named = _named(coded)
     analyses = {one["name"]: _analysis(one) for one in named}
     if named:
@@ -129,8 +128,9 @@ def _analysis(result: Result) -> Analysis:
 def _kinds(results: Sequence[Result]) -> dict[str, list[Result]]:
     kinds: dict[str, list[Result]] = {"full": [], "partial": [], "tune": []}
     for one in results:
-        split = one["trial"]["split"]
-        kinds["tune" if split == "tune" else "partial" if partial(one["trial"]) else "full"].append(one)
+        fields = one["trial"]
+        kind = "tune" if fields["split"] == "tune" else "partial" if partly_trained(fields) else "full"
+        kinds[kind].append(one)
     return kinds
 
 

@@ -1,7 +1,7 @@
 """The latent variables' parameters: codebooks, posterior and prior.
 
-Shapes: B images, P = 64 positions, N = B·P, K latent variables a position, C categories, D dimensions of a
-code. The codebooks come first, (K, N, ·), as their batched products want it.
+Shapes: B images, P = H/4·W/4 positions, N = B·P, K latent variables a position, C categories, D dimensions of
+a code. The codebooks come first, (K, N, ·), as their batched products want it.
 """
 
 from typing import NamedTuple

@@ -71,7 +71,7 @@ def style(estimator: str) -> tuple[str, str, str]:
     return STYLES.get(estimator, (estimator, OTHERS[colour], MARKERS[at]))
 
 
-def partial(trial: Mapping[str, Any]) -> bool:
+def partly_trained(trial: Mapping[str, Any]) -> bool:
     """Whether a trial was trained for fewer than 100,000 steps, or by smaller minibatches or in a smaller network
     than the paper's."""
     return any(trial.get(name, least) < least for name, least in FULL.items())
@@ -85,7 +85,7 @@ def notice(results: Sequence[Result]) -> str:
         return f"{images}: not comparable with the paper's numbers"
     limits = {
         "held-out training images": any(result["trial"]["split"] != "test" for result in results),
-        "partial training, or a small network": any(partial(result["trial"]) for result in results),
+        "partial training, or a small network": any(partly_trained(result["trial"]) for result in results),
     }
     found = "; ".join(limit for limit, applies in limits.items() if applies)
     return f"{found}: not comparable with the paper's numbers" if found else ""

@@ -56,7 +56,7 @@ class Training:
         self.trial, self.folder = trial, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.provenance = provenance(device)  # when training ends, git may be at another version
-        found = checkpoint.latest(folder, trial.family(), lambda told: print(told, flush=True))
+        found = checkpoint.latest(folder, trial.family())
         if found and found.step > trial.steps:
             raise DvqError(
                 f"{folder} has a checkpoint of step {found.step}, and the trial ends at {trial.steps}; give it a "

@@ -203,7 +203,7 @@ class Trial(BaseModel):
 
     @abstractmethod
     def latents(self) -> "nn.Module":
-        """The latent variables' own parameters: one of the classes of ``dvq.latents``."""
+        """The latent variables' own parameters: a class of ``dvq.latents`` or ``dvq.quantizers``."""
 
     @abstractmethod
     def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from components import datasets
-from dvq import DvqError, fingerprints
+from dvq import DvqError
 from dvq.config import overrides
 from dvq.fingerprints import FINGERPRINTS, label
 from pipeline import conclusion, containers, definition, forecast, image, pods, preflight
@@ -109,7 +109,7 @@ def bring_data(job: Job) -> Job:
     preflight.check_data(name, source, job.store)
     preflight.check_cache(job.store)
     if job.store.has_data(name):
-        job.store.publish_data(fingerprints.of(name))  # where this machine's cache alone has it
+        job.store.publish_data(name)  # where this machine's cache alone has it
     else:
         print(f"uploading {name} from {source} to {job.store.place}", flush=True)
         with tempfile.TemporaryDirectory() as folder:

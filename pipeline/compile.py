@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
 from kfp import compiler
 
 from pipeline import interfaces
@@ -31,12 +30,10 @@ def readme(name: str, component: Any) -> str:
     """The component's README, with its tables as the component is."""
     text = (FOLDER / name / "README.md").read_text(encoding="utf-8")
     spec = component.component_spec
-    told = docstring_parser.parse(component.python_func.__doc__)
-    described = {one.arg_name: one.description or "" for one in told.params}
     lines = [f"Version {interfaces.version(name)}.", "", "| input | type | |", "| --- | --- | --- |"]
     for key, one in (spec.inputs or {}).items():
         default = f"; default `{one.default!r}`" if one.optional else ""
-        lines.append(f"| `{key}` | {_kind(one.type)}{default} | {_line(described[key])} |")
+        lines.append(f"| `{key}` | {_kind(one.type)}{default} | {_line(one.description or '')} |")
     lines += ["", "| output | type | |", "| --- | --- | --- |"]
     for key, one in (spec.outputs or {}).items():
         lines.append(f"| `{key}` | {_kind(one.type)} | {_line(one.description or '')} |")

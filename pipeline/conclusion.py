@@ -104,11 +104,11 @@ def say(console: Console, line: str, prose: bool = False) -> None:
 
 
 def _table(found: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> Table:
-    made = Table(box=None, pad_edge=False, header_style="bold")
-    for heading, form in filled(found, columns).values():
+    made, kept = Table(box=None, pad_edge=False, header_style="bold"), filled(found, columns)
+    for heading, form in kept.values():
         made.add_column(heading, justify="right" if form else "left", no_wrap=bool(form), overflow="fold")
     for row in found:
-        made.add_row(*(shown(row, key) for key in filled(found, columns)))
+        made.add_row(*(shown(row, key) for key in kept))
     return made
 
 

@@ -75,22 +75,21 @@ def plan(trials: Mapping[str, Trial], store: Store, profile: Profile, fresh: boo
     keys = [one.key() for one in trials.values()]
     store.look(keys)
     done = {name for name, one in trials.items() if not fresh and store.state(one.key()).name == "finished"}
-    known = _measured({key for one in trials.values() for key in store.family(one)}, store, profile)
-    others: dict[str, Speed] = {}
-    if any(_like(one) not in known for name, one in trials.items() if name not in done):
+    kinds = {name: _kind(values(one)) for name, one in trials.items()}
+    known, others = _measured(store.families(trials.values()), store, profile), dict[Kind, Speed]()
+    if any(kinds[name] not in known for name in trials.keys() - done):
         with suppress(DvqError):  # what is wrong with another sweep's trials is not this one's concern
             store.look(store.keys())
             others = _measured(store.keys(), store, profile)
-    states = dict.fromkeys(("finished", "going on", "failed before", "new"), 0)
+    states = {"finished": len(done), "going on": 0, "failed before": 0, "new": 0}
     seconds, guessed, unknown, used = 0.0, 0, [], set[str]()
     for name, one in trials.items():
-        reached = 0 if fresh else store.reached(one)
-        state = "new" if fresh else store.state(one.key()).name
-        told = {"finished": state, "failed": "failed before"}.get(state, "going on" if reached else "new")
-        states[told] += 1
         if name in done:
             continue
-        alike = known.get(_like(one)) or others.get(_like(one))
+        reached = 0 if fresh else store.reached(one)
+        failed = not fresh and store.state(one.key()).name == "failed"
+        states["failed before" if failed else "going on" if reached else "new"] += 1
+        alike = known.get(kinds[name]) or others.get(kinds[name])
         like = alike or _guess(one, known, profile) or _guess(one, others, profile)
         guessed += alike is None and like is not None
         if like is None:
@@ -102,46 +101,38 @@ def plan(trials: Mapping[str, Trial], store: Store, profile: Profile, fresh: boo
     return Plan(states, seconds * devices(profile) / 3600, guessed, tuple(unknown), measured_on)
 
 
+Kind = tuple[str, fingerprints.Shape, str]
+"""what trials that are as fast have in common: estimator, the images' shape, and all their fields but a few"""
 Speed = tuple[float, str]
 """images/s, evaluations included, and the device"""
 
 
-def _measured(keys: Iterable[str], store: Store, profile: Profile) -> dict[str, Speed]:
-    """The slowest speed that was measured, by :func:`_like`, of those of the trials ``keys`` that are finished."""
+def _measured(keys: Iterable[str], store: Store, profile: Profile) -> dict[Kind, Speed]:
+    """The slowest speed that was measured, by :func:`_kind`, of those of the trials ``keys`` that are finished."""
     keys = [key for key in sorted(keys) if store.has(key, "results.json")]
     store.follow(keys)
-    kind, found = "cuda" if profile.gpu else "cpu", dict[str, Speed]()
+    place, found = "cuda" if profile.gpu else "cpu", dict[Kind, Speed]()
     for key in keys:
         with suppress(DvqError, KeyError):  # a damaged one tells nothing here
             result: dict[str, Any] = store.results(key) or {}
             device = result.get("provenance", {}).get("device", "")
-            if device.startswith(kind):
+            if device.startswith(place):
                 images = result["trial"]["steps"] * result["trial"]["batch_size"]
                 seconds = max(held(store.trial(key)), result["training"]["seconds"])
-                like = _shape(complete(result["trial"]))
-                found[like] = min(found.get(like, (float("inf"), "")), (images / seconds, device))
+                kind = _kind(complete(result["trial"]))
+                found[kind] = min(found.get(kind, (float("inf"), "")), (images / seconds, device))
     return found
 
 
-def _shape(fields: Mapping[str, Any]) -> str:
-    return json.dumps(
-        {name: fields[name] for name in sorted(fields.keys() - {"seed", "steps", "autoregressive_steps"})}
-    )
+def _kind(fields: Mapping[str, Any]) -> Kind:
+    decide = {name: fields[name] for name in fields.keys() - {"seed", "steps", "autoregressive_steps"}}
+    shape = fingerprints.shape(fields["data"])
+    return fields["estimator"], shape, json.dumps(decide, sort_keys=True)
 
 
-def _like(trial: Trial) -> str:
-    """What trials that are as fast have in common."""
-    return _shape(values(trial))
-
-
-def _guess(trial: Trial, known: Mapping[str, Speed], profile: Profile) -> Speed | None:
-    name = trial.estimator
-    fields = {key: json.loads(key) for key in known}
-    like = [
-        known[key]
-        for key, one in fields.items()
-        if one["estimator"] == name and fingerprints.shape(one["data"]) == trial.image_shape
-    ]
+def _guess(trial: Trial, known: Mapping[Kind, Speed], profile: Profile) -> Speed | None:
+    name, shape = trial.estimator, trial.image_shape
+    like = [speed for kind, speed in known.items() if kind[:2] == (name, shape)]
     if name in profile.images_per_second:
         like.append((profile.images_per_second[name], PROFILES))
     return min(like, default=None)

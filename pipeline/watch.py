@@ -79,7 +79,8 @@ def watch(
         while True:
             ended, note = look()
             for row in shown:
-                row.update(since)
+                if row.state != FINISHED:  # of these nothing more is told, and there may be a thousand
+                    row.update(since)
             screen.show(shown, "" if ended else note)
             if ended:
                 return

@@ -471,7 +471,7 @@ def test_what_diverged_is_never_kept(estimator: str, tmp_path: Path, prepared: P
     with pytest.raises(DvqError, match=r"training diverged: at step \d+ the \w+ is (nan|inf)"):
         train(one, load(prepared), folder)
     for step in checkpoint.steps(folder):
-        found = checkpoint.latest(folder, one.family(), print)
+        found = checkpoint.latest(folder, one.family())
         assert found is not None
         assert torch.isfinite(found.tensors["terms"]).all(), step
 

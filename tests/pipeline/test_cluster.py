@@ -14,7 +14,7 @@ from rich.console import Console
 from components import IMAGE
 from components.folder import begin, write_json
 from components.store import Store
-from dvq import DvqError, data, fingerprints
+from dvq import DvqError, data
 from dvq.events import Events
 from dvq.sweep import Sweep
 from pipeline import cancel, cluster, conclusion, containers, forecast, image, submit
@@ -186,11 +186,11 @@ def test_data_that_this_machines_cache_alone_has_goes_to_the_store(
 ) -> None:
     """An upload that was cut off is made up for."""
     published: list[str] = []
-    monkeypatch.setattr(Store, "publish_data", lambda _, fingerprint: published.append(fingerprint))
+    monkeypatch.setattr(Store, "publish_data", lambda _, name: published.append(name))
     job = make(source=str(tmp_path))
-    data.prepare("cifar10-sample", "", job.store.data(fingerprints.of("cifar10-sample")))
+    data.prepare("cifar10-sample", "", job.store.data("cifar10-sample"))
     cluster.bring_data(job)
-    assert published == [fingerprints.of("cifar10-sample")]
+    assert published == ["cifar10-sample"]
 
 
 def test_what_is_refused_removes_nothing(make: Make, server: KubeflowServer) -> None:

@@ -59,3 +59,10 @@ def test_every_variable_of_the_environment_is_read_somewhere():
     for page in PAGES:
         for variable in set(re.findall(r"\b(?:DVQ|KFP)_[A-Z_]+", page.read_text(encoding="utf-8"))):
             assert variable in code, f"{named(page)}: {variable}"
+
+
+@pytest.mark.parametrize("layer", ["dvq", "components", "pipeline"])
+def test_every_module_stands_in_its_layers_readme(layer):
+    text = (ROOT / layer / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / layer).glob("[!_]*.py"):
+        assert f"`{path.name}`" in text, f"{layer}/README.md does not say what {path.name} is"

@@ -41,7 +41,6 @@ ADAPTERS = {
     "components/s3.py": {"boto3", "botocore", "tenacity"},
     "components/tracking.py": {"mlflow"},
     "components/pyfunc.py": {"mlflow", "torch"},
-    "pipeline/compile.py": {"docstring_parser"},
     "pipeline/connection.py": {"kfp_server_api", "urllib3"},
     "pipeline/kubeflow.py": {"kfp_server_api"},
     "pipeline/stack.py": {"psutil"},

@@ -14,7 +14,7 @@ from components.store import Store
 from dvq import NUMERICS, DvqError, kept, report
 from dvq.analyze import Analysis, analyze
 from dvq.config import trial
-from dvq.style import notice, partial
+from dvq.style import notice, partly_trained
 from dvq.sweep import load_sweep
 from dvq.trial import Trial, values
 from pipeline import preflight, results
@@ -332,9 +332,9 @@ def test_the_sweeps_for_gpus_share_their_trials() -> None:
 
 def test_the_sweeps_of_the_papers_numbers_train_all_in_full_and_alike() -> None:
     trials = [one for name in ("paper", "gaussian") for one in preflight.find_sweep(name).trials().values()]
-    assert not any(partial(values(one)) for one in trials)
+    assert not any(partly_trained(values(one)) for one in trials)
     there = [trial(one["trial"]) for one in kept.load(preflight.SWEEPS.parent / "results")]
-    full = {one.key() for one in there if one.split == "test" and not partial(values(one))}
+    full = {one.key() for one in there if one.split == "test" and not partly_trained(values(one))}
     assert full <= {one.key() for one in trials}
     alike = ("split", "steps", "normalization_until", "learning_rate", "decay_after", "decay_half_life")
     assert len({tuple(getattr(one, field) for field in alike) for one in trials}) == 1

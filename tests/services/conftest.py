@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,8 @@ from typing import Any
 import boto3
 import pytest
 
+from pipeline.services import QUIET, WEED, answers
 from tests.services.proxy import Proxy
-
-PORTS = [
-    f"{part}.port{kind}" for part in ("s3", "master", "volume", "filer", "admin") for kind in ("", ".grpc")
-]
-OFF = ("-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false")
 
 
 def free_ports(count: int) -> list[int]:
@@ -42,22 +37,13 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30) -> Any:
     return value
 
 
-def answers(address: str) -> bool:
-    """Whether a GET of ``address`` is answered with 200."""
-    try:
-        with urllib.request.urlopen(address, timeout=2) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
 class SeaweedFS:
     """SeaweedFS with its S3 gateway, in ``folder``; it can be killed and started again on the same port."""
 
     def __init__(self, folder: Path, bucket: str, *options: str) -> None:
         self.folder, self.bucket, self.options = folder, bucket, options
         self.access_key, self.secret_key = secrets.token_hex(8), secrets.token_hex(16)
-        self._ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+        self._ports = dict(zip(WEED, free_ports(len(WEED)), strict=True))
         self.port = self._ports["s3.port"]
         self.address = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -66,9 +52,9 @@ class SeaweedFS:
         self.folder.mkdir(parents=True, exist_ok=True)
         keys = {"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key}
         command = [str(Path(sys.executable).with_name("weed")), "-logtostderr=true", "-v=-1", "mini"]
-        command += [f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
+        command += [f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         command += [f"-{name}={port}" for name, port in self._ports.items()]
-        command += [*OFF, f"-bucket={self.bucket}", *self.options]
+        command += [*QUIET, f"-bucket={self.bucket}", *self.options]
         with self.folder.with_suffix(".log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, env={**os.environ, **keys, "GOMEMLIMIT": "512MiB"}, stdout=log, stderr=log

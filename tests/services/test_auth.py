@@ -14,7 +14,8 @@ from components.tracking import TrialRun
 from dvq import DvqError
 from dvq.config import trial
 from pipeline import tracker
-from tests.services.conftest import answers, free_ports, wait_for
+from pipeline.services import answers
+from tests.services.conftest import free_ports, wait_for
 
 RIGHT, WRONG = "a-long-enough-password", "a-wrong-password"
 

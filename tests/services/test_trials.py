@@ -256,7 +256,7 @@ def test_a_kill_in_a_multipart_checkpoint_changes_nothing(
         wait_for(met.is_set)
     elsewhere = machine(tmp_path / "two", monkeypatch)
     with elsewhere.working(KEY) as work:
-        found = checkpoint.latest(work.folder, "x", print)
+        found = checkpoint.latest(work.folder, "x")
         assert found is not None
         assert (work.folder / "checkpoints" / "000000003" / "state.safetensors").read_bytes() == content
 
@@ -366,7 +366,7 @@ def test_a_flipped_byte_in_a_checkpoint_costs_that_checkpoint(
     elsewhere = machine(tmp_path / "two", monkeypatch)
     with elsewhere.working(KEY) as work:
         told = capsys.readouterr().out
-        found = checkpoint.latest(work.folder, "x", lambda _: None)
+        found = checkpoint.latest(work.folder, "x")
         assert found is not None
         assert found.step == 3
     assert f"{key} is damaged: its SHA-256 is" in told
