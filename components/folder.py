@@ -3,6 +3,7 @@
 import json
 import shutil
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) ->
     """The trial's folder, as it was left, or a new one; that may go on from a ``shorter`` trial's checkpoints.
 
     Raises:
-        DvqError: the folder was written by a version with another format.
+        DvqError: the folder was written by a version with another format, or, as the shorter trial's, with another
+            default of a field.
     """
     document = read_json(folder / "trial.json")
     if document is not None:
@@ -53,7 +55,10 @@ def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) ->
                 f"{folder} has format {document['format']}, and this version reads {FORMAT}; "
                 "compute anew (FRESH=1), or use the version that wrote it"
             )
+        check_values(trial, document)
         return
+    if shorter:
+        check_values(trial, read_json(shorter / "trial.json") or {})
     clear(folder)
     folder.mkdir(parents=True)
     if shorter:
@@ -70,6 +75,19 @@ def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) ->
         "trial": values(trial),
     }
     write_json(folder / "trial.json", document)
+
+
+def check_values(trial: Trial, document: Mapping[str, Any]) -> None:
+    """DvqError if ``document``, the trial.json or results.json of ``trial`` or of a shorter one of its family, has
+    another value of a field that decides numbers: a default was edited since, which does not show in the key. A field
+    that only one of them knows is younger or older than the other, and neutral."""
+    stored, free = document.get("trial", {}), {"steps", "autoregressive_steps", *trial.unkeyed()}
+    for field, value in values(trial).items():
+        if field not in free and stored.get(field, value) != value:
+            raise DvqError(
+                f"trial {document.get('key', trial.key())}: it was computed with {field} {stored[field]}, and the "
+                f"default is {value} now; FRESH=1 computes it anew"
+            )
 
 
 def _copy(shorter: Path, folder: Path) -> None:

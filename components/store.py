@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.folder import State, clear, damaged, read_json, state
+from components.folder import State, check_values, clear, damaged, read_json, state
 from dvq import DvqError, checkpoint, disk, fingerprints
 from dvq.trial import Trial
 
@@ -167,12 +167,20 @@ class Store:
             raise damaged(path, "it is empty")
         return found
 
+    def finished(self, trial: Trial) -> dict[str, Any] | None:
+        """The trial's results, if it is finished; DvqError if they are damaged, or were computed with another default
+        of a field."""
+        found = self.results(trial.key())
+        if found:
+            check_values(trial, found)
+        return found
+
     def outcomes(self, trials: Mapping[str, Trial]) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """The finished trials' results, and of the others the reasons, by name."""
         self.look([trial.key() for trial in trials.values()], "results.json")
         results, reasons = [], {}
         for name, trial in trials.items():
-            found = self.results(trial.key())
+            found = self.finished(trial)
             if found:
                 results.append({**found, "name": name})
             else:

@@ -82,16 +82,16 @@ def train(
         try:
             if fault:
                 raise DvqError(fault)
+            new = not (folder / "trial.json").exists()
+            begin(folder, trial, name, store.shorter(trial) if store and new else None)
             if (folder / "model").exists():
                 run.sync()  # by this sweep's name, which the steps behind do not know
             else:
-                new = not (folder / "trial.json").exists()
-                begin(folder, trial, name, store.shorter(trial) if store and new else None)
                 reason = _train_in_child(work, data, run)
         except DvqError as error:
             work.check()
             reason = str(error)
-            if not (folder / "model").exists():
+            if not (fault and (folder / "model").exists()):  # it was trained on its own images
                 Events(folder).failure(reason)
         give(folder, trial, model)
     fail(reason, record)

@@ -29,7 +29,7 @@ def explain(
         print(ledger(trial, trials, store, sweep))
         return
     width, todo = max(map(len, trials)), 0
-    store.outcomes(trials)  # DvqError for results that are damaged
+    store.outcomes(trials)  # DvqError for results that are damaged, or of another default
     for name, one in trials.items():
         state, trained = store.state(one.key()), store.has(one.key(), "model")
         reached = store.reached(one)
@@ -56,7 +56,7 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> 
     if name not in trials:
         raise DvqError(f"the sweep has no trial '{name}'; its trials: {', '.join(trials)}")
     key = trials[name].key()
-    results = store.results(key)
+    results = store.finished(trials[name])
     if results is None:
         state = store.state(key)
         told = f"failed ({state.reason})" if state.name == "failed" else "is not finished"

@@ -59,7 +59,7 @@ def submit(
         raise DvqError(
             "ON=kfp: the profile has no 'cluster'; name one that has: PROFILE=nvidia, gke, eks, kind"
         )
-    job = look_at(sweep, jobs, data, limits)
+    job = look_at(sweep, jobs, data, limits, fresh)
     cap = preflight.hours(budget) or (limits.budget if limits else None)
     if dry_run:
         return _print_plan(job, cap, on, fresh)
@@ -77,8 +77,9 @@ def submit(
     raise SystemExit(run(job, Console(), fresh))
 
 
-def look_at(name: str, jobs: str, source: str, profile: Profile | None) -> Job:
-    """The sweep, with what the store has of it; DvqError for what is wrong."""
+def look_at(name: str, jobs: str, source: str, profile: Profile | None, fresh: bool = False) -> Job:
+    """The sweep, with what the store has of it; DvqError for what is wrong, of results too unless they are computed
+    anew."""
     number = preflight.whole_number("JOBS", jobs or str(profile.parallelism if profile else 2), JOBS)
     sweep = preflight.find_sweep(name)
     trials = sweep.trials()
@@ -96,6 +97,8 @@ def look_at(name: str, jobs: str, source: str, profile: Profile | None) -> Job:
     folder = preflight.outputs() / "logs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sweep.name}"
     job = Job(sweep, trials, store, arguments, number, folder, profile)
     store.look(job.keys(), "results.json")
+    for trial in () if fresh else trials.values():
+        store.finished(trial)
     return job
 
 

@@ -60,7 +60,7 @@ def rows(job: Job) -> list[Row]:
 
 def _row(name: str, trial: Trial, store: Store) -> Row:
     row = Row(name, trial, Tail(store.trial(trial.key())))
-    found = store.results(trial.key())
+    found = store.finished(trial)
     if found:
         row.state, row.step, row.bits_per_dim = FINISHED, trial.steps, found["evaluation"]["bits_per_dim"]
         row.news.append(f"{FINISHED} before: {row.bits_per_dim:.3f} bits/dim")

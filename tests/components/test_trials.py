@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 import dvq
 from components import judging, sentences, tracking, trials
-from components.folder import State, begin, state, write_json
+from components.folder import State, begin, read_json, state, write_json
 from components.store import Store
 from dvq import DvqError, events, failures, goodput
 from dvq.config import trial
@@ -225,6 +226,40 @@ def test_what_is_wrong_with_a_shorter_trial_is_the_longer_ones_failure(
     monkeypatch.setattr(Store, "shorter", lambda *_: 1 / 0)
     run("estimator=vq-ema steps=8", prepared, tmp_path / "its own")
     assert state(long).name == "finished"
+
+
+def was(folder: Path, **fields: object) -> None:
+    """Make what is kept in a trial's folder tell of other values, as from before an edit of defaults."""
+    for path in (folder / "trial.json", folder / "results.json"):
+        if document := read_json(path):
+            write_json(path, {**document, "trial": {**document["trial"], **fields}})
+
+
+def test_what_another_default_computed_is_not_taken_for_this_ones(
+    store: Store, prepared: Path, tmp_path: Path
+) -> None:
+    """An edited default is not in the key."""
+    run("estimator=gs-soft", prepared, tmp_path / "short")
+    sweep = Sweep(name="s", base=BASE, grid={"estimator": ["gs-soft"]})
+    (name, one), long = (
+        next(iter(sweep.trials().items())),
+        trial({**BASE, "estimator": "gs-soft", "steps": 8}),
+    )
+    folder = store.trial(one.key())
+    was(folder, log_every=7, a_field_that_is_gone=1)
+    assert store.outcomes(sweep.trials())[1] == {}, "these change no number"
+
+    was(folder, temperature=0.25)
+    told = f"trial {one.key()}: it was computed with temperature 0.25, and the default is 0.5 now; FRESH=1 computes"
+    with pytest.raises(DvqError, match=re.escape(told)):
+        store.outcomes(sweep.trials())
+    (folder / "results.json").unlink()
+    for steps, asked in (("", one), (" steps=8", long)):  # trained already; and one that would go on from it
+        trials.train(f"estimator=gs-soft{steps}", json.dumps(BASE), prepared, tmp_path / "model", "", True)
+        assert store.state(asked.key()).reason.startswith(told)
+    store.remove(one.key())
+    run("estimator=gs-soft", prepared, tmp_path / "anew")
+    assert [found["name"] for found in store.outcomes(sweep.trials())[0]] == [name]
 
 
 def test_a_folder_of_another_format_is_refused(store: Store, prepared: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from components.store import Store
 from dvq import DvqError
 from dvq.sweep import load_sweep
+from dvq.trial import values
 from pipeline import conclusion, containers, explain, local, preflight, replay, report, stack, submit, ui
 from pipeline.stack import Stack
 
@@ -203,6 +204,23 @@ def test_results_that_are_damaged_are_one_sentence(
             command.app(["tiny.yaml", *arguments])
         assert stopped.value.code == 2
         assert f"{folder}/results.json: damaged ({says}" in capsys.readouterr().err
+
+
+def test_results_of_another_default_are_refused_before_any_work_unless_they_are_computed_anew(
+    write_sweep: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DVQ_STORE", "DVQ_CACHE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    sweep = write_sweep(grid=GRID)
+    (trial,) = load_sweep(sweep).trials().values()
+    folder = Store(tmp_path / "DVQ_STORE").trial(trial.key())
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"trial": {**values(trial), "temperature": 0.25}}))
+    with pytest.raises(
+        DvqError, match=r"temperature 0.25, and the default is 0.5 now; FRESH=1 computes it anew"
+    ):
+        submit.look_at(str(sweep), "", "", None)
+    submit.look_at(str(sweep), "", "", None, fresh=True)
 
 
 def test_a_field_that_changes_nothing_is_a_warning(
