@@ -63,14 +63,14 @@ def write(sweep: Sweep, store: Store, anew: bool = False) -> tuple[Path, dict[st
 
 def _write(sweep: Sweep, store: Store) -> tuple[Path, dict[str, str]]:
     from dvq import report as page
-    from dvq.tables import best
+    from dvq.choices import chosen
 
     results, analyses, failures = gather(sweep, store)
     path = page.write(store.report(sweep.name), sweep, results, analyses, failures, *_seen(results, store))
     track(sweep, store)
     tracking.report(sweep.name, path.parent, _note(sweep.description, results, failures), bool(failures))
-    if sweep.champion and (found := best(results)):
-        tracking.champion(sweep.champion, sweep.name, dict(found))
+    if sweep.champion and (found := chosen(results)):
+        tracking.champion(sweep.champion, sweep.name, dict(found[0]))
     store.publish_report(sweep.name)
     return path, failures
 

@@ -10,7 +10,7 @@ from string import Template
 
 import yaml
 
-from dvq import disk, figures, patches, style
+from dvq import choices, disk, figures, patches, style
 from dvq.captions import CHOICE, CHOSEN, FIGURES, PAPER, SEVERAL
 from dvq.fingerprints import shape
 from dvq.patches import Patches
@@ -49,6 +49,7 @@ def page(
         name=escape(sweep.name),
         description=escape(sweep.description),
         summary=_summary(finished, several, failures),
+        choice=_choice(results),
         notice=f'<p class="notice">{escape(warning)}</p>' if warning else "",
         failures=f'<section class="failures"><h2>{count}</h2><ul>{reasons}</ul></section>'
         if failures
@@ -94,8 +95,17 @@ def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[
             parts.append(
                 f"{lowest} by fitted bits/dim: {escape(other['name'])}, {shown(other, 'fitted_bits_per_dim')}"
             )
-        parts.append(f"split {finished[0]['split']}")
+        tune = finished[0]["split"] == "tune"
+        parts.append("held-out training images (split: tune)" if tune else f"split {finished[0]['split']}")
     return " · ".join(parts)
+
+
+def _choice(results: Sequence[Result]) -> str:
+    """What the results choose, as a line for another sweep; or that they cannot be chosen by."""
+    told = escape(choices.warning(one["trial"] for one in results))
+    if line := choices.then(results):
+        told = f"then, on test images: <code>{escape(line)}</code>"
+    return f'<p class="soft">{told[0].upper()}{told[1:]}</p>' if told else ""
 
 
 def _table(found: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:

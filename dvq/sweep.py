@@ -66,8 +66,8 @@ class Sweep(BaseModel):
     include: list[Point] = []
     seeds: Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1)] = [0]
     champion: Annotated[str, Field(pattern=r"^(\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*)?$")] = ""
-    """the registered model in MLflow whose alias ``champion`` the sweep's best trial gets; empty for none. MLflow
-    has none of dots alone"""
+    """the registered model in MLflow whose alias ``champion`` the sweep's best trial gets, of several seeds the
+    lowest of the setting of lowest mean; empty for none. MLflow has none of dots alone"""
 
     def points(self) -> list[Point]:
         """What each trial sets over ``base``, in the file's order."""

@@ -99,12 +99,6 @@ def certificate(results: Sequence[Result]) -> str:
     return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def best(results: Sequence[Result]) -> Result | None:
-    """The trial with the lowest bits/dim, of those where it is finite."""
-    finite = [one for one in results if math.isfinite(one["evaluation"]["bits_per_dim"])]
-    return min(finite, key=lambda one: float(one["evaluation"]["bits_per_dim"]), default=None)
-
-
 def fitted_first(table: Sequence[Row]) -> Row | None:
     """The row of lowest fitted bits/dim, where that is another than the first, which has the lowest bits/dim, and
     every row has it."""
@@ -118,10 +112,10 @@ def fitted_first(table: Sequence[Row]) -> Row | None:
 def settings(results: Sequence[Result]) -> list[Row]:
     """A row a setting that was trained with several seeds, sorted by bits/dim.
 
-    It holds ``name``, ``seeds``, the means of ``MEANS`` over the seeds, and the means over the ``pairs`` of trainings
-    with the same seed by which bits/dim and its fitted form are ``above`` and ``fitted_above`` those of the first
-    row; ``_se`` behind a mean's name is its standard error over trainings. None where a training has no such number,
-    it is not finite, or there are fewer than two pairs.
+    It holds ``name``, ``seeds``, the configuration without the seed as ``trial``, the means of ``MEANS`` over the
+    seeds, and the means over the ``pairs`` of trainings with the same seed by which bits/dim and its fitted form are
+    ``above`` and ``fitted_above`` those of the first row; ``_se`` behind a mean's name is its standard error over
+    trainings. None where a training has no such number, it is not finite, or there are fewer than two pairs.
     """
     groups = [group for group in alike(results, "seed") if len(group) > 1]
     made = sorted(((_setting(group), group) for group in groups), key=lambda one: _bits(one[0]))
@@ -134,6 +128,7 @@ def _setting(group: Sequence[Result]) -> Row:
     row: Row = {
         "name": group[0]["name"].replace(f"{size}-s{trial['seed']}", size, 1),
         "seeds": len(group),
+        "trial": {key: value for key, value in trial.items() if key != "seed"},
         **{key: trial.get(key) for key in ("num_codes", "num_latents")},
     }
     for key in MEANS:

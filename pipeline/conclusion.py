@@ -10,9 +10,10 @@ from rich.table import Table
 
 from components import tracking
 from components.store import DID_NOT_FINISH, DID_NOT_START, Store
+from dvq.choices import chosen, then
 from dvq.fingerprints import label
 from dvq.sweep import Sweep
-from dvq.tables import COLUMNS, SETTINGS, best, certificate, filled, fitted_first, rows, settings, shown
+from dvq.tables import COLUMNS, SETTINGS, certificate, filled, fitted_first, rows, settings, shown
 from dvq.trial import Trial
 from pipeline.profile import Cluster
 
@@ -56,8 +57,11 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
         lost = goodput([one["training"]["goodput"] for one in finished])
         if lost:
             say(console, lost)
-    if sweep.champion and os.environ.get("MLFLOW_TRACKING_URI") and (first := best(finished)):
-        say(console, f"best, for models:/{sweep.champion}@champion: {first['name']}")
+    if line := then(finished):
+        say(console, f"then, on test images: {line}")
+    if sweep.champion and os.environ.get("MLFLOW_TRACKING_URI") and (first := chosen(finished)):
+        of = ", the lowest seed of the setting of lowest mean over seeds" if len(first) > 1 else ""
+        say(console, f"best, for models:/{sweep.champion}@champion: {first[0]['name']}{of}")
     if failures:
         say(
             console,

@@ -19,8 +19,8 @@ from rich.console import Console
 
 from components import tracking
 from components.store import DID_NOT_FINISH, DID_NOT_START
-from dvq import DvqError, fingerprints
-from dvq.trial import Trial
+from dvq import DvqError, choices, fingerprints
+from dvq.trial import Trial, values
 from pipeline import conclusion, containers, forecast, image, local, preflight, tracker
 from pipeline.profile import JOBS, Profile, find_profile
 from pipeline.progress import FAILED, FINISHED, Row
@@ -85,6 +85,8 @@ def look_at(name: str, jobs: str, source: str, profile: Profile | None, fresh: b
     trials = sweep.trials()
     for field, need in sweep.idle():
         print(f"warning: sweep '{sweep.name}': {field} changes nothing without {need}", file=sys.stderr)
+    if told := choices.warning(map(values, trials.values())):
+        print(f"note: sweep '{sweep.name}': {told}", file=sys.stderr)
     store = preflight.set_environment()
     data = next(iter(trials.values())).data
     arguments = {
@@ -144,7 +146,10 @@ def run(job: Job, console: Console, fresh: bool = False) -> int:
             try:
                 watch(job, shown, began, console, lambda: (process.poll() is not None, _note(shown, job)))
             except KeyboardInterrupt:
-                print(f"ending the trials at a checkpoint, {local.GRACE} seconds at most", flush=True)
+                once_more = "" if job.profile else "; a second Ctrl-C ends them at once, without one"
+                print(
+                    f"ending the trials at a checkpoint, {local.GRACE} seconds at most{once_more}", flush=True
+                )
                 raise
     except KeyboardInterrupt:
         print(f"interrupted; the same command{' without FRESH=1' * fresh} goes on")

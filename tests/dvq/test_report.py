@@ -13,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dvq import report, tables
+from dvq import choices, report, tables
 from dvq.analyze import analyze
 from dvq.captions import FIGURES
 from dvq.patches import Patches
 from dvq.pictures import Pictures
 from dvq.sweep import Sweep, load_sweep
+from dvq.trial import values
 
 FAILURES = {"vimco-c16-k4-s0": "training was killed by <SIGKILL> & more"}
+SWEEPS = sorted((Path(__file__).parents[2] / "pipeline" / "sweeps").glob("*.yaml"))
 EVIL = '<script>alert("x")</script>'
 
 
@@ -162,6 +164,7 @@ def test_settings_are_means_over_seeds_with_the_error_of_trainings(sweep):
         results.append(other)
     best, worst = tables.settings(results)
     assert (best["name"], best["seeds"]) == ("vq-ema-c16-k4", 2)
+    assert best["trial"].items() | {("seed", 0)} == results[2]["trial"].items()
     assert (worst["name"], worst["seeds"]) == ("gs-soft-c16-k4", 3)
     assert best["bits_per_dim"] == pytest.approx(7.05)
     assert best["bits_per_dim_se"] == pytest.approx(0.05)
@@ -188,11 +191,76 @@ def test_settings_are_means_over_seeds_with_the_error_of_trainings(sweep):
 def seeds(results, *bits):
     """The trainings of each setting, by their bits/dim for seeds 0, 1, …"""
     made = []
-    for one, values in zip(results, bits, strict=True):
-        for seed, value in enumerate(values):
+    for one, found in zip(results, bits, strict=True):
+        for seed, value in enumerate(found):
             made.append(copy.deepcopy(one))
             made[-1]["trial"]["seed"], made[-1]["evaluation"]["bits_per_dim"] = seed, value
     return made
+
+
+def test_the_lowest_mean_over_seeds_is_chosen_and_not_the_lowest_of_all_trainings(sweep):
+    lucky, steady, single = (7.9, 6.0, 7.9), (7.1, 7.0, 7.2), (6.5,)
+    made = seeds(sweep[0], lucky, steady, single)
+    assert [one["evaluation"]["bits_per_dim"] for one in choices.chosen(made)] == [7.0, 7.1, 7.2]
+    assert choices.chosen(seeds(sweep[0], (7.0,), (math.nan,), single))[0]["trial"]["estimator"] == "vq-ema"
+    made = seeds(sweep[0], (6.0, math.nan), (7.0, 7.1), (math.nan, 5.0))
+    assert choices.chosen(made)[0]["trial"]["num_codes"] == 256, (
+        "a setting whose training diverged is not chosen"
+    )
+    assert choices.chosen(made[:2]) == choices.chosen([]) == []
+
+
+def test_held_out_images_choose_a_line_for_a_sweep_on_test_images(sweep, tmp_path):
+    assert choices.then(sweep[0]) == ""
+    made = copy.deepcopy(sweep[0])
+    for one, rate in zip(made, (5e-4, 5e-5, 5e-4), strict=True):
+        one["trial"] |= {"split": "tune", "learning_rate": rate, "log_every": 7, "a_field_that_is_gone": 1}
+        one["evaluation"]["split"] = "tune"
+    line = "{estimator: gs-soft, num_latents: 4, steps: 200, learning_rate: 5.0e-05, num_codes: 256}"
+    assert choices.then(made) == line
+    (tmp_path / "then.yaml").write_text(f"include:\n  - {line}\n")
+    (one,) = load_sweep(tmp_path / "then.yaml").trials().values()
+    assert (one.split, one.learning_rate, one.num_codes) == ("test", 5e-5, 256)
+    text = Page(report.page(smoke(), made, {}, {})).text
+    assert f"Then, on test images: {line}" in text
+    assert "held-out training images (split: tune)" in text
+
+
+def test_a_choice_by_test_images_is_said_to_be_none(sweep):
+    def told(**content):
+        made = Sweep(name="s", base={"num_codes": 64}, **content)
+        return choices.warning(values(one) for one in made.trials().values())
+
+    soft = {"estimator": ["gs-soft"]}
+    rates, others = {**soft, "learning_rate": [1e-3, 1e-4]}, {**soft, "normalization": ["batch", "none"]}
+    assert told(grid=rates).startswith(
+        "its trials differ in learning_rate: a choice among them by test images"
+    )
+    assert "in decay_after and temperature:" in told(
+        grid=soft, include=[{"estimator": "gs-soft", "temperature": 0.1, "decay_after": 5}]
+    )
+    sizes = {
+        "estimator": ["gs-soft", "vq-ema"],
+        "num_codes": [8, 9],
+        "num_latents": [4, 8],
+        "code_dim": [4, 8],
+    }
+    levels = [{"estimator": "fsq", "levels": [n, 3], "code_dim": 2, "num_codes": 3 * n} for n in (3, 6)]
+    alone = [{"estimator": "vq-ema"}, {"estimator": "vimco", "learning_rate": 1e-3}]
+    for content in (
+        {"grid": sizes, "seeds": [0, 1]},
+        {"include": levels},
+        {"include": alone},
+        {"grid": others},
+    ):
+        assert told(**content) == ""
+    assert told(grid={**rates, "split": ["tune"]}) == ""
+    for path in SWEEPS:
+        assert choices.warning(map(values, load_sweep(path).trials().values())) == "", path
+    made = copy.deepcopy(sweep[0][:1]) * 2
+    made[1] = {**made[1], "trial": {**made[1]["trial"], "learning_rate": 0.1}}
+    assert "Its trials differ in learning_rate: a choice" in Page(report.page(smoke(), made, {}, {})).text
+    assert "choice" not in Page(report.page(smoke(), sweep[0], {}, {})).text
 
 
 def test_results_that_are_older_than_a_field_have_its_default():
@@ -300,7 +368,7 @@ def test_the_page_names_every_trial_and_failure_and_what_it_was_made_from(writte
         "c0ffee",
         "2.13.0",
         "(distortion + rate) / (3072 ln 2)",
-        "make submit-sweep SWEEP=smoke",
+        "make submit-sweep SWEEP=smoke if it is one of dvq's own sweeps, else SWEEP=path/to/smoke.yaml",
         tables.certificate(sweep[0]),
     ):
         assert told in page.text, told

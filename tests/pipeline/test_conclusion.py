@@ -137,6 +137,16 @@ def test_in_a_file_no_name_is_broken(tmp_path: Path) -> None:
         assert f"\n{name}  7.000" in out.getvalue()
 
 
+def test_what_held_out_images_chose_is_told_for_a_sweep_on_test_images(tmp_path: Path) -> None:
+    for split in ("tune", "test"):
+        sweep = SWEEP.model_copy(update={"base": {"data": "cifar10-sample", "split": split}, "seeds": [1, 0]})
+        finish(Store(tmp_path), sweep.trials())
+        out = io.StringIO()
+        conclusion.show(sweep, sweep.trials(), Store(tmp_path), Console(file=out, width=80))
+        line = "\nthen, on test images: {estimator: gs-soft, data: cifar10-sample}\n"
+        assert (line in out.getvalue()) == (split == "tune")
+
+
 def test_the_champion_is_named_where_there_is_a_registry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +158,8 @@ def test_the_champion_is_named_where_there_is_a_registry(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         out = io.StringIO()
         conclusion.show(sweep, sweep.trials(), Store(tmp_path), Console(file=out, width=80))
-        assert ("best, for models:/mine@champion: gs-soft-c512-k8-s0" in out.getvalue()) == bool(uri)
+        best = "best, for models:/mine@champion: gs-soft-c512-k8-s0, the lowest seed of the setting of lowest mean"
+        assert (best in out.getvalue()) == bool(uri)
 
 
 def test_a_champion_that_mlflow_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ ANYWHERE = {
 """what every module of a layer may import beside the standard library"""
 DVQ_IN_PIPELINE = {
     "dvq",
+    "dvq.choices",
     "dvq.config",
     "dvq.data",
     "dvq.disk",

@@ -236,6 +236,20 @@ def test_a_field_that_changes_nothing_is_a_warning(
     assert capsys.readouterr().err == told
 
 
+def test_trials_that_test_images_cannot_choose_among_are_noted(
+    write_sweep: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("DVQ_STORE", "DVQ_CACHE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    submit.look_at(str(write_sweep(grid={**GRID, "temperature": [0.5, 1.0]})), "", "", None)
+    assert capsys.readouterr().err.startswith(
+        "note: sweep 'tiny': its trials differ in temperature: a choice"
+    )
+
+
 def test_data_for_a_sweep_of_the_sample_is_said_not_to_be_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

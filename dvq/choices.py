@@ -1,0 +1,77 @@
+"""What a sweep's results choose: of held-out images the setting of lowest bits/dim; of test images nothing."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import yaml
+
+from dvq.config import estimators, trial
+from dvq.tables import Result, alike, complete
+from dvq.trial import Trial
+
+SIZES = ("num_codes", "num_latents")
+FREE = ("code_dim", "seed")
+"""numbers in which trials may differ with no word, as in their estimator and ``SIZES``: a figure compares these"""
+
+
+def chosen(results: Sequence[Result]) -> list[Result]:
+    """The trainings of the setting of lowest mean bits/dim over its seeds, which begin with the lowest; of settings
+    with several seeds, if there are any. Empty: none is finite."""
+    groups = alike(results, "seed")
+    several = [group for group in groups if len(group) > 1] or groups
+    finite = [group for group in several if math.isfinite(_mean(group))]
+    lowest = min(finite, key=_mean, default=[])
+    return sorted(lowest, key=_bits)
+
+
+def _bits(result: Result) -> float:
+    return float(result["evaluation"]["bits_per_dim"])
+
+
+def _mean(group: Sequence[Result]) -> float:
+    return float(np.mean([_bits(one) for one in group]))
+
+
+def then(results: Sequence[Result]) -> str:
+    """What was chosen on held-out images, as a line of YAML for a sweep without ``split: tune``: the estimator, and
+    what differs from the defaults, but for split and seed. Empty: nothing was, or these are test images."""
+    found = chosen(results)
+    if not found or found[0]["trial"].get("split") != "tune":
+        return ""
+    fields = found[0]["trial"]
+    known = estimators()[fields["estimator"]].model_fields.keys() & fields.keys()
+    one = trial({name: fields[name] for name in fields if name in known})
+    line = {"estimator": one.estimator, **one.changed()}
+    kept = {name: value for name, value in line.items() if name not in ("split", "seed")}
+    return yaml.safe_dump(kept, sort_keys=False, default_flow_style=True, width=math.inf).strip()
+
+
+def warning(trials: Iterable[Mapping[str, Any]]) -> str:
+    """What to say of trials with these fields that are judged on test images, are alike in estimator, C, K and all
+    that is no number, and differ in another number than D and the seed. Empty: there are none."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for fields in map(complete, trials):
+        unkeyed = estimators().get(fields["estimator"], Trial).unkeyed()
+        keyed = {name: value for name, value in fields.items() if name not in unkeyed}
+        free = {
+            name for name, x in keyed.items() if (x is None or type(x) in (int, float)) and name not in SIZES
+        }
+        same = json.dumps({name: keyed[name] for name in keyed.keys() - free}, sort_keys=True)
+        groups.setdefault(same, []).append(keyed)
+    names = dict.fromkeys(
+        name
+        for first, *others in groups.values()
+        for name, value in first.items()
+        if first["split"] == "test" and name not in FREE and any(one.get(name) != value for one in others)
+    )
+    if not names:
+        return ""
+    *before, last = names
+    told = f"{', '.join(before)} and {last}" if before else last
+    return (
+        f"its trials differ in {told}: a choice among them by test images is no longer a test; split: tune holds out "
+        "training images"
+    )
