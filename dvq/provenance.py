@@ -1,5 +1,6 @@
 """Where a trial's numbers come from, beside its configuration."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -34,13 +35,28 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The code's version, as git describes it; "unknown" where there is no git, or no repository of this code."""
-    file = Path(__file__)
-    here = ("ls-files", "--error-unmatch", file.name)  # an environment may lie in another repository
+    """The code's version, as git describes it, of uncommitted code with a hash of what differs from the commit,
+    ``3aae92514113-dirty-1a2b3c4d``; "unknown" where there is no git, or no repository of this code."""
     try:
-        for ask in (here, ("describe", "--always", "--dirty", "--abbrev=12")):
-            command = ["git", "-C", str(file.parent), *ask]
-            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        _git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # an environment may lie in another repository
+        told = _git("describe", "--always", "--dirty", "--abbrev=12").decode().strip()
+        return f"{told}-{_changes()}" if told.endswith("-dirty") else told
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return told
+
+
+def _changes() -> str:
+    """8 hexadecimal digits of the SHA-256 over what differs from the commit, and over the modules of dvq and of
+    components that git does not know."""
+    found = hashlib.sha256(_git("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv"))
+    others = _git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py", "../components/*.py")
+    for name in sorted(filter(None, others.split(b"\0"))):
+        found.update(name + b"\0" + (Path(__file__).parent / os.fsdecode(name)).read_bytes())
+    return found.hexdigest()[:8]
+
+
+def _git(*arguments: str) -> bytes:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, check=True).stdout

@@ -49,7 +49,7 @@ def uncommitted(result: Mapping[str, Any]) -> str:
         commit = str(made_by.get("commit", ""))
         if commit == "unknown":
             return f"it was {what} by code that is in no clone, of no known commit; compute it from one"
-        if commit.endswith("-dirty"):
+        if "-dirty" in commit:
             return f"it was {what} by uncommitted code, {commit}; commit that, and compute it anew, FRESH=1"
     return ""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -269,7 +270,16 @@ def test_another_repository_around_the_code_is_not_its_version(
     monkeypatch.setattr(provenance, "__file__", str(code))
     assert commit() == "unknown"
     subprocess.run([*git, "add", "."], check=True)
-    assert commit().endswith("-dirty")
+    told = [commit()]
+    code.write_text("1")
+    told.append(commit())
+    (tmp_path / "components").mkdir()
+    for name in ("new.py", "../components/new.py", "notes.txt"):
+        (code.parent / name).touch()
+        told.append(commit())
+    assert all(re.fullmatch(r"[0-9a-f]{12}-dirty-[0-9a-f]{8}", one) for one in told)
+    assert len(set(told)) == 4, "by the changes, and by the modules that git does not know"
+    assert told[-1] == told[-2], "and by nothing else"
 
 
 def test_a_bug_in_an_estimator_is_no_damage(folder, monkeypatch) -> None:

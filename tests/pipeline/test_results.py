@@ -120,7 +120,11 @@ def test_each_trial_is_a_file_that_is_also_its_sweep(root: Path, capsys: pytest.
 
 @pytest.mark.parametrize(
     ("commit", "says"),
-    [("c0ffee-dirty", "uncommitted code, c0ffee-dirty; commit"), ("unknown", "code that is in no clone")],
+    [
+        ("c0ffee-dirty", "uncommitted code, c0ffee-dirty; commit"),  # older ones
+        ("c0ffee-dirty-1a2b3c4d", "uncommitted code, c0ffee-dirty-1a2b3c4d; commit"),
+        ("unknown", "code that is in no clone"),
+    ],
 )
 @pytest.mark.parametrize("what", ["trained", "evaluated"])
 def test_what_nobody_could_compute_again_is_not_kept(
