@@ -87,6 +87,7 @@ def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(
         kill(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=GRACE)
         assert process.returncode == 130, output
+        assert "a second Ctrl-C ends them at once" in output
         assert "interrupted; the same command goes on" in output
         assert "Traceback" not in output
         assert launcher.alive() == []
