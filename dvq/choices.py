@@ -18,21 +18,24 @@ FREE = ("code_dim", "seed")
 
 
 def chosen(results: Sequence[Result]) -> list[Result]:
-    """The trainings of the setting of lowest mean bits/dim over its seeds, which begin with the lowest; of settings
-    with several seeds, if there are any. Empty: none is finite."""
+    """The trainings of the setting of lowest mean bits/dim over its seeds, the lowest first; of settings with several
+    seeds, if there are any, and one of which a training is not finite comes behind those of which all are."""
     groups = alike(results, "seed")
     several = [group for group in groups if len(group) > 1] or groups
-    finite = [group for group in several if math.isfinite(_mean(group))]
-    lowest = min(finite, key=_mean, default=[])
-    return sorted(lowest, key=_bits)
+    return _finite(min(several, key=_order, default=[]))
+
+
+def _order(group: Sequence[Result]) -> tuple[bool, float]:
+    bits = [_bits(one) for one in _finite(group)]
+    return len(bits) < len(group), float(np.mean(bits)) if bits else math.inf
+
+
+def _finite(group: Sequence[Result]) -> list[Result]:
+    return sorted((one for one in group if math.isfinite(_bits(one))), key=_bits)
 
 
 def _bits(result: Result) -> float:
     return float(result["evaluation"]["bits_per_dim"])
-
-
-def _mean(group: Sequence[Result]) -> float:
-    return float(np.mean([_bits(one) for one in group]))
 
 
 def then(results: Sequence[Result]) -> str:
