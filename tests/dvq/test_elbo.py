@@ -150,6 +150,14 @@ def test_the_bound_and_its_spread_are_those_of_several_draws() -> None:
     assert found["draws_se"] > 0
 
 
+@pytest.mark.parametrize("estimator", ["vq-ema", "fsq"])
+def test_the_bound_of_a_deterministic_code_is_its_elbo(estimator: str) -> None:
+    model = Model(trial({**taken(estimator, TINY), "estimator": estimator})).double()
+    found = evaluate(model, images(3), batch_size=2, bound_samples=5)
+    assert found["bound"] == pytest.approx(found["bits_per_dim"], rel=1e-12)
+    assert (found["bound_samples"], found["draws_se"]) == (5, 0)
+
+
 def test_the_fitted_prior_is_that_of_the_training_images_codes() -> None:
     model, judged, training = (
         tiny("vq-ema", codebook_std=1.0, normalization="none"),
