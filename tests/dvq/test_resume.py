@@ -335,6 +335,12 @@ def test_a_checkpoint_is_due_after_its_seconds_whatever_the_steps(
     assert (written, clock[0]) == ([6, 12, 14], 1014.0)
 
 
+def test_a_point_of_the_curves_is_the_mean_over_its_steps() -> None:
+    one, terms = trial(TINY), torch.tensor([[9.0, 1.0, 2.0], [9.0, 3.0, 6.0]])
+    nats = {name: bits / one.bits_per_nat for name, bits in curve_point(terms, 1, one).items()}
+    assert nats == pytest.approx({"distortion": 2.0, "rate": 4.0, "bits_per_dim": 6.0})
+
+
 def test_the_step_that_diverged_is_named() -> None:
     terms = torch.ones(3, 3)
     terms[1, 2] = torch.inf

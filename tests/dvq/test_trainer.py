@@ -99,6 +99,15 @@ def test_the_learning_rate_falls_by_half_every_half_life_and_is_the_optimizers()
     torch.testing.assert_close(moved[0], 4 * moved[1])
 
 
+def test_the_loss_is_that_of_the_step() -> None:
+    """By a schedule: at step 5 the KL's weight has risen to 6 tenths."""
+    small = {"data": "cifar10-sample", "num_latents": 2, "code_dim": 3, "features": 4, "batch_size": 6}
+    one = trial({**small, "estimator": "gs-soft", "num_codes": 5, "kl_warmup": 10})
+    trainer = Trainer(one, IMAGES, torch.device("cpu"), torch.float64)
+    surrogate, distortion, rate = trainer.step(5).tolist()
+    assert (surrogate - distortion) / rate == pytest.approx(0.6)
+
+
 SCALAR = torch.zeros((), requires_grad=True)
 
 
