@@ -85,6 +85,23 @@ def test_every_estimator_trains_saves_and_evaluates_to_the_same(
     assert sum(after["ledger"]["channels"]) == pytest.approx(after["distortion"], rel=1e-6)
 
 
+@pytest.mark.parametrize("estimator", sorted(estimators()))
+def test_training_tells_the_distortion_and_rate_that_evaluation_does(estimator: str) -> None:
+    """An image's, whatever samples there are and whatever weighs the KL; of a decoder that looks at no code."""
+    torch.manual_seed(0)
+    few = {**SMALL, "num_codes": 5, "kl_warmup": 9}
+    model = Model(trial({**taken(estimator, few), "estimator": estimator})).double().eval()
+    with torch.no_grad():
+        model.decoder.head.weight.zero_()
+        for name, parameter in model.named_parameters():
+            if name.endswith("prior_logits"):
+                parameter.normal_()
+    loss = model.trial.loss(model, torch.from_numpy(IMAGES[:3]), torch.Generator().manual_seed(0), 0)
+    found, right = loss._asdict(), evaluate(model, IMAGES[:3])
+    for name in ("distortion", "rate"):
+        assert found[name].item() * model.trial.bits_per_nat == pytest.approx(right[name], rel=1e-9), name
+
+
 def test_there_is_a_grid() -> None:
     assert {param.values[0] for param in GRID} == set(estimators())
     assert len(GRID) > 60

@@ -52,6 +52,20 @@ def test_the_seed_decides_the_weights_and_a_step_leaves_no_gradient() -> None:
     assert all(parameter.grad is None for parameter in first.model.parameters())
 
 
+def test_seed_and_step_decide_which_images_a_step_sees_in_which_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Generator, int]] = []
+    monkeypatch.setattr(Trainer, "advance", lambda _, *given: seen.append(given))
+    small = {"data": "cifar10-sample", "num_latents": 2, "code_dim": 3, "features": 4, "batch_size": 6}
+    for seed, step in ((1, 0), (1, 3), (2, 3)):
+        one = trial({**small, "estimator": "gs-soft", "num_codes": 5, "seed": seed})
+        Trainer(one, IMAGES, torch.device("cpu"), torch.float32).step(step)
+        images, noise, told = seen.pop()
+        np.testing.assert_array_equal(images, IMAGES[minibatch(step, 6, len(IMAGES), seed)])
+        assert (noise.initial_seed(), told) == (noise_seed(seed, step), step)
+
+
 @pytest.mark.parametrize("estimator", ["gs-soft", "vimco", "vq-ema"])
 def test_normalization_is_of_minibatches_until_its_statistics_stay(estimator: str, tmp_path: Path) -> None:
     """Whatever is looked at in between; and those that stay are not fitted, for the weights have met them."""
