@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dvq import DvqError
+from dvq import DvqError, autoregressive
 from dvq.autoregressive import Autoregressive, fit
 from dvq.config import trial
 from dvq.evaluate import evaluate
@@ -133,6 +133,21 @@ def test_fitting_leaves_the_model_and_the_random_numbers_alone() -> None:
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_its_weights_images_and_noise_are_those_of_seed_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def noted(name: str) -> None:
+        function = getattr(autoregressive, name)
+        monkeypatch.setattr(autoregressive, name, lambda *given: asked.append((name, *given)) or function(*given))
+
+    for name in ("seeded", "minibatch", "noise"):
+        noted(name)
+    fit(tiny("gs-soft"), images(20), 2, seed=3, batch_size=5)
+    cpu = torch.device("cpu")
+    steps = [(("minibatch", step, 5, 20, 3), ("noise", 3, step, cpu)) for step in range(2)]
+    assert asked == [("seeded", 3), *itertools.chain(*steps)]
 
 
 def test_what_has_no_codes_has_no_such_prior() -> None:

@@ -18,6 +18,7 @@ from dvq.evaluate import evaluate
 from dvq.latents import Categorical
 from dvq.model import Model
 from dvq.quantizers import Nearest
+from dvq.randomness import noise_seed
 from dvq.saved import save
 from dvq.trainer import Trainer
 from tests.sizes import taken
@@ -479,6 +480,20 @@ def test_kmeans_finds_clusters_and_the_codebooks_begin_there() -> None:
         DvqError, match="129 codes among as many encodings, and 2 training images have 128; take few"
     ):
         Trainer(one.model_copy(update={"num_codes": 129}), IMAGES[:2], torch.device("cpu"), torch.float32)
+
+
+def test_kmeans_sees_ten_encodings_a_code_of_minibatches_one_after_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("dvq.trainer.kmeans", lambda v, codes, noise: seen.extend((v, noise)) or v[:, :codes])
+    many = {**SMALL, "num_codes": 50, "seed": 3, "codebook_init": "kmeans"}
+    one = trial({**many, "estimator": "vq-ema"})
+    trainer = Trainer(one, IMAGES, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        encodings = [trainer.model.encoder(trainer.minibatch(step)) for step in (0, 1)]
+    torch.testing.assert_close(seen[0], torch.cat(encodings, 1))
+    assert seen[1].initial_seed() == noise_seed(3, 0)
 
 
 @pytest.mark.parametrize(("dim", "scale"), [(16, 1.0), (32, 1.0), (64, 1.0), (32, 0.25)])
