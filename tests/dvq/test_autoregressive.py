@@ -70,6 +70,19 @@ def test_it_begins_as_the_models_own_prior() -> None:
     torch.testing.assert_close(Autoregressive(model)(codes), own)
 
 
+def test_it_tells_places_and_latent_variables_apart() -> None:
+    """In images that differ in which of two latent variables has which code."""
+    torch.manual_seed(0)
+    prior = shaken(Model(trial({**TINY, "estimator": "vq-ema", "num_latents": 3})))
+    codes = torch.tensor([[[0, 1, 2], [0, 0, 0]], [[1, 0, 2], [0, 0, 0]]])  # (B, P, K)
+    one, other = prior.logits(prior.context(codes), codes).unflatten(1, (2, 2)).transpose(0, 1)  # (K, P, C)
+    assert (one - other)[2, 0].abs().max() > 1e-3  # the third, from those beside it
+    assert (one - other)[0, 1].abs().max() > 1e-3  # the first of the next position, from those before it
+    prior(codes.unflatten(1, prior.trial.grid)).sum().backward()
+    assert prior.place.grad is not None
+    assert (prior.place.grad.norm(dim=1) > 1e-3).all()
+
+
 def test_samples_come_as_often_as_it_says() -> None:
     prior, n = shaken(tiny()).eval(), 20_000
     codes = prior.sample(n)
@@ -148,6 +161,18 @@ def test_its_weights_images_and_noise_are_those_of_seed_and_step(monkeypatch: py
     cpu = torch.device("cpu")
     steps = [(("minibatch", step, 5, 20, 3), ("noise", 3, step, cpu)) for step in range(2)]
     assert asked == [("seeded", 3), *itertools.chain(*steps)]
+
+
+def test_its_learning_rate_falls_linearly_to_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, step = [], torch.optim.Adam.step
+
+    def noted(self: torch.optim.Adam, *given: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    fit(tiny(), images(20), 4, learning_rate=0.8)
+    assert rates == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
 def test_what_has_no_codes_has_no_such_prior() -> None:

@@ -260,6 +260,15 @@ def test_the_least_rate_is_that_of_the_codes_own_frequencies() -> None:
     assert found["rate_least"] < found["rate"]
 
 
+def test_the_least_rate_of_a_posterior_is_that_of_its_mean_as_the_prior() -> None:
+    model, some = tiny("gs-soft"), images(7)
+    found = evaluate(model, some, batch_size=3)
+    with torch.no_grad():
+        model.latents.prior_logits.copy_(model.log_posterior(some).exp().mean((0, 1, 2)).log())
+    assert found["rate_least"] == pytest.approx(evaluate(model, some)["rate"], rel=1e-9)
+    assert found["rate"] > 1.1 * found["rate_least"] > 0
+
+
 def test_the_least_rate_of_a_posterior_that_looks_at_nothing_is_0() -> None:
     """By the posteriors themselves: one draw of each underrates their mean's entropy."""
     found = evaluate(tiny("gs-soft", codebook_std=1e-4, num_codes=64), images(7))
