@@ -153,7 +153,9 @@ def test_its_weights_images_and_noise_are_those_of_seed_and_step(monkeypatch: py
 
     def noted(name: str) -> None:
         function = getattr(autoregressive, name)
-        monkeypatch.setattr(autoregressive, name, lambda *given: asked.append((name, *given)) or function(*given))
+        monkeypatch.setattr(
+            autoregressive, name, lambda *given: asked.append((name, *given)) or function(*given)
+        )
 
     for name in ("seeded", "minibatch", "noise"):
         noted(name)

@@ -131,6 +131,23 @@ def test_the_elbo_is_of_one_draw_with_the_kl_in_closed_form_whatever_the_bounds_
     assert five["bits_per_dim"] == one["bits_per_dim"]
 
 
+@torch.no_grad()
+def test_the_ledger_has_each_latent_variables_rate_and_each_channels_distortion() -> None:
+    model, some = tiny("gs-soft"), images(3)
+    model.latents.prior_logits[1] = torch.arange(5.0)
+    v, x = model.encoder(torch.from_numpy(some)), torch.from_numpy(some)
+    sample = model.latents.sample(v, model.generator(0))
+    found = evaluate(model, some)["ledger"]
+    right = {
+        "latents": sample.rate.sum(1) / 3,
+        "channels": model.channel_distortions(sample.vectors, x).mean(0),
+    }
+    assert right["latents"][1] > 1.5 * right["latents"][0]
+    for name, nats in right.items():
+        bits = (nats * model.trial.bits_per_nat).tolist()
+        assert found[name] == pytest.approx(bits, rel=1e-9), name
+
+
 def test_the_bound_and_its_spread_are_those_of_several_draws() -> None:
     """The first as without a bound, the others from noise of their own."""
     model, some = tiny("gs-soft"), images(3)
@@ -203,6 +220,15 @@ def test_the_fitted_statistics_are_those_of_training_minibatches_of_hard_samples
     torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0))
     torch.testing.assert_close(model.decoder.body[1].running_mean, torch.stack(encoded).mean(0))
     assert norm.momentum == momentum
+
+
+def test_statistics_are_fitted_to_so_many_minibatches_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dvq.evaluate.STATISTICS", 2)
+    found, right = (
+        fit(tiny("vq-ema", batch_size=4), some).encoder.body[1].running_mean
+        for some in (images(15), images(8))
+    )
+    assert torch.equal(found, right)
 
 
 @pytest.mark.parametrize("estimator", ["gs-soft", "vq-ema", "fsq", "gaussian"])

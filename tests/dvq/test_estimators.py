@@ -17,6 +17,7 @@ from dvq.estimators.vimco import leave_one_out
 from dvq.evaluate import evaluate
 from dvq.latents import Categorical
 from dvq.model import Model
+from dvq.probe import _reference, probe
 from dvq.quantizers import Nearest
 from dvq.randomness import noise_seed
 from dvq.saved import save
@@ -315,6 +316,15 @@ def test_nvils_signal_is_centered_by_statistics_from_before_the_minibatch() -> N
     assert seen.tolist() == pytest.approx((w - 2 - scored.mean).tolist())
 
 
+def test_nvils_baseline_is_of_the_mean_over_an_images_own_positions() -> None:
+    scored, v, w = small("nvil").latents, some_v(3 * 64), torch.zeros(3, dtype=torch.float64)
+    found, _ = scored.signal(w, v, update=False)
+    assert found.std() > 1e-3
+    for i, own in enumerate(v.split(64, 1)):
+        for positions in (own, own.repeat(1, 2, 1)):
+            torch.testing.assert_close(scored.signal(w[:1], positions, update=False)[0], found[i : i + 1])
+
+
 @pytest.mark.parametrize(("variance", "share"), [(400.0, 1 / 20), (0.25, 1.0)])
 def test_nvil_divides_the_encoders_gradient_by_a_deviation_above_1(variance: float, share: float) -> None:
     scored = small("nvil").latents
@@ -370,6 +380,14 @@ def test_vq_gradients_are_those_of_the_equation(estimator: str) -> None:
         right.append(-2 * 3072 / elements * torch.einsum("knc,knd->kcd", chosen, (v - m).detach()))
     for a, b in zip(found, right, strict=True):
         torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_the_commitment_is_a_mean_times_the_images_own_sub_pixels() -> None:
+    model = small("vq-ema", commitment=0.7, data="noise@8x12x3-0123456789abcdef").eval()
+    images = torch.from_numpy(IMAGES[:3, :8, :12])
+    loss, v = model.trial.loss(model, images, torch.Generator(), 0), model.encoder(images)
+    mean = (v - model.latents.vectors(model.latents.codes(v.detach()))).square().mean()
+    torch.testing.assert_close(loss.surrogate - loss.distortion - loss.rate, 0.7 * 8 * 12 * 3 * mean)
 
 
 def test_ema_is_kmeans_on_a_fixed_assignment() -> None:
@@ -439,6 +457,9 @@ def test_revival_moves_dead_codes_to_encodings_and_never_a_used_one(estimator: s
     assert torch.cdist(latents.codebook[:, 3:4], v).amin(-1).max() < 1e-6
     torch.testing.assert_close(latents.sums[:, 3], 0.5 * latents.codebook[:, 3])
     assert latents.counts[:, 3].tolist() == [0.5, 0.5]
+    before = latents.codebook.clone()
+    latents.revive(v, codes, 0.5, torch.Generator().manual_seed(2))  # which is not under 0.5
+    assert torch.equal(latents.codebook, before)
 
 
 def test_the_trained_prior_reaches_the_codes_frequencies() -> None:
@@ -503,3 +524,48 @@ def test_the_default_spread_of_the_logits_is_the_same_for_every_dimension(dim: i
     latents: Categorical = Model(one).latents
     spread = 2 * dim * latents.codebook.var().item() * scale
     assert spread == pytest.approx(32, rel=0.1)
+
+
+# --- The probe
+
+
+def test_the_probe_compares_gradients_of_one_latent_variable_of_one_position_and_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With one of each place for the estimator's, and that of the place asked for for the reference."""
+    model, images = (
+        small("nvil", data="noise@8x8x3-0123456789abcdef").eval(),
+        torch.from_numpy(IMAGES[:2, :8, :8]),
+    )
+    each = torch.randn(2, 2 * 4, 5)
+    logits = model.latents.logits(model.encoder(images))
+    places = []
+
+    def reference(_: Any, image: Tensor, own: Tensor, k: int, p: int, *__: Any) -> Tensor:
+        i = [torch.equal(image[0], one) for one in images].index(True)
+        torch.testing.assert_close(own, logits[:, 4 * i : 4 * i + 4])
+        places.append((i, p))
+        return each[k, 4 * i + p]
+
+    monkeypatch.setattr("dvq.probe._gradient", lambda *_: each)
+    monkeypatch.setattr("dvq.probe._reference", reference)
+    found = [probe(model, images, 2, torch.Generator().manual_seed(seed), 0) for seed in range(5)]
+    assert [one["probe/bias"] for one in found] == [0] * 5
+    assert {i for i, _ in places} == {0, 1}
+    assert len({p for _, p in places}) > 1
+
+
+def test_the_probes_reference_sums_out_one_latent_variable_of_one_position() -> None:
+    model, images = (
+        small("nvil", data="noise@8x8x3-0123456789abcdef").eval(),
+        torch.from_numpy(IMAGES[:2, :8, :8]),
+    )
+    seen: list[Tensor] = []
+    model.channel_distortions = lambda vectors, _: seen.append(vectors) or torch.zeros(5, 3)  # type: ignore
+    with torch.no_grad():
+        logits = model.latents.logits(model.encoder(images[:1]))
+        _reference(model, images[:1], logits, 1, 2, 1, torch.Generator().manual_seed(0), 1.0)
+    vectors = seen[0].unflatten(1, (5, 4))  # (K, C, P, D)
+    assert torch.equal(vectors[1, :, 2], model.latents.codebook[1])
+    same = (vectors == vectors[:, :1]).all(1).all(-1)  # (K, P)
+    assert same.flatten().tolist() == [(k, p) != (1, 2) for k in range(2) for p in range(4)]

@@ -54,7 +54,9 @@ def test_so_many_images_are_looked_at_as_have_so_many_places(monkeypatch):
     images[3] = 0
     found, three, two = (patches.take(made("gs-soft"), some) for some in (images, images[:3], images[:2]))
     np.testing.assert_array_equal(found.differences, three.differences)
-    assert not np.array_equal(found.differences, two.differences)  # of the last of these images a part is enough
+    assert not np.array_equal(
+        found.differences, two.differences
+    )  # of the last of these images a part is enough
 
 
 def test_images_that_are_taken_in_pieces_give_the_same(monkeypatch):

@@ -110,7 +110,10 @@ def test_all_agrees_in_the_papers_world() -> None:
         ({"vimco loses": -0.2}, {BEHIND}),
         ({"vimco behind in K": -0.3}, {"VIMCO falls behind GS-Soft as K grows"}),
         ({"vimco at K = 4": 1.0}, set()),
-        ({"vimco at K = 4": 1.0, "vimco loses": -0.2}, {BEHIND}),  # far behind at each C, and less so at the last
+        (
+            {"vimco at K = 4": 1.0, "vimco loses": -0.2},
+            {BEHIND},
+        ),  # far behind at each C, and less so at the last
         ({"vimco power": -1.0}, {"the variance of VIMCO's gradient grows with L", FASTER}),
         ({"gs-soft power": 0.5}, {"the variance of GS-Soft's gradient does not grow with L"}),
         ({"vimco power": 0.5, "gs-soft power": 0.0}, set()),
