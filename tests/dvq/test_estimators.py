@@ -80,7 +80,7 @@ def test_every_estimator_trains_saves_and_evaluates_to_the_same(
         assert not torch.equal(tensor, untrained[name]), f"{name} got no gradient"
     save(trainer.model, tmp_path)
     loaded = load(tmp_path)
-    assert loaded.trial == one
+    assert (loaded.trial, loaded.training) == (one, False)
     before, after = (evaluate(model, images, bound_samples=2) for model in (trainer.model, loaded))
     assert before == after
     assert sum(after["ledger"]["latents"]) == pytest.approx(after["rate"], rel=1e-6)
@@ -214,11 +214,11 @@ class Given:
 
 
 @pytest.mark.parametrize("annealed", [False, True])
-@pytest.mark.parametrize("temperature", [0.05, 0.5])
+@pytest.mark.parametrize("temperature", [0.05, 0.15, 0.5])
 def test_the_fast_relaxation_survives_the_smallest_and_largest_random_number(
     temperature: float, annealed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """(exp(l)/E)^(1/τ) leaves float32's range at τ = 0.05, unless it is divided by the largest first."""
+    """(exp(l)/E)^(1/τ) leaves float32's range under τ = 0.19, unless it is divided by the largest first."""
     monkeypatch.setattr(relaxation, "noise_of", lambda _: Given([0, 1 - 2**-24]))
     tau = torch.tensor(temperature, dtype=torch.float64) if annealed else temperature
     found = []

@@ -1,5 +1,6 @@
 """A step of training: which images it sees, in which noise, and that it leaves nothing behind."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def test_normalization_is_of_minibatches_until_its_statistics_stay(estimator: st
     assert torch.equal(before, norm.running_mean)
     for until in (None, 4):  # which no step came to
         never.model.trial = one.model_copy(update={"normalization_until": until})
+        save(copy.deepcopy(never.model).float(), tmp_path / str(until))
+        assert load(tmp_path / str(until)).train().encoder.body[1].training
         followed = never.model.encoder.body[1].running_mean.clone()
         fit(never.model, IMAGES)
         assert not torch.equal(followed, never.model.encoder.body[1].running_mean)
