@@ -42,6 +42,7 @@ def test_known_variances(rng):
     assert components(found.explained).tolist() == [3]
     assert found.summary()["explained_by_3_mean"] == pytest.approx(1)
     assert components(found.explained, 0.9).tolist() == [2]
+    assert components(np.array([[0, 0.5, 0.75, 1]]), 0.75).tolist() == [2]
 
 
 def test_weighting_by_usage_is_the_analysis_of_the_used_codes_repeated(rng):

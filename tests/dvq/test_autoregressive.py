@@ -83,6 +83,15 @@ def test_it_tells_places_and_latent_variables_apart() -> None:
     assert (prior.place.grad.norm(dim=1) > 1e-3).all()
 
 
+def test_positions_come_row_by_row() -> None:
+    torch.manual_seed(0)
+    prior = shaken(Model(trial({**TINY, "estimator": "vq-ema", "data": "bits@8x8x1-0123456789abcdef"})))
+    codes = torch.arange(8).view(1, 2, 2, 2) % 3
+    rows = codes.reshape(1, 4, 2)
+    log_r = prior.logits(prior.context(rows), rows).log_softmax(-1)  # (K, P, C)
+    torch.testing.assert_close(prior(codes), log_r.gather(2, rows[0].T.unsqueeze(2)).sum().view(1))
+
+
 def test_samples_come_as_often_as_it_says() -> None:
     prior, n = shaken(tiny()).eval(), 20_000
     codes = prior.sample(n)

@@ -222,6 +222,12 @@ def test_the_fitted_statistics_are_those_of_training_minibatches_of_hard_samples
     assert norm.momentum == momentum
 
 
+def test_the_seed_decides_the_draws_that_a_model_is_fitted_to() -> None:
+    found = [fit(tiny("gs-soft"), images(7), seed=seed).latents.prior_logits for seed in (1, 1, 2)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
 def test_statistics_are_fitted_to_so_many_minibatches_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dvq.evaluate.STATISTICS", 2)
     found, right = (

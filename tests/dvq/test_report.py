@@ -140,6 +140,8 @@ def test_numbers_that_are_not_there_or_not_finite_are_none_and_sort_last(sweep):
     del results[1]["analysis"], results[1]["trial"]["num_codes"], results[1]["evaluation"]["perplexity"]
     rows = tables.rows(results, {})
     assert [row["bits_per_dim"] for row in rows] == [6.9, 7.0, None]
+    assert tables.best(results) is results[1]
+    assert tables.best(results[:1]) is None
     assert rows[0]["num_codes"] is rows[0]["components_95"] is rows[0]["perplexity"] is None
     assert "–" in report.page(smoke(), results, {}, {})
 
