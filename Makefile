@@ -27,8 +27,9 @@ help: ## this list
 	  for (i = 1; i <= n; i++) { if (at + length(word[i]) > 78) { printf "\n%24s", ""; at = 24 } \
 	    printf "%s ", word[i]; at += length(word[i]) + 1 } print "" }' Makefile
 
+# exec: make passes a SIGTERM on to what it started, and a shell in between would keep it to itself
 submit-sweep: $(READY) $(if $(filter docker,$(ON)),$(if $(call yes,DRY_RUN),,image)) ## run a sweep: SWEEP=smoke or path.yaml, ON=local, docker or kfp, JOBS=2 trials at a time, DATA=where CIFAR-10 is, FRESH=1 anew (what the store has of it is removed first), DRY_RUN=1 what it would take, BUDGET=hours of GPUs, PROFILE=the place's; on kfp WAIT=1 follows it
-	@$(PYTHON) -m pipeline.submit "$(SWEEP)" --on "$(ON)" --jobs "$(JOBS)" --data "$(DATA)" --profile "$(PROFILE)" \
+	@exec $(PYTHON) -m pipeline.submit "$(SWEEP)" --on "$(ON)" --jobs "$(JOBS)" --data "$(DATA)" --profile "$(PROFILE)" \
 	  --budget "$(BUDGET)" $(if $(call yes,FRESH),--fresh) $(if $(call yes,WAIT),--wait) \
 	  $(if $(call yes,DRY_RUN),--dry-run)
 
@@ -57,7 +58,7 @@ stack-down: $(SERVICES) ## end them; what they keep stays
 	@$(PYTHON) -m pipeline.stack down
 
 ui: $(READY) ## MLflow's pages on the sweeps: their address, served at PORT=5000 unless a server tracks them
-	@$(PYTHON) -m pipeline.ui --port "$(PORT)"
+	@exec $(PYTHON) -m pipeline.ui --port "$(PORT)"
 
 test: $(READY) ## every test that needs no server, Docker or GPU: five to twelve minutes
 	@$(PYTHON) -m pytest -n auto --dist loadfile

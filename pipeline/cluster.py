@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -162,10 +163,12 @@ def _mlflow(sweep: str) -> str:
 
 
 def follow(job: Job, kubeflow: Kubeflow, run_id: str, console: Console) -> Run:
-    """Show how the run goes, until it ends."""
-    look = Look(job, kubeflow, run_id)
+    """Show how the run goes, from its beginning, until it ends."""
+    look, since = Look(job, kubeflow, run_id), time.time()
+    with suppress(UnreachableError):
+        since = kubeflow.begun(run_id)
     job.store.look(job.keys(), "results.json")
-    watch(job, rows(job), time.time(), console, look)
+    watch(job, rows(job), since, console, look)
     return look.found
 
 

@@ -13,8 +13,8 @@ from kfp import compiler
 
 from pipeline import interfaces
 from pipeline.definition import COMPONENTS
+from pipeline.interfaces import FOLDER
 
-FOLDER = Path(__file__).parent.parent / "components"
 TABLES = re.compile(r"(<!-- interface.*?-->)\n.*?(<!-- end -->)", re.DOTALL)
 
 

@@ -154,8 +154,8 @@ def _message(error: Any) -> str:
 
 def line(text: str) -> str:
     """What a server says, in a line, without what would steer the terminal."""
-    line = "".join(filter(str.isprintable, " ".join(text.split())))
-    return line if len(line) <= 300 else f"{line[:300]}…"
+    told = "".join(filter(str.isprintable, " ".join(text.split())))
+    return told if len(told) <= 300 else f"{told[:300]}…"
 
 
 def remedy(told: str) -> str:

@@ -203,10 +203,22 @@ def _task(command: list[str]) -> str:
 
 
 def end(folder: Path, grace: float) -> None:
-    """End the launch's containers: SIGTERM to all their processes, SIGKILL after ``grace`` seconds.
+    """End the launch's containers: SIGTERM to all their processes, SIGKILL after ``grace`` seconds; a warning where
+    the daemon does not answer.
 
     The daemon would tell the first process only, the shell that kfp starts, which ignores it.
     """
+    try:
+        _end(folder, grace)
+    except (DvqError, DockerException, OSError) as error:  # of the last are the HTTP client's own
+        print(
+            f"warning: containers may still run ({str(error).partition(';')[0]}); once the daemon answers: "
+            f"docker rm -f $(docker ps -aq --filter label={LABEL}={folder})",
+            file=sys.stderr,
+        )
+
+
+def _end(folder: Path, grace: float) -> None:
     client, ours = connect(), {"label": f"{LABEL}={folder}"}
     deadline = time.monotonic() + grace
     told: set[str] = set()

@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,11 @@ class Kubeflow(Connection):
         errors = [found.error, *(task.error for task in tasks if task.state == "FAILED")]
         told = dict.fromkeys(line(error.message) for error in errors if error and error.message)
         return Run(run, found.state or "PENDING", tuple(f"{one}{remedy(one)}" for one in told))
+
+    def begun(self, run: str) -> float:
+        """When the run was made, by the cluster's clock [seconds since 1970]."""
+        made: datetime = self._ask(self._runs.run_service_get_run, run).created_at
+        return made.timestamp()
 
     def cancel(self, run: str) -> None:
         """End the run's pods; DvqError if there is no such run."""

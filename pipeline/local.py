@@ -97,10 +97,12 @@ def running(
             process.stdin.flush()
         yield process
     finally:
-        end(process)
-        if profile:
-            containers.end(folder, GRACE)
-        shutil.rmtree(work, ignore_errors=True)
+        try:
+            end(process)
+            if profile:
+                containers.end(folder, GRACE)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:

@@ -26,7 +26,6 @@ from pipeline.profile import JOBS, Profile, find_profile
 from pipeline.progress import FAILED, FINISHED, Row
 from pipeline.watch import Job, remove, rows, watch
 
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ERROR = re.compile(r"([\w.]*(Error|Exception)|error): (?!\d+ of \d+ trials failed: )")
 """begins a line that says why; the report's own end only repeats the reasons"""
 KFPS = "finished with status FAILURE"
@@ -204,7 +203,7 @@ def _crowned(job: Job) -> bool:
 
 def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
     """What kfp's log tells beyond the trials' own reasons."""
-    text = COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
+    text = image.COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
     lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
     deaths = [
         line for line in lines if line.startswith(containers.ENDED) and not line.endswith("exit code 1")

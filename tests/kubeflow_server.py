@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ class KubeflowServer:
         if made.experiment_id not in self.experiments:
             raise RefusedError(404, "experiment not found")
         text = self.texts[made.pipeline_version_reference.pipeline_version_id]
-        made.run_id, made.state = uuid.uuid4().hex, "PENDING"
+        made.run_id, made.state, made.created_at = uuid.uuid4().hex, "PENDING", datetime.now(UTC)
         self.runs[made.run_id] = made
         self.started(made, text)
         return made

@@ -36,10 +36,13 @@ def test_known_variances(rng):
     assert found.explained[0, :4] == pytest.approx([0, 9 / 14, 13 / 14, 1])
     assert found.projections[0] ** 2 == pytest.approx(ends[:, :3] ** 2)  # up to sign
     assert found.projections[0, 0] * found.projections[0, 7] == pytest.approx([-9, 0, 0])
-    assert found.norms[0] == pytest.approx(np.linalg.norm(ends @ directions + 4, axis=1))
+    norms = np.linalg.norm(ends @ directions + 4, axis=1)
+    assert found.norms[0] == pytest.approx(norms)
+    assert found.summary()["norm_mean"] == pytest.approx(norms.mean())
     assert components(found.explained).tolist() == [3]
     assert found.summary()["explained_by_3_mean"] == pytest.approx(1)
     assert components(found.explained, 0.9).tolist() == [2]
+    assert components(np.array([[0, 0.5, 0.75, 1]]), 0.75).tolist() == [2]
 
 
 def test_weighting_by_usage_is_the_analysis_of_the_used_codes_repeated(rng):

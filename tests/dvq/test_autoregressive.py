@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dvq import DvqError
+from dvq import DvqError, autoregressive
 from dvq.autoregressive import Autoregressive, fit
 from dvq.config import trial
 from dvq.evaluate import evaluate
@@ -70,6 +70,28 @@ def test_it_begins_as_the_models_own_prior() -> None:
     torch.testing.assert_close(Autoregressive(model)(codes), own)
 
 
+def test_it_tells_places_and_latent_variables_apart() -> None:
+    """In images that differ in which of two latent variables has which code."""
+    torch.manual_seed(0)
+    prior = shaken(Model(trial({**TINY, "estimator": "vq-ema", "num_latents": 3})))
+    codes = torch.tensor([[[0, 1, 2], [0, 0, 0]], [[1, 0, 2], [0, 0, 0]]])  # (B, P, K)
+    one, other = prior.logits(prior.context(codes), codes).unflatten(1, (2, 2)).transpose(0, 1)  # (K, P, C)
+    assert (one - other)[2, 0].abs().max() > 1e-3  # the third, from those beside it
+    assert (one - other)[0, 1].abs().max() > 1e-3  # the first of the next position, from those before it
+    prior(codes.unflatten(1, prior.trial.grid)).sum().backward()
+    assert prior.place.grad is not None
+    assert (prior.place.grad.norm(dim=1) > 1e-3).all()
+
+
+def test_positions_come_row_by_row() -> None:
+    torch.manual_seed(0)
+    prior = shaken(Model(trial({**TINY, "estimator": "vq-ema", "data": "bits@8x8x1-0123456789abcdef"})))
+    codes = torch.arange(8).view(1, 2, 2, 2) % 3
+    rows = codes.reshape(1, 4, 2)
+    log_r = prior.logits(prior.context(rows), rows).log_softmax(-1)  # (K, P, C)
+    torch.testing.assert_close(prior(codes), log_r.gather(2, rows[0].T.unsqueeze(2)).sum().view(1))
+
+
 def test_samples_come_as_often_as_it_says() -> None:
     prior, n = shaken(tiny()).eval(), 20_000
     codes = prior.sample(n)
@@ -105,7 +127,7 @@ def test_bits_under_it_are_the_elbos_with_it_for_the_prior(estimator: str) -> No
     assert found["autoregressive_bits_per_dim"] == pytest.approx(
         found["distortion"] + found["rate_autoregressive"]
     )
-    assert 0 < found["autoregressive_bits_per_dim_se"] < 1
+    assert found["autoregressive_bits_per_dim_se"] == pytest.approx(found["bits_per_dim_se"], rel=0.05)
     moved = evaluate(model, images(300), prior=shaken(model))
     assert {name: x for name, x in moved.items() if "autoregressive" not in name} == {
         name: x for name, x in found.items() if "autoregressive" not in name
@@ -133,6 +155,35 @@ def test_fitting_leaves_the_model_and_the_random_numbers_alone() -> None:
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_its_weights_images_and_noise_are_those_of_seed_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def noted(name: str) -> None:
+        function = getattr(autoregressive, name)
+        monkeypatch.setattr(
+            autoregressive, name, lambda *given: asked.append((name, *given)) or function(*given)
+        )
+
+    for name in ("seeded", "minibatch", "noise"):
+        noted(name)
+    fit(tiny("gs-soft"), images(20), 2, seed=3, batch_size=5)
+    cpu = torch.device("cpu")
+    steps = [(("minibatch", step, 5, 20, 3), ("noise", 3, step, cpu)) for step in range(2)]
+    assert asked == [("seeded", 3), *itertools.chain(*steps)]
+
+
+def test_its_learning_rate_falls_linearly_to_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, step = [], torch.optim.Adam.step
+
+    def noted(self: torch.optim.Adam, *given: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    fit(tiny(), images(20), 4, learning_rate=0.8)
+    assert rates == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
 def test_what_has_no_codes_has_no_such_prior() -> None:

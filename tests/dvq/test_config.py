@@ -206,12 +206,13 @@ def test_a_sweep_is_its_grid_and_what_it_includes_for_every_seed() -> None:
         name="s",
         base={"data": "cifar10-sample"},
         grid={"estimator": ["gs-soft", "vq-ema"], "num_codes": [4, 8]},
-        include=[{"estimator": "gs-soft", "num_codes": 4, "temperature": 0.1}],
+        include=[{"estimator": "gs-soft", "num_codes": 4, "temperature": 0.1, "log_every": 50}],
         seeds=[0, 7],
     )
     trials = sweep.trials()
     assert len(trials) == 2 * (2 * 2 + 1)
     assert trials["vq-ema-c8-k8-s7"].seed == 7
+    # by what decides numbers, as log_every does not
     assert trials["gs-soft-c4-k8-s0-temperature-0.1"].model_dump()["temperature"] == 0.1
     assert len({one.key() for one in trials.values()}) == 10
 

@@ -45,6 +45,9 @@ def test_a_prepared_dataset_describes_itself(official, prepared):
     np.testing.assert_allclose(info.pop("mean"), pixels.mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(info.pop("std"), pixels.std((0, 1, 2)), rtol=1e-9)
     assert data.statistics(np.full((40, 8, 8, 1), 7, np.uint8))[1] == 0  # where rounding is below 0
+    many = np.zeros((6, 1000, 1000, 1), np.uint8)  # counted in pieces
+    many[0] = 255
+    assert np.concatenate(data.statistics(many)) == pytest.approx([1 / 6, 5**0.5 / 6])
     numbers = {"format": 1, "train": 100, "tune": 10, "test": 20}
     texts = {"name": "cifar10", "fingerprint": FINGERPRINTS["cifar10"], "label": LABELS["cifar10"]}
     assert info == numbers | texts

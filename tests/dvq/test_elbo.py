@@ -131,6 +131,23 @@ def test_the_elbo_is_of_one_draw_with_the_kl_in_closed_form_whatever_the_bounds_
     assert five["bits_per_dim"] == one["bits_per_dim"]
 
 
+@torch.no_grad()
+def test_the_ledger_has_each_latent_variables_rate_and_each_channels_distortion() -> None:
+    model, some = tiny("gs-soft"), images(3)
+    model.latents.prior_logits[1] = torch.arange(5.0)
+    v, x = model.encoder(torch.from_numpy(some)), torch.from_numpy(some)
+    sample = model.latents.sample(v, model.generator(0))
+    found = evaluate(model, some)["ledger"]
+    right = {
+        "latents": sample.rate.sum(1) / 3,
+        "channels": model.channel_distortions(sample.vectors, x).mean(0),
+    }
+    assert right["latents"][1] > 1.5 * right["latents"][0]
+    for name, nats in right.items():
+        bits = (nats * model.trial.bits_per_nat).tolist()
+        assert found[name] == pytest.approx(bits, rel=1e-9), name
+
+
 def test_the_bound_and_its_spread_are_those_of_several_draws() -> None:
     """The first as without a bound, the others from noise of their own."""
     model, some = tiny("gs-soft"), images(3)
@@ -148,6 +165,14 @@ def test_the_bound_and_its_spread_are_those_of_several_draws() -> None:
     spread = (nll + rate).mean(1).std().item() * model.trial.bits_per_nat
     assert found["draws_se"] == pytest.approx(spread, rel=1e-6)
     assert found["draws_se"] > 0
+
+
+@pytest.mark.parametrize("estimator", ["vq-ema", "fsq"])
+def test_the_bound_of_a_deterministic_code_is_its_elbo(estimator: str) -> None:
+    model = Model(trial({**taken(estimator, TINY), "estimator": estimator})).double()
+    found = evaluate(model, images(3), batch_size=2, bound_samples=5)
+    assert found["bound"] == pytest.approx(found["bits_per_dim"], rel=1e-12)
+    assert (found["bound_samples"], found["draws_se"]) == (5, 0)
 
 
 def test_the_fitted_prior_is_that_of_the_training_images_codes() -> None:
@@ -195,6 +220,21 @@ def test_the_fitted_statistics_are_those_of_training_minibatches_of_hard_samples
     torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0))
     torch.testing.assert_close(model.decoder.body[1].running_mean, torch.stack(encoded).mean(0))
     assert norm.momentum == momentum
+
+
+def test_the_seed_decides_the_draws_that_a_model_is_fitted_to() -> None:
+    found = [fit(tiny("gs-soft"), images(7), seed=seed).latents.prior_logits for seed in (1, 1, 2)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_statistics_are_fitted_to_so_many_minibatches_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dvq.evaluate.STATISTICS", 2)
+    found, right = (
+        fit(tiny("vq-ema", batch_size=4), some).encoder.body[1].running_mean
+        for some in (images(15), images(8))
+    )
+    assert torch.equal(found, right)
 
 
 @pytest.mark.parametrize("estimator", ["gs-soft", "vq-ema", "fsq", "gaussian"])
@@ -250,6 +290,15 @@ def test_the_least_rate_is_that_of_the_codes_own_frequencies() -> None:
         model.latents.prior_logits.copy_(torch.from_numpy(counts).double().clamp(min=1e-300).log())
     assert found["rate_least"] == pytest.approx(evaluate(model, images(7))["rate"], rel=1e-12)
     assert found["rate_least"] < found["rate"]
+
+
+def test_the_least_rate_of_a_posterior_is_that_of_its_mean_as_the_prior() -> None:
+    model, some = tiny("gs-soft"), images(7)
+    found = evaluate(model, some, batch_size=3)
+    with torch.no_grad():
+        model.latents.prior_logits.copy_(model.log_posterior(some).exp().mean((0, 1, 2)).log())
+    assert found["rate_least"] == pytest.approx(evaluate(model, some)["rate"], rel=1e-9)
+    assert found["rate"] > 1.1 * found["rate_least"] > 0
 
 
 def test_the_least_rate_of_a_posterior_that_looks_at_nothing_is_0() -> None:

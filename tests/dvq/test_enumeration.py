@@ -283,6 +283,13 @@ def test_the_gaussian_kl_and_its_bound() -> None:
     torch.testing.assert_close(sample.log_ratio, ratio)
 
 
+def test_samples_of_the_gaussian_prior_have_variance_1() -> None:
+    z = Toy(options("gaussian"), seed=5).latents.prior_sample(40_000, torch.Generator().manual_seed(0))
+    assert z.shape == (K, 40_000, D)
+    assert z.mean(1).abs().max() < 4 / 200
+    assert (z.var(1) - 1).abs().max() < 4 * 2**0.5 / 200
+
+
 def test_the_gaussian_vaes_gradient_is_that_of_the_elbo() -> None:
     """Against the pathwise gradient written out with torch.distributions, on the same noise."""
     one = options("gaussian")

@@ -52,8 +52,23 @@ def test_so_many_images_are_looked_at_as_have_so_many_places(monkeypatch):
     monkeypatch.setattr(patches, "PLACES", 130)
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     images[3] = 0
-    found, three = (patches.take(made("vq-ema"), some) for some in (images, images[:3]))
+    found, three, two = (patches.take(made("gs-soft"), some) for some in (images, images[:3], images[:2]))
     np.testing.assert_array_equal(found.differences, three.differences)
+    assert not np.array_equal(
+        found.differences, two.differences
+    )  # of the last of these images a part is enough
+
+
+def test_images_that_are_taken_in_pieces_give_the_same(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    model = made("vq-ema").eval()
+    model.latents.place(model.encoder(torch.from_numpy(images)).detach()[:, :20])  # codes that are used
+    whole = patches.take(model, images)
+    assert (whole.share > 0).all()
+    monkeypatch.setattr(type(model.trial), "images_at_once", 20)  # and of patches 4
+    found = patches.take(model, images)
+    np.testing.assert_array_equal(found.codes, whole.codes)
+    np.testing.assert_allclose(found.differences, whole.differences, atol=1e-4)
 
 
 def test_continuous_latent_variables_have_no_codes():

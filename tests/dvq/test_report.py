@@ -142,6 +142,8 @@ def test_numbers_that_are_not_there_or_not_finite_are_none_and_sort_last(sweep):
     del results[1]["analysis"], results[1]["trial"]["num_codes"], results[1]["evaluation"]["perplexity"]
     rows = tables.rows(results, {})
     assert [row["bits_per_dim"] for row in rows] == [6.9, 7.0, None]
+    assert choices.chosen(results) == [results[1]]
+    assert choices.chosen(results[:1]) == []
     assert rows[0]["num_codes"] is rows[0]["components_95"] is rows[0]["perplexity"] is None
     assert "–" in report.page(smoke(), results, {}, {})
 
@@ -288,7 +290,8 @@ def test_settings_are_compared_seed_by_seed(sweep):
     page = report.page(smoke(), made, {}, {})
     other = tables.fitted_first(tables.settings(made))
     assert other is not None
-    assert tables.fitted_first([{"fitted_bits_per_dim": bits} for bits in (None, 5.4)]) is None, "not known"
+    for some in ((None, 5.4), (5.4, None)):
+        assert tables.fitted_first([{"fitted_bits_per_dim": bits} for bits in some]) is None, "not known"
     assert f"lowest mean over seeds by fitted bits/dim: {other['name']}, " in page
     assert "1 of 2 other settings cannot be told from it (95%, each by itself)" in page
     assert tables.settings(made[:3])[0]["above"] is None
@@ -338,6 +341,7 @@ def test_the_certificate_holds_names_and_exact_numbers_only(sweep):
         ("evaluation", "rate", 0.26, False),
         ("evaluation", "distortion", 6.0, False),
         ("evaluation", "usage", [[1, 2]], False),
+        ("evaluation", "images", 499, False),
         ("training", "seconds", 1.0, True),
         ("provenance", "commit", "other", True),
         ("evaluation", "provenance", {"commit": "other"}, True),

@@ -26,6 +26,8 @@ from safetensors.torch import load_file, save_file
 from dvq import DvqError, checkpoint, disk, events, goodput
 from dvq.config import trial
 from dvq.data import load
+from dvq.probe import probe
+from dvq.randomness import minibatch, noise_seed
 from dvq.train import train
 from dvq.trainer import Trainer
 from dvq.training import Interrupted, Training, curve_point
@@ -335,6 +337,12 @@ def test_a_checkpoint_is_due_after_its_seconds_whatever_the_steps(
     assert (written, clock[0]) == ([6, 12, 14], 1014.0)
 
 
+def test_a_point_of_the_curves_is_the_mean_over_its_steps() -> None:
+    one, terms = trial(TINY), torch.tensor([[9.0, 1.0, 2.0], [9.0, 3.0, 6.0]])
+    nats = {name: bits / one.bits_per_nat for name, bits in curve_point(terms, 1, one).items()}
+    assert nats == pytest.approx({"distortion": 2.0, "rate": 4.0, "bits_per_dim": 6.0})
+
+
 def test_the_step_that_diverged_is_named() -> None:
     terms = torch.ones(3, 3)
     terms[1, 2] = torch.inf
@@ -342,9 +350,18 @@ def test_the_step_that_diverged_is_named() -> None:
         curve_point(terms, 9, trial(TINY))
 
 
-def test_the_gradient_is_looked_at_after_the_evaluations_step(tmp_path: Path, prepared: Path) -> None:
+def test_the_gradient_is_looked_at_after_the_evaluations_step(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = trial({**TINY, "steps": 4, "evaluate_every": 2, "probe_draws": 2})
+    given: list[Any] = []
+    monkeypatch.setattr("dvq.training.probe", lambda *some: given.append(some) or probe(*some))
     train(one, load(prepared), tmp_path)
+    for (_, images, draws, generator, step), last in zip(given, (1, 3), strict=True):
+        right = load(prepared).arrays["train_images"][minibatch(last, 4, 30, one.seed)]
+        np.testing.assert_array_equal(images, right)
+        # in noise that is not the step's own
+        assert (draws, step, generator.initial_seed()) == (2, last, noise_seed(one.seed, last, 1))
     looks = [event["step"] for event in events.read(tmp_path) if "probe/bias" in event.get("values", {})]
     assert looks == [2, 4]
 

@@ -1,5 +1,6 @@
 """A step of training: which images it sees, in which noise, and that it leaves nothing behind."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,20 @@ def test_the_seed_decides_the_weights_and_a_step_leaves_no_gradient() -> None:
     assert all(parameter.grad is None for parameter in first.model.parameters())
 
 
+def test_seed_and_step_decide_which_images_a_step_sees_in_which_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Generator, int]] = []
+    monkeypatch.setattr(Trainer, "advance", lambda _, *given: seen.append(given))
+    small = {"data": "cifar10-sample", "num_latents": 2, "code_dim": 3, "features": 4, "batch_size": 6}
+    for seed, step in ((1, 0), (1, 3), (2, 3)):
+        one = trial({**small, "estimator": "gs-soft", "num_codes": 5, "seed": seed})
+        Trainer(one, IMAGES, torch.device("cpu"), torch.float32).step(step)
+        images, noise, told = seen.pop()
+        np.testing.assert_array_equal(images, IMAGES[minibatch(step, 6, len(IMAGES), seed)])
+        assert (noise.initial_seed(), told) == (noise_seed(seed, step), step)
+
+
 @pytest.mark.parametrize("estimator", ["gs-soft", "vimco", "vq-ema"])
 def test_normalization_is_of_minibatches_until_its_statistics_stay(estimator: str, tmp_path: Path) -> None:
     """Whatever is looked at in between; and those that stay are not fitted, for the weights have met them."""
@@ -78,6 +93,8 @@ def test_normalization_is_of_minibatches_until_its_statistics_stay(estimator: st
     assert torch.equal(before, norm.running_mean)
     for until in (None, 4):  # which no step came to
         never.model.trial = one.model_copy(update={"normalization_until": until})
+        save(copy.deepcopy(never.model).float(), tmp_path / str(until))
+        assert load(tmp_path / str(until)).train().encoder.body[1].training
         followed = never.model.encoder.body[1].running_mean.clone()
         fit(never.model, IMAGES)
         assert not torch.equal(followed, never.model.encoder.body[1].running_mean)
@@ -97,6 +114,15 @@ def test_the_learning_rate_falls_by_half_every_half_life_and_is_the_optimizers()
         trainer.step(8)
         moved.append(trainer.model.encoder.body[0].weight.detach() - before)
     torch.testing.assert_close(moved[0], 4 * moved[1])
+
+
+def test_the_loss_is_that_of_the_step() -> None:
+    """By a schedule: at step 5 the KL's weight has risen to 6 tenths."""
+    small = {"data": "cifar10-sample", "num_latents": 2, "code_dim": 3, "features": 4, "batch_size": 6}
+    one = trial({**small, "estimator": "gs-soft", "num_codes": 5, "kl_warmup": 10})
+    trainer = Trainer(one, IMAGES, torch.device("cpu"), torch.float64)
+    surrogate, distortion, rate = trainer.step(5).tolist()
+    assert (surrogate - distortion) / rate == pytest.approx(0.6)
 
 
 SCALAR = torch.zeros((), requires_grad=True)

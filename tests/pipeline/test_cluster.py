@@ -19,7 +19,7 @@ from dvq.events import Events
 from dvq.sweep import Sweep
 from pipeline import cancel, cluster, conclusion, containers, forecast, image, submit
 from pipeline.connection import UnreachableError
-from pipeline.kubeflow import Run
+from pipeline.kubeflow import Kubeflow, Run
 from pipeline.preflight import PROFILE
 from pipeline.profile import Cluster, Profile, find_profile
 from pipeline.watch import Job
@@ -334,6 +334,26 @@ def test_it_is_not_submitted_again_for_nothing(make: Make, server: KubeflowServe
     server.started = started
     code, _ = run(job)
     assert (code, len(server.runs)) == (1, 1 if first else 2)
+
+
+@pytest.mark.usefixtures("_plain_end")
+def test_a_run_that_is_found_under_way_is_shown_from_its_beginning(
+    make: Make, server: KubeflowServer
+) -> None:
+    """A trial that failed before this launcher came does not wait."""
+    job = make()
+    Events(job.store.trial(job.keys()[1])).failure("of a run before")
+    time.sleep(0.01)
+    run(job, wait=False)
+    (made,) = server.runs.values()
+    checkpoint(job, 20)
+    Events(job.store.trial(job.keys()[0])).failure("out of memory")
+    made.state = "FAILED"
+    text = io.StringIO()
+    assert PLAIN.cluster
+    cluster.follow(job, Kubeflow(PLAIN.cluster), made.run_id, Console(file=text, width=200))
+    assert "out of memory" in text.getvalue()
+    assert "of a run before" not in text.getvalue()
 
 
 @pytest.mark.usefixtures("_plain_end")

@@ -97,6 +97,8 @@ def test_all_agrees_in_the_papers_world() -> None:
     assert words(found, "agrees") == {one.says for one in found}
     assert [one.number for one in found] == [1] * 4 + [2] * 5 + [3] * 3 + [4] * 6
     assert found[0].shows.endswith("+0.300 ± 0.002, not fitted +0.000 ± 0.000")
+    assert found[6].shows.endswith("as L to the power +1.000 ± 0.002")
+    assert found[7].shows.endswith("as L to the power -0.500 ± 0.002")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,10 @@ def test_all_agrees_in_the_papers_world() -> None:
         ({"vimco loses": -0.2}, {BEHIND}),
         ({"vimco behind in K": -0.3}, {"VIMCO falls behind GS-Soft as K grows"}),
         ({"vimco at K = 4": 1.0}, set()),
+        (
+            {"vimco at K = 4": 1.0, "vimco loses": -0.2},
+            {BEHIND},
+        ),  # far behind at each C, and less so at the last
         ({"vimco power": -1.0}, {"the variance of VIMCO's gradient grows with L", FASTER}),
         ({"gs-soft power": 0.5}, {"the variance of GS-Soft's gradient does not grow with L"}),
         ({"vimco power": 0.5, "gs-soft power": 0.0}, set()),

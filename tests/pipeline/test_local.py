@@ -1,5 +1,6 @@
 """How a running pipeline's processes are ended."""
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from dvq import DvqError
-from pipeline import local
+from pipeline import containers, local
 
 
 @pytest.mark.parametrize(("trap", "told"), [("echo told > told; exit", True), ("", False)])
@@ -31,3 +32,38 @@ def test_two_launches_of_one_second_are_told(tmp_path: Path) -> None:
         local.running({}, 1, tmp_path),
     ):
         pass
+
+
+def test_a_daemon_that_died_hides_no_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    containers.end(tmp_path, 0.1)
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"warning: containers may still run (no Docker daemon answers at unix://{tmp_path}/none.sock)"
+    )
+    assert f"docker ps -aq --filter label=dvq.launch={tmp_path}" in said
+
+
+def test_a_sigterm_to_make_reaches_the_sweep(tmp_path: Path, wait: Callable[..., Any]) -> None:
+    """As of a batch system, which may tell the first process alone."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin/python"
+    python.write_text(
+        f"#!/bin/sh\ntrap 'echo > {tmp_path}/told; exit 1' TERM\necho > {tmp_path}/begun\n"
+        "for i in $(seq 200); do sleep 0.05; done\n"
+    )
+    python.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    making = subprocess.Popen(
+        ["make", "-e", "submit-sweep"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "VENV": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait((tmp_path / "begun").exists, 30)
+    making.terminate()
+    making.wait()
+    assert (tmp_path / "told").exists()
