@@ -79,9 +79,10 @@ def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) ->
 
 def check_values(trial: Trial, document: Mapping[str, Any]) -> None:
     """DvqError if ``document``, the trial.json or results.json of ``trial`` or of a shorter one of its family, has
-    another value of a field that decides numbers: a default was edited since, which does not show in the key. A field
-    that only one of them knows is younger or older than the other, and neutral."""
-    stored, free = document.get("trial", {}), {"steps", "autoregressive_steps", *trial.unkeyed()}
+    another value where ``trial`` has the default: this was edited since, and the key does not tell. A field that only
+    one of them knows is younger or older than the other, and neutral."""
+    stored = document.get("trial", {})
+    free = {"steps", "autoregressive_steps", *trial.unkeyed(), *trial.changed()}
     for field, value in values(trial).items():
         if field not in free and stored.get(field, value) != value:
             raise DvqError(

@@ -246,7 +246,7 @@ def test_what_another_default_computed_is_not_taken_for_this_ones(
         trial({**BASE, "estimator": "gs-soft", "steps": 8}),
     )
     folder = store.trial(one.key())
-    was(folder, log_every=7, a_field_that_is_gone=1)
+    was(folder, log_every=7, a_field_that_is_gone=1, data="the-same@by-another-name")
     assert store.outcomes(sweep.trials())[1] == {}, "these change no number"
 
     was(folder, temperature=0.25)
