@@ -94,6 +94,8 @@ class Trainer:
         loss = checked(self.trial.loss(self.model, images, generator, step), self.trial.estimator)
         with tensor_float32(self.model.mixed, self.device):
             loss.surrogate.backward()
+        if not self.optimizer.state:  # the first step
+            self._check_gradients()
         rate = self.trial.learning_rate_at(step)
         if isinstance(rate, Tensor) and rate.is_cuda:
             rate = rate.float()  # the fused kernel reads no other
@@ -102,12 +104,20 @@ class Trainer:
         self.optimizer.zero_grad()
         return torch.stack(loss).detach()
 
+    def _check_gradients(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                raise DvqError(
+                    f"{self.trial.estimator}: {name} gets no gradient from the loss; use it in the surrogate, or "
+                    "give it requires_grad=False"
+                )
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that the next steps depend on, by name."""
         for name, tensor in self.model.state_dict().items():
             yield f"model.{name}", tensor
         for i, parameter in enumerate(self.model.parameters()):
-            for name, tensor in self.optimizer.state[parameter].items():
+            for name, tensor in self.optimizer.state.get(parameter, {}).items():
                 yield f"optimizer.{i}.{name}", tensor
 
     def state(self) -> dict[str, Tensor]:
@@ -116,13 +126,15 @@ class Trainer:
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from what :meth:`state` gave, bit for bit."""
+        """Go on from what :meth:`state` gave, bit for bit. Parameters without a gradient have no moments there."""
         self.model.load_state_dict(
             {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
         )
         for i, parameter in enumerate(self.model.parameters()):
             for name in ("step", "exp_avg", "exp_avg_sq"):
-                saved = state[f"optimizer.{i}.{name}"]
+                saved = state.get(f"optimizer.{i}.{name}")
+                if saved is None:
+                    continue
                 # moments are stored as their parameter is (NHWC): the fused kernel walks both in one order
                 like = torch.zeros((), device=self.device) if name == "step" else torch.zeros_like(parameter)
                 self.optimizer.state[parameter][name] = like.copy_(saved)

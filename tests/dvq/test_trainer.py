@@ -3,7 +3,7 @@
 import copy
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from dvq import DvqError, failures, load
 from dvq.config import trial
 from dvq.estimators.gs_soft import GSSoft
 from dvq.evaluate import evaluate, fit
+from dvq.latents import Categorical
 from dvq.randomness import minibatch, noise_seed
 from dvq.saved import save
 from dvq.trainer import Trainer, checked
@@ -144,6 +145,34 @@ SCALAR = torch.zeros((), requires_grad=True)
 def test_a_loss_that_is_none_is_one_sentence(found: Any, says: str) -> None:
     with pytest.raises(DvqError, match=says):
         checked(found, "mine")
+
+
+class Own(GSSoft):
+    """GS-Soft with a parameter that the loss does not use."""
+
+    estimator: Literal["own"] = "own"  # type: ignore[assignment]
+    frozen: bool = True
+
+    def latents(self) -> Categorical:
+        latents = super().latents()
+        latents.log_tau = torch.nn.Parameter(torch.tensor(-0.5), requires_grad=not self.frozen)
+        return latents
+
+
+def own(**fields: Any) -> Trainer:
+    one = Own(
+        data="cifar10-sample", num_latents=2, code_dim=3, features=4, num_codes=5, batch_size=6, **fields
+    )
+    return Trainer(one, IMAGES, torch.device("cpu"), torch.float32)
+
+
+def test_a_parameter_without_a_gradient_is_named_unless_it_wants_none() -> None:
+    with pytest.raises(DvqError, match=r"^own: latents\.log_tau gets no gradient from the loss; use it"):
+        own(frozen=False).step(0)
+    trained, goes_on = own(), own()
+    trained.step(0)
+    goes_on.restore(trained.state())
+    assert torch.equal(goes_on.step(1), trained.step(1))
 
 
 def test_what_an_estimator_gave_to_the_model_is_told_with_the_estimators_line() -> None:
