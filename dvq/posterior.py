@@ -61,6 +61,9 @@ class Logits:
     """l in tiles, each a single product: l = [v, 1]·[2sM, −s‖m‖²]ᵀ, and log q with another column."""
 
     def __init__(self, v: Tensor, codebook: Tensor, scale: float, log_sum: Tensor | None = None) -> None:
+        (count, _, width), shape = codebook.shape, tuple(v.shape)
+        if v.ndim != 3 or (shape[0], shape[2]) != (count, width):
+            raise DvqError(f"encodings are (K, N, D), here ({count}, N, {width}); these are {shape}")
         ones, norms = v.new_ones(*v.shape[:2], 1), codebook.square().sum(-1, keepdim=True)
         left, right = [v, ones], [2 * scale * codebook, -scale * norms]
         if log_sum is not None:

@@ -118,6 +118,43 @@ def small(estimator: str, **options: Any) -> Model:
     return Model(trial({**SMALL, "num_codes": 5, **options, "estimator": estimator})).double()
 
 
+@pytest.mark.parametrize("estimator", sorted(estimators()))
+def test_no_schedule_looks_at_the_last_step(estimator: str) -> None:
+    """For longer trials go on from shorter ones."""
+    few = {**SMALL, "num_codes": 5, "data": "noise@8x8x3-0123456789abcdef", "kl_warmup": 2, "decay_after": 1}
+    few |= {"final_temperature": 0.2, "annealing_steps": 2}
+    short, long = (
+        Trainer(
+            trial({**taken(estimator, few), "estimator": estimator, "steps": steps}),
+            IMAGES[:, :8, :8],
+            torch.device("cpu"),
+            torch.float32,
+        )
+        for steps in (3, 30)
+    )
+    for step in range(3):
+        assert torch.equal(short.step(step), long.step(step)), (
+            "a schedule looks at steps: give it a length of its own"
+        )
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (3, 7, 3), (2, 7, 4), (14, 3)])
+def test_other_encodings_are_one_sentence(shape: tuple[int, ...]) -> None:
+    for estimator, method in (
+        ("gs-soft", "relax"),
+        ("reinmax", "reinmax"),
+        ("rloo", "score"),
+        ("vq-ema", "codes"),
+    ):
+        latents, noise = small(estimator).latents, torch.Generator()
+        rest = {"relax": (0.5, False, noise), "reinmax": (noise,), "score": (2, noise), "codes": ()}[method]
+        with pytest.raises(
+            DvqError, match=r"encodings are \(K, N, D\), here \(2, N, 3\); these are \("
+        ) as caught:
+            getattr(latents, method)(torch.zeros(shape, dtype=torch.float64), *rest)
+        assert str(caught.value).endswith(str(shape))
+
+
 # --- Gumbel-Softmax
 
 
