@@ -6,7 +6,15 @@ import torch
 from torch import Generator, Tensor
 
 from dvq.codes import code_sums, look_up
-from dvq.posterior import SMALLEST, Logits, categorical_kl, posterior_gradients, tiles, weigh
+from dvq.posterior import (
+    SMALLEST,
+    Logits,
+    categorical_kl,
+    differentiated_once,
+    posterior_gradients,
+    tiles,
+    weigh,
+)
 
 
 def inverse_draw(weights: Tensor, count: int, generator: Generator) -> Tensor:
@@ -69,6 +77,7 @@ class _Scored(torch.autograd.Function):
         return codes, log_q, rate
 
     @staticmethod
+    @differentiated_once
     def backward(ctx: Any, _: Any, g_log_q: Tensor, __: Any) -> tuple[Tensor | None, ...]:
         """g_l = Σ_s g_s·(onehot(z_s) − q),  g_v = 2s g_l M,  g_M = 2s (g_lᵀ v − (Σ_n g_l)·M)."""
         v, codebook, log_sum, codes = ctx.saved_tensors
@@ -142,6 +151,7 @@ class _ReinMax(torch.autograd.Function):
         return seen, kl.sum()
 
     @staticmethod
+    @differentiated_once
     def backward(ctx: Any, g_seen: Tensor, g_kl: Tensor) -> tuple[Tensor | None, ...]:
         """With g_c = g_seen·M[c]: g_s = ½ q (g_c − g_z) + ½ onehot(z) (g_z − Σ q g)."""
         v, codebook, log_prior, log_sum, kl, codes, mean, seen = ctx.saved_tensors

@@ -4,7 +4,7 @@ Shapes: B images, P = H/4·W/4 positions, N = B·P, K latent variables a positio
 a code. The codebooks come first, (K, N, ·), as their batched products want it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -90,9 +90,15 @@ class Categorical(Codebooks):
 
     def __init__(self, trial: Stochastic) -> None:
         super().__init__(trial, normal_codes(trial, trial.distance_scale), trained=True)
-        self.scale = trial.distance_scale
+        self.scale: Any = trial.distance_scale
+        """s; a parameter, without dimensions or (K, 1, 1), may take its place"""
         self.plain = False
         """whether to compute the equations as they stand, where there is a faster form"""
+
+    def _plainly(self, temperature: float | Tensor = 1.0) -> bool:
+        """Whether to compute the equations as they stand: the faster forms give s and τ no gradient."""
+        trained = isinstance(temperature, Tensor) and temperature.requires_grad
+        return self.plain or trained or isinstance(self.scale, Tensor)
 
     def logits(self, v: Tensor) -> Tensor:
         """l, less ‖v‖², which the softmax does not see: (K, N, D) → (K, N, C)."""
@@ -102,7 +108,7 @@ class Categorical(Codebooks):
         self, v: Tensor, temperature: float | Tensor, hard: bool, generator: Generator
     ) -> tuple[Tensor, Tensor]:
         """What the decoder sees of a Gumbel-Softmax sample, (K, N, D), and the rate [nats], summed over all."""
-        if self.plain:
+        if self._plainly(temperature):
             logits = self.logits(v)
             return plain_relax(logits, self.codebook, self.log_prior(), temperature, hard, generator)
         return fast_relax(v, self.codebook, self.prior_logits, self.scale, temperature, hard, generator)
@@ -110,7 +116,7 @@ class Categorical(Codebooks):
     def reinmax(self, v: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """What the decoder sees of a draw z ~ q(z|x), (K, N, D), with ReinMax's gradient; and the rate [nats], summed
         over all."""
-        if self.plain:
+        if self._plainly():
             return plain_reinmax(self.logits(v), self.codebook, self.log_prior(), generator)
         return fast_reinmax(v, self.codebook, self.prior_logits, self.scale, generator)
 
@@ -126,7 +132,7 @@ class Categorical(Codebooks):
     def score(self, v: Tensor, count: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """``count`` draws z ~ q(z|x), (count, K, N), their log q to differentiate, likewise [nats], and the rate
         [nats], summed over all and detached."""
-        if self.plain:
+        if self._plainly():
             return plain_score(self.logits(v), self.log_prior(), count, generator)
         return fast_score(v, self.codebook, self.log_prior(), self.scale, count, generator)
 

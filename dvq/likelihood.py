@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvq import DvqError
 from dvq.fused import fused
+from dvq.posterior import differentiated_once
 
 VALUES = 256
 TILE = {"cpu": 256, "cuda": 2**16}  # rows of logits (× 768 floats): a cache full; on a GPU a minibatch's
@@ -89,11 +91,19 @@ class _TiledNLL(torch.autograd.Function):
         nll = nll.unflatten(0, (images, per_image)).sum(1)
         ctx.save_for_backward(grad_rows.view_as(hidden), grad_weight.T, grad_bias)
         ctx.mark_non_differentiable(nll)
+        ctx.spent = False
         total = nll.sum() if image_weights is None else (nll.sum(1) * image_weights).sum()
         return total, nll
 
     @staticmethod
+    @differentiated_once
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise DvqError(
+                "the likelihood's gradient is kept for one backward pass; compute the loss again before the next, or "
+                "set output_head: transposed"
+            )
+        ctx.spent = True
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         return grad_hidden.mul_(grad), grad * grad_weight, grad * grad_bias, None, None, None
 

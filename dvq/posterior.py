@@ -1,20 +1,43 @@
 """The posterior's logits, its KL and their gradients: as the equations stand, and in tiles that stay in the cache."""
 
 from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from dvq import DvqError
 from dvq.device import tensor_float32
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 TILE = {"cpu": 2**18, "cuda": 2**23}  # logits that stay in the cache (1 MiB; 32 MiB)
 SMALLEST = 1e-30  # a random number u is never 0, and its logarithm finite
 
 
-def logits_of(v: Tensor, codebook: Tensor, scale: float) -> Tensor:
+def logits_of(v: Tensor, codebook: Tensor, scale: float | Tensor) -> Tensor:
     """l = −s‖v − m‖², less ‖v‖²: (K, N, D), (K, C, D) → (K, N, C)."""
     norms = codebook.square().sum(-1).unsqueeze(1)  # (K, 1, C)
+    if isinstance(scale, Tensor):
+        return scale * torch.baddbmm(norms, v, codebook.mT, beta=-1, alpha=2)
     return torch.baddbmm(norms, v, codebook.mT, beta=-scale, alpha=2 * scale)
+
+
+def differentiated_once(backward: Callable[P, R]) -> Callable[P, R]:
+    """A ``backward`` in closed form, which autograd cannot see into; DvqError where its own gradient is asked for."""
+
+    @wraps(backward)
+    def checked(*args: P.args, **named: P.kwargs) -> R:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise DvqError(
+                "the fast forms have no second derivatives; set latents.plain = True and output_head: transposed, "
+                "whose equations torch differentiates as often as it is asked to"
+            )
+        return backward(*args, **named)
+
+    return checked
 
 
 def categorical_kl(logits: Tensor, log_prior: Tensor) -> Tensor:
@@ -38,6 +61,9 @@ class Logits:
     """l in tiles, each a single product: l = [v, 1]·[2sM, −s‖m‖²]ᵀ, and log q with another column."""
 
     def __init__(self, v: Tensor, codebook: Tensor, scale: float, log_sum: Tensor | None = None) -> None:
+        (count, _, width), shape = codebook.shape, tuple(v.shape)
+        if v.ndim != 3 or (shape[0], shape[2]) != (count, width):
+            raise DvqError(f"encodings are (K, N, D), here ({count}, N, {width}); these are {shape}")
         ones, norms = v.new_ones(*v.shape[:2], 1), codebook.square().sum(-1, keepdim=True)
         left, right = [v, ones], [2 * scale * codebook, -scale * norms]
         if log_sum is not None:

@@ -63,7 +63,10 @@ class Recorded:
     def advance(self) -> None:
         """The step itself: nothing in it may wait for the device."""
         images = self.images.index_select(0, self.index)
-        self.terms.copy_(self.trainer.advance(images, self.generator, self.now))
+        terms = self.trainer.advance(images, self.generator, self.now)
+        if len(self.terms) != len(terms):  # at the first step, which is not recorded: the loss logs numbers
+            self.terms = self.terms.new_zeros(len(terms))
+        self.terms.copy_(terms)
 
     def _record(self, step: int) -> torch.cuda.CUDAGraph:
         """Warm up, put everything back, and record; the model is as before.

@@ -8,7 +8,16 @@ from torch import Generator, Tensor
 
 from dvq import fused
 from dvq.codes import code_sums, largest, look_up
-from dvq.posterior import SMALLEST, Logits, categorical_kl, logits_of, posterior_gradients, tiles, weigh
+from dvq.posterior import (
+    SMALLEST,
+    Logits,
+    categorical_kl,
+    differentiated_once,
+    logits_of,
+    posterior_gradients,
+    tiles,
+    weigh,
+)
 
 SHARP = 0.5
 """temperatures under this make powers of y that leave float32's range, unless divided by the largest"""
@@ -132,6 +141,7 @@ class _Relaxed(torch.autograd.Function):
         return look_up(codebook, codes) if hard else mean, kl.sum()
 
     @staticmethod
+    @differentiated_once
     def backward(ctx: Any, g_z: Tensor, g_kl: Tensor) -> tuple[Tensor | None, ...]:
         """With g_y = g_z Mᵀ, and so Σ g_y·y = g_z·(y M), g_s = (g_y − Σ g_y·y)·y/τ, and g_codes = yᵀ g_z; see
         :func:`posterior_gradients`."""

@@ -55,7 +55,8 @@ def load(path: str | Path) -> Model:
         images uint8 (B, H, W, 3) and codes (B, H/4, W/4, K).
 
     Raises:
-        DvqError: there is no model, it is damaged, or nothing knows the address.
+        DvqError: there is no model, it is damaged or of another network than the trial's, or nothing knows the
+            address.
     """
     scheme, separator, _ = str(path).partition(":/")
     folder = Path(_fetch(scheme, str(path)) if separator else path)
@@ -71,7 +72,10 @@ def load(path: str | Path) -> Model:
         trial = make_trial(fields, where=str(folder / "trial.json"))
         model = _network(trial, folder)
         if _kinds(weights) != _kinds(model.state_dict()):
-            raise ValueError("model.safetensors holds another network than trial.json describes")
+            raise DvqError(
+                f"{folder}: model.safetensors holds another network than trial.json describes; if its encoder or "
+                "decoder was replaced, build it so, and give load_state_dict what safetensors.torch.load_file reads"
+            )
         if written not in (None, _digest(weights)):  # older models do not say
             raise ValueError("model.safetensors does not have the SHA-256 that it was written with")
     except (OSError, ValueError, RecursionError, SafetensorError) as error:

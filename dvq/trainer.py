@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,15 +18,19 @@ from dvq.randomness import minibatch, noise, seeded
 from dvq.recorded import Recorded
 from dvq.trial import LearnedCodes, Loss, Trial
 
+CURVES = ("bits_per_dim", "distortion", "rate")
+"""what training follows of every estimator"""
+
 
 def checked(loss: object, estimator: str) -> Loss:
-    """What an estimator's ``loss`` returned; DvqError unless it is three scalars, the first to be differentiated."""
+    """What an estimator's ``loss`` returned; DvqError unless it is three scalars, the first to be differentiated, and
+    numbers that are logged."""
     if not isinstance(loss, Loss):
         raise DvqError(
             f"{estimator}: its loss returned a {type(loss).__name__}; return Loss(surrogate, distortion, rate), "
             "of dvq.trial"
         )
-    for name, term in zip(Loss._fields, loss, strict=True):
+    for name, term in zip(Loss._fields[:3], loss, strict=False):
         if not isinstance(term, Tensor) or term.ndim:
             found = f"{tuple(term.shape)} tensor" if isinstance(term, Tensor) else type(term).__name__
             raise DvqError(
@@ -36,7 +41,24 @@ def checked(loss: object, estimator: str) -> Loss:
         raise DvqError(
             f"{estimator}: its loss returned a surrogate that hangs on no parameter; do not detach it"
         )
+    for name, number in loss.logged.items():
+        shape = tuple(number.shape) if isinstance(number, Tensor) else ()
+        found = f"a {shape} tensor" if shape else "a number"
+        if shape or name in CURVES or not re.fullmatch(r"\w[\w.-]*", name):
+            raise DvqError(
+                f"{estimator}: its loss logs {found} as '{name}'; log a number, "
+                f"by a name of letters, digits, '_', '-' and '.' that is not {', '.join(CURVES[:-1])} or {CURVES[-1]}"
+            )
     return loss
+
+
+def numbers(loss: Loss) -> Tensor:
+    """The surrogate, the distortion and the rate, and what is logged: (3 + L,), detached."""
+    like = loss.surrogate
+    logged = [
+        x.to(like.dtype) if isinstance(x, Tensor) else like.new_full((), x) for x in loss.logged.values()
+    ]
+    return torch.stack([*loss[:3], *logged]).detach()
 
 
 class Trainer:
@@ -55,6 +77,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=trial.learning_rate, fused=True, capturable=on_gpu
         )
+        self.logged: list[str] | None = None  # the names of what the loss logs, from the first step on
         self.fixed = False  # batch normalization's means and variances
         recording = on_gpu and os.environ.get("DVQ_RECORD") != "0"  # whose schedules round otherwise, no more
         self.recorded = Recorded(self) if recording else None
@@ -78,7 +101,7 @@ class Trainer:
         return torch.from_numpy(self.images[index]).to(self.device)
 
     def step(self, step: int) -> Tensor:
-        """Train on minibatch ``step``; the surrogate, distortion and rate, (3,) [nats an image]."""
+        """Train on minibatch ``step``; surrogate, distortion, rate [nats an image] and what is logged, (3 + L,)."""
         fixed = self.trial.normalization_fixed_at(step)
         if fixed != self.fixed:
             self.model.fix_normalization(fixed)
@@ -92,22 +115,44 @@ class Trainer:
     def advance(self, images: Tensor, generator: torch.Generator, step: int | Tensor) -> Tensor:
         """Train on ``images``."""
         loss = checked(self.trial.loss(self.model, images, generator, step), self.trial.estimator)
+        self._check_logged(list(loss.logged))
+        terms = numbers(loss)
         with tensor_float32(self.model.mixed, self.device):
             loss.surrogate.backward()
+        if not self.optimizer.state:  # the first step
+            self._check_gradients()
         rate = self.trial.learning_rate_at(step)
         if isinstance(rate, Tensor) and rate.is_cuda:
             rate = rate.float()  # the fused kernel reads no other
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return torch.stack(loss).detach()
+        return terms
+
+    def _check_logged(self, names: list[str]) -> None:
+        if self.logged is None:
+            self.logged = names
+        if self.logged != names:
+            now, before = (", ".join(them) or "nothing" for them in (names, self.logged))
+            raise DvqError(
+                f"{self.trial.estimator}: its loss logs {now}, and at its first step it logged {before}; log the "
+                "same at every step, or compute anew (FRESH=1)"
+            )
+
+    def _check_gradients(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                raise DvqError(
+                    f"{self.trial.estimator}: {name} gets no gradient from the loss; use it in the surrogate, or "
+                    "give it requires_grad=False"
+                )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that the next steps depend on, by name."""
         for name, tensor in self.model.state_dict().items():
             yield f"model.{name}", tensor
         for i, parameter in enumerate(self.model.parameters()):
-            for name, tensor in self.optimizer.state[parameter].items():
+            for name, tensor in self.optimizer.state.get(parameter, {}).items():
                 yield f"optimizer.{i}.{name}", tensor
 
     def state(self) -> dict[str, Tensor]:
@@ -116,13 +161,15 @@ class Trainer:
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from what :meth:`state` gave, bit for bit."""
+        """Go on from what :meth:`state` gave, bit for bit. Parameters without a gradient have no moments there."""
         self.model.load_state_dict(
             {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
         )
         for i, parameter in enumerate(self.model.parameters()):
             for name in ("step", "exp_avg", "exp_avg_sq"):
-                saved = state[f"optimizer.{i}.{name}"]
+                saved = state.get(f"optimizer.{i}.{name}")
+                if saved is None:
+                    continue
                 # moments are stored as their parameter is (NHWC): the fused kernel walks both in one order
                 like = torch.zeros((), device=self.device) if name == "step" else torch.zeros_like(parameter)
                 self.optimizer.state[parameter][name] = like.copy_(saved)

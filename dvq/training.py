@@ -1,7 +1,9 @@
 """The loop of training: what it writes along the way, and how it goes on after any interruption."""
 
+import math
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from dvq.randomness import noise_seed
 from dvq.saved import publish
 from dvq.style import save_png
 from dvq.trainer import Trainer
-from dvq.trial import Trial
+from dvq.trial import Loss, Trial
 
 SAYS_AFTER = 60
 """seconds between the lines of progress, which a pod's log has of a training"""
@@ -30,17 +32,21 @@ class Interrupted(BaseException):
     """SIGTERM or SIGINT came: write a checkpoint and end."""
 
 
-def curve_point(terms: Tensor, last_step: int, trial: Trial) -> dict[str, float]:
-    """The means over the steps of ``terms`` (steps, 3); DvqError where one is not finite."""
-    if not torch.isfinite(terms).all():
-        row, column = (~torch.isfinite(terms)).nonzero()[0].tolist()
-        step, name = last_step - len(terms) + 1 + row, ("surrogate", "distortion", "rate")[column]
+def curve_point(terms: Tensor, last_step: int, trial: Trial, logged: Sequence[str] = ()) -> dict[str, float]:
+    """The means over the steps of ``terms`` (steps, 3 + L), in bits/dim but for what is ``logged``, of which those
+    that are not finite are left out; DvqError where a term of the loss is not."""
+    finite = torch.isfinite(terms[:, :3])
+    if not finite.all():
+        row, column = (~finite).nonzero()[0].tolist()
+        step, name = last_step - len(terms) + 1 + row, Loss._fields[column]
         raise DvqError(
             f"training diverged: at step {step} the {name} is {terms[row, column].item()}; "
             "lower the learning rate or look at the options that differ from the defaults"
         )
-    _, distortion, rate = (terms.double().mean(0) * trial.bits_per_nat).tolist()
-    return {"bits_per_dim": distortion + rate, "distortion": distortion, "rate": rate}
+    _, distortion, rate, *others = terms.double().mean(0).tolist()
+    distortion, rate = distortion * trial.bits_per_nat, rate * trial.bits_per_nat
+    own = {name: mean for name, mean in zip(logged, others, strict=True) if math.isfinite(mean)}
+    return {"bits_per_dim": distortion + rate, "distortion": distortion, "rate": rate} | own
 
 
 class Training:
@@ -82,6 +88,7 @@ class Training:
     def _go_on(self, found: checkpoint.Checkpoint) -> None:
         self.trainer.restore(found.tensors)
         self.terms = [terms.to(self.trainer.device) for terms in found.tensors["terms"]]
+        self.trainer.logged = found.about.get("logged", [])  # earlier versions logged nothing
         self.done, self.seconds = found.step, found.about["seconds"]
         self.seconds_at_point = found.about["seconds_at_point"]
         print(f"going on from step {self.done}", flush=True)
@@ -130,12 +137,13 @@ class Training:
     def _checkpoint(self) -> None:
         if self.saved == self.done:  # stopped right after one was due
             return
-        terms = torch.stack(self.terms).cpu()
-        curve_point(terms, self.done - 1, self.trial)  # nothing that diverged is ever kept
+        terms, logged = torch.stack(self.terms).cpu(), self.trainer.logged or []
+        curve_point(terms, self.done - 1, self.trial, logged)  # nothing that diverged is ever kept
         tensors = self.trainer.state() | {"terms": terms}
         self._clock()
         about = {
             "family": self.trial.family(),
+            "logged": logged,
             "seconds": self.seconds,
             "seconds_at_point": self.seconds_at_point,
             "events": self.events_before,
@@ -172,7 +180,8 @@ class Training:
         self.events_before = events.sizes(self.folder)
 
     def _point(self) -> None:
-        values = curve_point(torch.stack(self.terms).cpu(), self.done - 1, self.trial)
+        terms, logged = torch.stack(self.terms).cpu(), self.trainer.logged or []
+        values = curve_point(terms, self.done - 1, self.trial, logged)
         self._clock()
         speed = len(self.terms) * self.trial.batch_size / (self.seconds - self.seconds_at_point)
         named = {f"train/{name}": value for name, value in values.items()}

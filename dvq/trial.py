@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -45,6 +47,9 @@ class Loss(NamedTuple):
     """scalar [nats an image], detached: the batch's mean −log p(x|z)"""
     rate: "Tensor"
     """scalar [nats an image], detached: the batch's mean KL(q(z|x) ‖ p(z))"""
+    logged: "Mapping[str, Tensor | float]" = MappingProxyType({})
+    """numbers of one's own to follow, of the same names at every step: their means over ``log_every`` steps stand
+    beside the training curves as ``train/<name>``. A mean that is not finite is left out"""
 
 
 def progress(step: "Step", length: int) -> "float | Tensor":

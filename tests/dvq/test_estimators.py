@@ -118,6 +118,43 @@ def small(estimator: str, **options: Any) -> Model:
     return Model(trial({**SMALL, "num_codes": 5, **options, "estimator": estimator})).double()
 
 
+@pytest.mark.parametrize("estimator", sorted(estimators()))
+def test_no_schedule_looks_at_the_last_step(estimator: str) -> None:
+    """For longer trials go on from shorter ones."""
+    few = {**SMALL, "num_codes": 5, "data": "noise@8x8x3-0123456789abcdef", "kl_warmup": 2, "decay_after": 1}
+    few |= {"final_temperature": 0.2, "annealing_steps": 2}
+    short, long = (
+        Trainer(
+            trial({**taken(estimator, few), "estimator": estimator, "steps": steps}),
+            IMAGES[:, :8, :8],
+            torch.device("cpu"),
+            torch.float32,
+        )
+        for steps in (3, 30)
+    )
+    for step in range(3):
+        assert torch.equal(short.step(step), long.step(step)), (
+            "a schedule looks at steps: give it a length of its own"
+        )
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (3, 7, 3), (2, 7, 4), (14, 3)])
+def test_other_encodings_are_one_sentence(shape: tuple[int, ...]) -> None:
+    for estimator, method in (
+        ("gs-soft", "relax"),
+        ("reinmax", "reinmax"),
+        ("rloo", "score"),
+        ("vq-ema", "codes"),
+    ):
+        latents, noise = small(estimator).latents, torch.Generator()
+        rest = {"relax": (0.5, False, noise), "reinmax": (noise,), "score": (2, noise), "codes": ()}[method]
+        with pytest.raises(
+            DvqError, match=r"encodings are \(K, N, D\), here \(2, N, 3\); these are \("
+        ) as caught:
+            getattr(latents, method)(torch.zeros(shape, dtype=torch.float64), *rest)
+        assert str(caught.value).endswith(str(shape))
+
+
 # --- Gumbel-Softmax
 
 
@@ -263,6 +300,79 @@ def test_the_loss_takes_the_temperature_of_its_step(estimator: str) -> None:
             for options in (schedule, constant)
         )
         torch.testing.assert_close(found, right)
+
+
+def sampled(latents: Categorical, method: str, v: Tensor, tau: float | Tensor) -> Tensor:
+    """A number made of all that a method gives to differentiate, from the same noise each time."""
+    generator = torch.Generator().manual_seed(3)
+    if method == "score":
+        log_q = latents.score(v, 2, generator)[1]
+        return (log_q * torch.arange(log_q.numel()).view_as(log_q)).sum()
+    found = latents.reinmax(v, generator) if method == "reinmax" else None
+    vectors, rate = found or latents.relax(v, tau, method == "hard", generator)
+    return vectors.pow(3).sum() + rate
+
+
+@pytest.mark.parametrize("shape", [(), (2, 1, 1)], ids=["one", "of each codebook"])
+@pytest.mark.parametrize("method", ["soft", "hard", "reinmax", "score"])
+def test_a_trained_scale_and_temperature_get_the_gradients_of_the_equations(
+    method: str, shape: tuple[int, ...]
+) -> None:
+    latents, v = small("gs-soft").latents, some_v(6).requires_grad_()
+    latents.scale = torch.nn.Parameter(torch.full(shape, 0.7, dtype=v.dtype))
+    tau = torch.tensor(0.6, dtype=v.dtype, requires_grad=True)
+    inputs = [latents.scale, *([tau] if method in ("soft", "hard") else []), v, latents.codebook]
+    found = torch.autograd.grad(sampled(latents, method, v, tau), inputs)
+
+    def logits(v: Tensor) -> Tensor:
+        return -latents.scale * (v.unsqueeze(2) - latents.codebook.unsqueeze(1)).square().sum(-1)
+
+    latents.plain, latents.logits = True, logits  # type: ignore[method-assign]
+    torch.testing.assert_close(found, torch.autograd.grad(sampled(latents, method, v, tau), inputs))
+
+
+def test_a_trained_temperature_and_scale_get_the_slopes_of_the_fast_form() -> None:
+    latents, v, step = small("gs-soft").latents, some_v(6), 1e-5
+    tau = torch.tensor(0.6, dtype=v.dtype, requires_grad=True)
+    slopes = [(sampled(latents, "soft", v, 0.6 + h) / (2 * h)).item() for h in (step, -step)]
+    (by_tau,) = torch.autograd.grad(sampled(latents, "soft", v, tau), tau)
+    assert by_tau.item() == pytest.approx(sum(slopes), rel=1e-6)
+    slopes = []
+    for h in (step, -step):
+        latents.scale = 0.7 + h
+        slopes.append((sampled(latents, "soft", v, 0.6) / (2 * h)).item())
+    latents.scale = torch.nn.Parameter(torch.tensor(0.7, dtype=v.dtype))
+    (by_scale,) = torch.autograd.grad(sampled(latents, "soft", v, 0.6), latents.scale)
+    assert by_scale.item() == pytest.approx(sum(slopes), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["soft", "hard", "reinmax", "score"])
+def test_fast_forms_differentiate_again_and_say_that_they_have_no_second_derivatives(method: str) -> None:
+    latents, v = small("gs-soft").latents, some_v(6).requires_grad_()
+    value = sampled(latents, method, v, 0.6)
+    first, again = (torch.autograd.grad(value, v, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    with pytest.raises(DvqError, match=r"no second derivatives; set latents\.plain = True"):
+        torch.autograd.grad(value, v, create_graph=True)
+
+
+@pytest.mark.parametrize("method", ["soft", "score"])
+def test_the_plain_form_has_second_derivatives(method: str) -> None:
+    latents, v = small("gs-soft").latents, some_v(2).requires_grad_()
+    latents.plain = True
+    assert torch.autograd.gradgradcheck(lambda v: sampled(latents, method, v, 0.6), v)
+
+
+def test_the_transposed_head_has_second_derivatives() -> None:
+    model, images = small("gs-soft", output_head="transposed"), torch.from_numpy(IMAGES[:1])
+    v, direction = some_v(64).requires_grad_(), some_v(64).flip(1)
+    slopes = []
+    for h in (1e-4, -1e-4):
+        moved = (v + h * direction).detach().requires_grad_()
+        slopes.append(torch.autograd.grad(model.distortion(moved, images)[0], moved)[0] / (2 * h))
+    (gradient,) = torch.autograd.grad(model.distortion(v, images)[0], v, create_graph=True)
+    (product,) = torch.autograd.grad((gradient * direction).sum(), v)
+    assert (product - sum(slopes)).norm() <= 1e-3 * product.norm()
 
 
 # --- The decoder

@@ -59,6 +59,18 @@ def test_the_readmes_cell_runs_and_runs_again(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "other").exists()
 
 
+def test_the_pieces_of_the_readme_beside_the_code_train(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(dvq.__file__).with_name("README.md")).read_text(encoding="utf-8")
+    (cell,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    found: dict[str, Any] = {}
+    with seeded(0):
+        exec(cell, found)
+    assert found["vectors"].shape == (4, 100, 8)
+    assert found["codes"].shape == (4, 100)
+    assert found["mine"].encoder(found["minibatch"]).shape == (4, 32 * 8 * 8, 8)
+    assert 7 < float(capsys.readouterr().out) < 9
+
+
 TINY: dict[str, Any] = {
     "estimator": "gs-soft",
     "data": "cifar10-sample",

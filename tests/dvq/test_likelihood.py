@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dvq import DvqError
 from dvq.config import trial
 from dvq.likelihood import TILE, gpu_gradient, gpu_nll, plain_nll, tiled_nll
 
@@ -92,6 +93,16 @@ def test_what_a_gpu_computes_agrees_with_the_plain_form(weighted: bool) -> None:
     torch.testing.assert_close(gradient.view_as(expected), expected)
     torch.testing.assert_close(gpu_nll(rows, bias.detach(), places), found)
     assert equations(rows, bias.detach(), places, each, torch.bfloat16)[1].dtype == torch.bfloat16
+
+
+def test_a_second_derivative_and_a_second_backward_pass_are_one_sentence_each() -> None:
+    inputs = head(1, 4, torch.float32)
+    total, _ = tiled_nll(*inputs, pixels(1))
+    with pytest.raises(DvqError, match=r"no second derivatives; .* output_head: transposed"):
+        torch.autograd.grad(total, inputs[0], create_graph=True)
+    (2 * total).backward(retain_graph=True)
+    with pytest.raises(DvqError, match="kept for one backward pass; compute the loss again"):
+        total.backward()
 
 
 def test_logits_of_any_size_have_a_likelihood() -> None:

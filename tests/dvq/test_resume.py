@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -16,22 +17,25 @@ from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from dvq import DvqError, checkpoint, disk, events, goodput
+from dvq import DvqError, checkpoint, config, disk, events, goodput
 from dvq.config import trial
 from dvq.data import load
+from dvq.estimators.gs_soft import GSSoft
+from dvq.model import Model
 from dvq.probe import probe
 from dvq.randomness import minibatch, noise_seed
 from dvq.train import train
 from dvq.trainer import Trainer
 from dvq.training import Interrupted, Training, curve_point
-from dvq.trial import Trial, values
+from dvq.trial import Loss, Trial, values
 
 KILLS = int(os.environ.get("DVQ_KILLS", "20"))
 TINY: dict[str, Any] = {
@@ -235,6 +239,48 @@ def test_more_steps_go_on_from_fewer_to_the_same_bits(shorter: int, tmp_path: Pa
     train(long, load(prepared), folder)
     assert outcome(folder)["model"] == expected["model"]
     assert outcome(folder)["metrics"] == expected["metrics"]
+
+
+class Followed(GSSoft):
+    """GS-Soft with numbers of its own along training."""
+
+    estimator: Literal["followed"] = "followed"  # type: ignore[assignment]
+
+    def loss(self, model: Model, images: Tensor, generator: torch.Generator, step: Any) -> Loss:
+        followed = {"step": step, "odd": math.nan if step == 8 else torch.tensor(2.0)}
+        return super().loss(model, images, generator, step)._replace(logged=followed)
+
+
+def test_numbers_of_ones_own_go_on_as_their_means(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the shorter trial ended between two points of the curves; a mean that is not finite is left out."""
+    monkeypatch.setattr(config, "ESTIMATORS", [Followed])
+    one = Followed(**{**TINY, "estimator": "followed"})
+    for steps in (15, 21):
+        train(one.model_copy(update={"steps": steps}), load(prepared), tmp_path)
+    found = [
+        (event["step"], event["values"].get("train/step"), event["values"].get("train/odd"))
+        for event in events.read(tmp_path)
+        if "train/rate" in event.get("values", {})
+    ]
+    assert found == [(7, 3.0, 2.0), (14, 10.0, None), (21, 17.0, 2.0)]
+
+
+def test_a_checkpoint_of_a_version_that_logged_nothing_is_read(
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.write
+
+    def earlier(folder: Path, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> Path:
+        return write(folder, step, tensors, {name: x for name, x in about.items() if name != "logged"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", earlier)
+        train(trial({**TINY, "steps": 14}), load(prepared), tmp_path / "in two")
+    for folder in ("in two", "at once"):
+        train(trial({**TINY, "steps": 20}), load(prepared), tmp_path / folder)
+    assert outcome(tmp_path / "in two")["model"] == outcome(tmp_path / "at once")["model"]
 
 
 def test_who_is_stopped_at_a_checkpoint_writes_it_once(

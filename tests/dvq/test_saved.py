@@ -226,6 +226,16 @@ def test_a_damaged_model_is_refused(folder, damage) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_of_another_encoder_says_so_and_its_file_is_whole(tmp_path) -> None:
+    made = model()
+    made.encoder = torch.nn.Linear(3, 4)
+    save(made, tmp_path)
+    with pytest.raises(DvqError, match=r"another network .* encoder or decoder was replaced") as caught:
+        dvq.load(tmp_path)
+    assert "damaged" not in str(caught.value)
+    made.load_state_dict(load_file(tmp_path / "model.safetensors"))
+
+
 def test_a_trials_folder_is_told_from_its_model(folder) -> None:
     shutil.copy(folder / "trial.json", folder.parent)
     with pytest.raises(DvqError, match=f"model.safetensors is missing; give {folder}$"):

@@ -1,19 +1,24 @@
 """A step of training: which images it sees, in which noise, and that it leaves nothing behind."""
 
 import copy
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dvq import DvqError, failures, load
 from dvq.config import trial
 from dvq.estimators.gs_soft import GSSoft
 from dvq.evaluate import evaluate, fit
+from dvq.latents import Categorical
+from dvq.model import Model
 from dvq.randomness import minibatch, noise_seed
+from dvq.recorded import Recorded
 from dvq.saved import save
 from dvq.trainer import Trainer, checked
 from dvq.trial import Loss
@@ -139,11 +144,66 @@ SCALAR = torch.zeros((), requires_grad=True)
         (Loss(SCALAR, 0.5, SCALAR), "mine: its loss returned a float as the distortion; return a tensor"),  # type: ignore[arg-type]
         (Loss(SCALAR, SCALAR, torch.zeros(3, 1)), r"mine: its loss returned a \(3, 1\) tensor as the rate"),
         (Loss(SCALAR.detach(), SCALAR, SCALAR), "mine: its loss returned a surrogate that hangs on no"),
+        (
+            Loss(SCALAR, SCALAR, SCALAR, {"σ²": torch.zeros(2)}),
+            r"mine: its loss logs a \(2,\) tensor as 'σ²'; log a",
+        ),
+        (
+            Loss(SCALAR, SCALAR, SCALAR, {"rate": SCALAR}),
+            "mine: its loss logs a number as 'rate'; .* that is not",
+        ),
+        (Loss(SCALAR, SCALAR, SCALAR, {"a b/c": 0.0}), "mine: its loss logs a number as 'a b/c'"),
     ],
 )
 def test_a_loss_that_is_none_is_one_sentence(found: Any, says: str) -> None:
     with pytest.raises(DvqError, match=says):
         checked(found, "mine")
+
+
+class Own(GSSoft):
+    """GS-Soft with a parameter that the loss does not use, and numbers to follow."""
+
+    estimator: Literal["own"] = "own"  # type: ignore[assignment]
+    frozen: bool = True
+
+    def latents(self) -> Categorical:
+        latents = super().latents()
+        latents.log_tau = torch.nn.Parameter(torch.tensor(-0.5), requires_grad=not self.frozen)
+        return latents
+
+    def loss(self, model: Model, images: Tensor, generator: torch.Generator, step: Any) -> Loss:
+        followed = {"τ": model.latents.log_tau.exp(), "step": step} | ({"late": 1.0} if step == 2 else {})
+        return super().loss(model, images, generator, step)._replace(logged=followed)
+
+
+def own(**fields: Any) -> Trainer:
+    one = Own(
+        data="cifar10-sample", num_latents=2, code_dim=3, features=4, num_codes=5, batch_size=6, **fields
+    )
+    return Trainer(one, IMAGES, torch.device("cpu"), torch.float32)
+
+
+def test_a_parameter_without_a_gradient_is_named_unless_it_wants_none() -> None:
+    with pytest.raises(DvqError, match=r"^own: latents\.log_tau gets no gradient from the loss; use it"):
+        own(frozen=False).step(0)
+    trained, goes_on = own(), own()
+    trained.step(0)
+    goes_on.restore(trained.state())
+    assert torch.equal(goes_on.step(1), trained.step(1))
+
+
+def test_numbers_of_ones_own_stand_behind_the_terms_by_the_same_names_at_every_step() -> None:
+    plain, fixed = own(), own()
+    recorded = Recorded(fixed)
+    for step in (0, 1):
+        found = plain.step(step)
+        assert found[3:].tolist() == pytest.approx([math.exp(-0.5), step])
+        torch.testing.assert_close(recorded.step(step), found)
+    assert plain.logged == fixed.logged == ["τ", "step"]
+    with pytest.raises(
+        DvqError, match="own: its loss logs τ, step, late, and at its first step it logged τ, step;"
+    ):
+        plain.step(2)
 
 
 def test_what_an_estimator_gave_to_the_model_is_told_with_the_estimators_line() -> None:
