@@ -54,13 +54,17 @@ def redacted(text: str) -> str:
     return re.sub(r"//[^/\s]*@", "//", text)
 
 
+BEHIND = "is not up to date in MLflow"
+"""what the log says of a trial, a report or a champion that MLflow did not take"""
+
+
 def _say(what: str, error: Exception) -> None:
     # the body of a 403 of MLflow's own: others have other causes, such as a host that it does not know
     denied = getattr(error, "error_code", "") == "PERMISSION_DENIED" and "Permission denied" in str(error)
     lasting = denied or isinstance(error, DvqError)
     mended = "; make replay mends it" if os.environ.get("DVQ_STORE") and not lasting else ""
     why = ANOTHERS if denied else told(error)
-    print(f"tracking: {what} is not up to date in MLflow ({why}){mended}", flush=True)
+    print(f"tracking: {what} {BEHIND} ({why}){mended}", flush=True)
 
 
 def told(error: Exception) -> str:

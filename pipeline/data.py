@@ -16,7 +16,7 @@ def bring(
     source: Annotated[str, typer.Argument(help="a file of numpy.savez with train_images and test_images")],
 ) -> None:
     """Bring images to the store and print their name."""
-    store = preflight.set_environment()
+    store = preflight.find_store()
     name = own.name(source)
     preflight.check_cache(store)
     with tempfile.TemporaryDirectory() as folder:

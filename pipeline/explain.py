@@ -22,7 +22,7 @@ def explain(
 ) -> None:
     """For each trial: finished, or computed and why; for one trial, where its bits go."""
     found = preflight.find_sweep(sweep)
-    store = preflight.set_environment()
+    store = preflight.find_store()
     trials = found.trials()
     store.look([one.key() for one in trials.values()], "results.json")
     if trial:

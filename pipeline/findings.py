@@ -14,7 +14,7 @@ from pipeline import preflight
 def findings() -> None:
     """Say what the finished sweep shows of the paper's findings, as Markdown, and draw it."""
     found = preflight.find_sweep("findings")
-    store = preflight.set_environment()
+    store = preflight.find_store()
     mini = Miniature(found.base, finished(found, store))
     told = claims(mini)
     print(markdown(mini, told))

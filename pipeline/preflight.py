@@ -108,7 +108,7 @@ def again(path: Path) -> Sweep:
         ) from None
 
 
-def set_environment() -> Store:
+def find_store() -> Store:
     """Where tasks keep and track what they do, unless the environment says so already; the store."""
     from pipeline.stack import Stack  # whose commands are made here
 

@@ -9,7 +9,7 @@ from pipeline import preflight, tracker
 def replay(sweep: preflight.SweepName = "smoke") -> None:
     """Send MLflow all that it lacks of a sweep; exit status 1 if it could not take it."""
     found = preflight.find_sweep(sweep)
-    store = preflight.set_environment()
+    store = preflight.find_store()
     preflight.check_begun(found, store, sweep)
     tracker.require()
     tracking.ensure()

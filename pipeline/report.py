@@ -9,7 +9,7 @@ from pipeline import conclusion, preflight
 def report(sweep: preflight.SweepName = "smoke") -> None:
     """Write a sweep's report again; exit status 1 if a trial of it is not finished."""
     found = preflight.find_sweep(sweep)
-    store = preflight.set_environment()
+    store = preflight.find_store()
     preflight.check_begun(found, store, sweep)
     console = Console()
     failures = conclusion.show(found, found.trials(), store, console)

@@ -23,7 +23,7 @@ SECTION = re.compile(r"(<!-- results.*?-->)\n.*?(<!-- end of results -->)", re.D
 def keep(sweep: preflight.SweepName) -> None:
     """Keep the sweep's finished trials, and make tables and figures anew from all that are kept."""
     found = preflight.find_sweep(sweep)
-    store = preflight.set_environment()
+    store = preflight.find_store()
     data = next(iter(found.trials().values())).data
     if data != "cifar10":
         raise DvqError(f"sweep '{found.name}' is on {label(data)}; only results on all of CIFAR-10 are kept")

@@ -86,7 +86,7 @@ def look_at(name: str, jobs: str, source: str, profile: Profile | None, fresh: b
         print(f"warning: sweep '{sweep.name}': {field} changes nothing without {need}", file=sys.stderr)
     if told := choices.warning(map(values, trials.values())):
         print(f"note: sweep '{sweep.name}': {told}", file=sys.stderr)
-    store = preflight.set_environment()
+    store = preflight.find_store()
     data = next(iter(trials.values())).data
     arguments = {
         "sweep": sweep.model_dump_json(),
@@ -198,7 +198,7 @@ def _crowned(job: Job) -> bool:
     if not (job.sweep.champion and os.environ.get("MLFLOW_TRACKING_URI")):
         return True
     text = (job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace")
-    return f"the champion of {job.sweep.name} is not up to date in MLflow" not in text
+    return f"the champion of {job.sweep.name} {tracking.BEHIND}" not in text
 
 
 def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:

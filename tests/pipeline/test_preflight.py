@@ -159,7 +159,7 @@ def test_a_home_is_found_where_the_shell_did_not(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     monkeypatch.setenv("DVQ_STORE", "~/store")
     monkeypatch.setenv("DVQ_CACHE", "~/cache")
-    assert preflight.set_environment().root == tmp_path / "store"
+    assert preflight.find_store().root == tmp_path / "store"
     assert os.environ["DVQ_CACHE"] == str(tmp_path / "cache")
 
 
@@ -339,7 +339,7 @@ def test_a_database_is_the_same_one_from_every_folder(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVQ_STORE", "store")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///outputs/mlflow.db")
-    assert preflight.set_environment().root == tmp_path / "store"
+    assert preflight.find_store().root == tmp_path / "store"
     assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/outputs/mlflow.db"
 
 
