@@ -70,7 +70,7 @@ class Row:
             self._measure(event["step"], event["values"], event["time"])
 
     def _measure(self, step: int, values: dict[str, float], at: float) -> None:
-        if self.state == WAITING:  # it was under way before anybody looked
+        if self.state == WAITING or step < self.base:  # it was under way before anybody looked
             self.state, self.began, self.base = "training", at, step
         self.step, self.at = step, at
         self.images_per_second = values.get("images_per_second", self.images_per_second)

@@ -118,6 +118,21 @@ def test_a_trial_that_was_under_way_before_anybody_looked_is_training(tmp_path: 
     assert 0 < left < 10
 
 
+def test_time_left_of_a_run_that_is_shown_from_its_beginning_is_by_all_of_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it had come to step 60 when the launcher looked."""
+    events, shown = Events(tmp_path), row(tmp_path)
+    shown.step = shown.base = 60
+    monkeypatch.setattr(time, "time", lambda: 100.0)
+    events.state("training")
+    for step in (20, 40, 60, 62):
+        monkeypatch.setattr(time, "time", lambda at=100 + step / 2: at)
+        events.metrics(step, {})
+    shown.update(0)
+    assert shown.seconds_left() == pytest.approx(19)
+
+
 def test_time_left_follows_the_steps(tmp_path: Path) -> None:
     one, other = row(tmp_path), row(tmp_path)
     one.state, one.began, one.at, one.step = "training", 100.0, 110.0, 20  # half a second a step
