@@ -18,16 +18,13 @@ FREE = ("code_dim", "seed")
 
 
 def chosen(results: Sequence[Result]) -> list[Result]:
-    """The trainings of the setting of lowest mean bits/dim over its seeds, the lowest first; of settings with several
-    seeds, if there are any, and one of which a training is not finite comes behind those of which all are."""
-    groups = alike(results, "seed")
-    several = [group for group in groups if len(group) > 1] or groups
-    return _finite(min(several, key=_order, default=[]))
+    """The trainings of the setting of lowest mean bits/dim over its seeds, the lowest first; of the settings that have
+    most of them, for of others trainings diverged or failed, or are not finite, and the rest are the luckier ones."""
+    return min(map(_finite, alike(results, "seed")), key=_order, default=[])
 
 
-def _order(group: Sequence[Result]) -> tuple[bool, float]:
-    bits = [_bits(one) for one in _finite(group)]
-    return len(bits) < len(group), float(np.mean(bits)) if bits else math.inf
+def _order(group: Sequence[Result]) -> tuple[int, float]:
+    return -len(group), float(np.mean([_bits(one) for one in group])) if group else math.inf
 
 
 def _finite(group: Sequence[Result]) -> list[Result]:

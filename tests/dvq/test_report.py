@@ -211,6 +211,8 @@ def test_the_lowest_mean_over_seeds_is_chosen_and_not_the_lowest_of_all_training
     )
     assert choices.chosen(made[:2]) == made[:1], "unless there is no other"
     assert choices.chosen(made[1:2]) == choices.chosen([]) == []
+    made = seeds(sweep[0], (6.0, 6.1), (7.0, 7.1, 7.2), single)
+    assert choices.chosen(made)[0]["trial"]["num_codes"] == 256, "nor one with a training that failed"
 
 
 def test_held_out_images_choose_a_line_for_a_sweep_on_test_images(sweep, tmp_path):
