@@ -42,14 +42,22 @@ def checked(loss: object, estimator: str) -> Loss:
             f"{estimator}: its loss returned a surrogate that hangs on no parameter; do not detach it"
         )
     for name, number in loss.logged.items():
-        shape = tuple(number.shape) if isinstance(number, Tensor) else ()
-        found = f"a {shape} tensor" if shape else "a number"
-        if shape or name in CURVES or not re.fullmatch(r"\w[\w.-]*", name):
+        found = _unlogged(number, loss.surrogate.device)
+        if found or name in CURVES or not re.fullmatch(r"\w[\w.-]*", name):
             raise DvqError(
-                f"{estimator}: its loss logs {found} as '{name}'; log a number, "
+                f"{estimator}: its loss logs {found or 'a number'} as '{name}'; log a number, on the loss's device, "
                 f"by a name of letters, digits, '_', '-' and '.' that is not {', '.join(CURVES[:-1])} or {CURVES[-1]}"
             )
     return loss
+
+
+def _unlogged(number: object, device: torch.device) -> str:
+    """What it is, unless it is a number that can be logged: a step that is recorded brings none to the device."""
+    if not isinstance(number, Tensor):
+        return "" if isinstance(number, int | float) else f"a {type(number).__name__}"
+    if number.ndim:
+        return f"a {tuple(number.shape)} tensor"
+    return "" if number.device == device else f"a tensor on the {number.device}"
 
 
 def numbers(loss: Loss) -> Tensor:

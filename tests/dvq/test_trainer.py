@@ -153,6 +153,11 @@ SCALAR = torch.zeros((), requires_grad=True)
             "mine: its loss logs a number as 'rate'; .* that is not",
         ),
         (Loss(SCALAR, SCALAR, SCALAR, {"a b/c": 0.0}), "mine: its loss logs a number as 'a b/c'"),
+        (Loss(SCALAR, SCALAR, SCALAR, {"x": None}), "mine: its loss logs a NoneType as 'x'; log a number"),  # type: ignore[dict-item]
+        (
+            Loss(SCALAR, SCALAR, SCALAR, {"x": torch.zeros((), device="meta")}),
+            "mine: its loss logs a tensor on the meta as 'x'; log a number, on the loss's device",
+        ),
     ],
 )
 def test_a_loss_that_is_none_is_one_sentence(found: Any, says: str) -> None:
