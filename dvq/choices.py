@@ -18,8 +18,8 @@ FREE = ("code_dim", "seed")
 
 
 def chosen(results: Sequence[Result]) -> list[Result]:
-    """The trainings of the setting of lowest mean bits/dim over its seeds, the lowest first; of the settings that have
-    most of them, for of others trainings diverged or failed, or are not finite, and the rest are the luckier ones."""
+    """The trainings of the setting of lowest mean bits/dim over its seeds, the lowest first; of the settings that
+    have most of them, for of others some diverged or failed, or are not finite, and the rest are the luckier ones."""
     return min(map(_finite, alike(results, "seed")), key=_order, default=[])
 
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -213,7 +214,7 @@ def end(folder: Path, grace: float) -> None:
     except (DvqError, DockerException, OSError) as error:  # of the last are the HTTP client's own
         print(
             f"warning: containers may still run ({str(error).partition(';')[0]}); once the daemon answers: "
-            f"docker rm -f $(docker ps -aq --filter label={LABEL}={folder})",
+            f"docker rm -f $(docker ps -aq --filter {shlex.quote(f'label={LABEL}={folder}')})",
             file=sys.stderr,
         )
 

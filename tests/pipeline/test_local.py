@@ -38,12 +38,12 @@ def test_a_daemon_that_died_hides_no_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
-    containers.end(tmp_path, 0.1)
+    containers.end(tmp_path / "a launch", 0.1)
     said = capsys.readouterr().err
     assert said.startswith(
         f"warning: containers may still run (no Docker daemon answers at unix://{tmp_path}/none.sock)"
     )
-    assert f"docker ps -aq --filter label=dvq.launch={tmp_path}" in said
+    assert f"docker ps -aq --filter 'label=dvq.launch={tmp_path}/a launch')" in said
 
 
 def test_a_sigterm_to_make_reaches_the_sweep(tmp_path: Path, wait: Callable[..., Any]) -> None:
