@@ -30,6 +30,7 @@ ERROR = re.compile(r"([\w.]*(Error|Exception)|error): (?!\d+ of \d+ trials faile
 """begins a line that says why; the report's own end only repeats the reasons"""
 KFPS = "finished with status FAILURE"
 """is in kfp's own last error, which does not say why"""
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 DOWNLOAD = re.compile(r"downloading: .*")
 
 
@@ -134,7 +135,7 @@ def prepare(job: Job) -> Job:
 
 def run(job: Job, console: Console, fresh: bool = False) -> int:
     """Run the pipeline on this machine and say how it goes; the exit status. ``fresh``: it began with nothing."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _interrupt)
     shown, began = rows(job), time.time()
@@ -157,6 +158,9 @@ def run(job: Job, console: Console, fresh: bool = False) -> int:
 
 
 def _interrupt(*_: object) -> NoReturn:
+    """As Ctrl-C, but a second one cuts nothing short: make passes on a SIGTERM that its whole group got."""
+    for number in ENDING:
+        signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
 
 

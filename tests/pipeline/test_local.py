@@ -1,6 +1,7 @@
 """How a running pipeline's processes are ended."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from dvq import DvqError
-from pipeline import containers, local
+from pipeline import containers, local, submit
 
 
 @pytest.mark.parametrize(("trap", "told"), [("echo told > told; exit", True), ("", False)])
@@ -67,3 +68,18 @@ def test_a_sigterm_to_make_reaches_the_sweep(tmp_path: Path, wait: Callable[...,
     making.terminate()
     making.wait()
     assert (tmp_path / "told").exists()
+
+
+def test_a_second_sigterm_cuts_nothing_short() -> None:
+    """A group that is told to end, as ``timeout`` and SLURM do, is told twice: make passes it on."""
+    before = {number: signal.getsignal(number) for number in submit.ENDING}
+    try:
+        for number in before:
+            signal.signal(number, submit._interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        for number in before:
+            signal.raise_signal(number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
