@@ -5,17 +5,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from dvq import data, events, fused
 from dvq.config import estimators, trial
+from dvq.estimators.gs_soft import GSSoft
 from dvq.evaluate import evaluate
+from dvq.latents import Categorical
+from dvq.model import Model
 from dvq.randomness import noise
 from dvq.trainer import Trainer
-from dvq.trial import Trial, values
+from dvq.trial import Loss, Trial, values
 from tests.sizes import taken
 
 IMAGES = data.read_sample()
@@ -85,6 +89,39 @@ def test_the_recorded_step_follows_its_schedules(estimator: str, gpu: torch.devi
     plain.recorded = None
     for step in range(8):
         torch.testing.assert_close(recorded.step(step), plain.step(step), rtol=1e-6, atol=0)
+
+
+class Own(GSSoft):
+    """GS-Soft with a trained scale, a parameter that gets no gradient, and numbers to follow."""
+
+    estimator: Literal["own"] = "own"  # type: ignore[assignment]
+
+    def latents(self) -> Categorical:
+        latents = super().latents()
+        latents.scale = torch.nn.Parameter(torch.tensor(0.7))
+        latents.still = torch.nn.Parameter(torch.tensor(1.0), requires_grad=False)
+        return latents
+
+    def loss(self, model: Model, images: Tensor, generator: torch.Generator, step: Any) -> Loss:
+        followed = {"s": model.latents.scale, "tau": self.temperature_at(step), "step": step, "one": 1.0}
+        return super().loss(model, images, generator, step)._replace(logged=followed)
+
+
+def test_the_recorded_step_follows_parameters_and_numbers_of_ones_own(gpu: torch.device) -> None:
+    """Recorded anew on the way, and by one that goes on from its state."""
+    one = Own(
+        **{**SMALL, **SCHEDULES, "data": "cifar10-sample", "precision": "float32", "normalization_until": 5}
+    )
+    recorded, plain, later = (trainer(one, gpu, torch.float64) for _ in range(3))
+    plain.recorded = None
+    for step in range(8):
+        found = recorded.step(step)
+        torch.testing.assert_close(found, plain.step(step), rtol=1e-6, atol=0)
+        assert found[-2:].tolist() == [step, 1]
+    assert found[3] != 0.7
+    later.restore(recorded.state())
+    later.logged = ["s", "tau", "step", "one"]
+    torch.testing.assert_close(later.step(8), recorded.step(8), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(
