@@ -38,12 +38,16 @@ def _bits(result: Result) -> float:
 def then(results: Sequence[Result]) -> str:
     """What was chosen on held-out images, as a line of YAML for a sweep without ``split: tune``: the estimator, and
     what differs from the defaults, but for split and seed. Empty: nothing was, or these are test images."""
-    found = chosen(results)
-    if not found or found[0]["trial"].get("split") != "tune":
+    known = estimators()
+    tuned = (
+        one for one in results if one["trial"].get("split") == "tune" and one["trial"]["estimator"] in known
+    )
+    found = chosen(list(tuned))
+    if not found:
         return ""
     fields = found[0]["trial"]
-    known = estimators()[fields["estimator"]].model_fields.keys() & fields.keys()
-    one = trial({name: fields[name] for name in fields if name in known})
+    names = known[fields["estimator"]].model_fields.keys()
+    one = trial({name: fields[name] for name in fields if name in names})
     line = {"estimator": one.estimator, **one.changed()}
     kept = {name: value for name, value in line.items() if name not in ("split", "seed")}
     return yaml.safe_dump(kept, sort_keys=False, default_flow_style=True, width=math.inf).strip()

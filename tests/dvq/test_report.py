@@ -223,6 +223,11 @@ def test_held_out_images_choose_a_line_for_a_sweep_on_test_images(sweep, tmp_pat
         one["evaluation"]["split"] = "tune"
     line = "{estimator: gs-soft, num_latents: 4, steps: 200, learning_rate: 5.0e-05, num_codes: 256}"
     assert choices.then(made) == line
+    assert choices.then([*made, *seeds(sweep[0][:1], (1.0, 1.0))]) == line, (
+        "those on test images choose nothing"
+    )
+    gone = {**made[0], "trial": {**made[0]["trial"], "estimator": "gone"}}
+    assert choices.then([gone]) == ""
     (tmp_path / "then.yaml").write_text(f"include:\n  - {line}\n")
     (one,) = load_sweep(tmp_path / "then.yaml").trials().values()
     assert (one.split, one.learning_rate, one.num_codes) == ("test", 5e-5, 256)
