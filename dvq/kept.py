@@ -160,7 +160,7 @@ def page(results: Sequence[Result], place: Path) -> str:
         "same with the prior fitted to the training images, and so batch normalization's statistics unless training "
         "fixed them; `AR prior`, with an autoregressive prior of the codes; and for VQ-VAE and FSQ the bits/dim "
         "under a `uniform prior`. Minutes are of training, some beside other work on the machine; `code` is the "
-        "commit that trained.",
+        "commit that trained. How the settings came about and what the numbers show: [notes](notes.md).",
         f"## The paper's numbers\n\n{PUBLISHED}",
     ]
     if kinds["full"]:
