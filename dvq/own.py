@@ -120,6 +120,11 @@ def _half(half: str, found: dict[str, npt.NDArray[Any]], source: str) -> dict[st
             f"DATA={source}: {half}_images is {images.dtype} {images.shape}; give uint8 (N, height, width, 3), "
             f"or 1 in gray, values from 0 to 255, at least {LEAST[half]} of them{gray}"
         )
+    if images.max() <= 1:
+        raise DvqError(
+            f"DATA={source}: {half}_images has no value above 1; give values from 0 to 255, "
+            f"{half}_images * np.uint8(255) if they are binary"
+        )
     channels = fingerprints.CHANNELS
     if images.shape[1] in channels and images.shape[3] not in channels:
         raise DvqError(
