@@ -1,4 +1,4 @@
-"""What one sees of a running sweep: a live table in a terminal, plain lines elsewhere.
+"""What one sees of a running sweep: a live table in a terminal, plain lines elsewhere, and where TERM is dumb.
 
 Both are drawn from the events that the tasks append to the trials' folders in the store.
 """

@@ -74,7 +74,7 @@ def watch(
 ) -> None:
     """Show how the trials go, by what happened after the time ``since``, until ``look`` says that all ended; it
     also says what goes on beside them."""
-    screen = LiveTable(console, job.jobs) if console.is_terminal else PlainLines(console)
+    screen = LiveTable(console, job.jobs) if console.is_interactive else PlainLines(console)
     with screen:
         while True:
             ended, note = look()

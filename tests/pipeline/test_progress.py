@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from components.store import Store
 from dvq import events as diary
 from dvq.config import trial as make_trial
 from dvq.events import Events, Tail
+from dvq.sweep import Sweep
 from pipeline.progress import MARGIN, LiveTable, PlainLines, Row, clock, shorten, sweep_seconds_left, table
+from pipeline.watch import Job, watch
 
 TRIAL = make_trial({"estimator": "gs-soft", "steps": 100, "batch_size": 10})
 
@@ -212,6 +215,18 @@ def test_the_live_table_draws(tmp_path: Path) -> None:
         live.show([row(tmp_path)], "preparing cifar10")
     assert isinstance(console.file, io.StringIO)
     assert "preparing cifar10" in console.file.getvalue()
+
+
+def test_a_terminal_that_cannot_draw_gets_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Emacs' shell: nothing at all was shown there until the end."""
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console(file=io.StringIO(), force_terminal=True)
+    sweep = Sweep(name="s", base={"estimator": "gs-soft", "data": "cifar10-sample"})
+    job = Job(sweep, sweep.trials(), Store(tmp_path), {}, 1, tmp_path, None)
+    looks = iter([(False, "preparing"), (True, "")])
+    watch(job, [], 0.0, console, lambda: next(looks))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "preparing\n"
 
 
 def test_a_look_at_a_hundred_trials_is_cheap(tmp_path: Path) -> None:
