@@ -43,6 +43,9 @@ class Job:
 def remove(job: Job) -> None:
     """Remove the sweep's trials from the store, say which, and begin those that would go on from shorter ones."""
     removed = [name for name, trial in job.trials.items() if job.store.has(trial.key(), "trial.json")]
+    for name in removed:  # while all are there
+        with job.store.idle(job.trials[name].key()):
+            pass
     for name in removed:
         job.store.remove(job.trials[name].key())
     print(f"removed from {job.store.place}: {', '.join(removed) or 'nothing'}")
