@@ -149,7 +149,8 @@ def main() -> None:
     job = json.loads(lifeline.readline())
     profile, folder = job["profile"] and Profile(**job["profile"]), Path(job["folder"])
     ending = f"{shlex.quote(sys.executable)} -m pipeline.containers {shlex.quote(str(folder))} {GRACE}"
-    script = f"trap '' TERM; kill -TERM 0; {ending if profile else f'sleep {GRACE}'}; kill -KILL 0"
+    script = f"trap '' TERM; kill -TERM 0; {ending if profile else f'sleep {GRACE}'}; "
+    script += f"rm -rf {shlex.quote(str(folder / 'work'))}; kill -KILL 0"
     threading.Thread(target=_end_with_launcher, args=(lifeline, script), daemon=True).start()
     _run(job["arguments"], job["jobs"], folder, profile)
 
