@@ -136,6 +136,22 @@ def test_time_left_of_a_run_that_is_shown_from_its_beginning_is_by_all_of_its_st
     assert shown.seconds_left() == pytest.approx(19)
 
 
+@pytest.mark.parametrize("again", [40, 20], ids=["at its last point", "from an earlier checkpoint"])
+def test_time_left_is_not_by_the_time_that_a_trial_lay_still(
+    again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a cluster took the pod's node for five hours."""
+    events, shown = Events(tmp_path), row(tmp_path)
+    for began, steps in ((100, (20, 40)), (18_000, range(again, 61, 20))):
+        monkeypatch.setattr(time, "time", lambda at=began: at)
+        events.state("training")
+        for number, step in enumerate(steps, start=1):
+            monkeypatch.setattr(time, "time", lambda at=began + 10 * number: at)
+            events.metrics(step, {})
+    shown.update(0)
+    assert 20 <= (shown.seconds_left() or 0) <= 40
+
+
 def test_time_left_follows_the_steps(tmp_path: Path) -> None:
     one, other = row(tmp_path), row(tmp_path)
     one.state, one.began, one.at, one.step = "training", 100.0, 110.0, 20  # half a second a step
