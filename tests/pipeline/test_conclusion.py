@@ -180,6 +180,15 @@ def test_a_champion_that_mlflow_lacks_is_told(tmp_path: Path, monkeypatch: pytes
         assert ("MLflow lacks the champion: make replay" in console.file.getvalue()) == (log is lacks)
 
 
+def test_runs_are_where_they_are_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tracker, told in (("sqlite:///x.db", "runs:   make ui\n"), ("", "")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker)
+        console = Console(file=io.StringIO())
+        conclusion.where(SWEEP, Store(tmp_path), console)
+        assert isinstance(console.file, io.StringIO)
+        assert console.file.getvalue() == told
+
+
 def test_fresh_trials_go_on_from_no_shorter_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trials, store = SWEEP.trials(), Store(tmp_path)
     name, *_ = trials
