@@ -41,8 +41,8 @@ def send(server: "MlflowClient", run: "Found", name: str, shape: Shape, model: P
         tags=resolve_tags(),
         params=run.data.params,
     )
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow wants type hints or examples where a signature is given
+    # MLflow wants type hints or examples where a signature is given, and shows that whatever the filters
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(record=True):
         code = Path(scratch) / "dvq"
         shutil.copytree(
             Path(dvq.__file__).parent, code, ignore=shutil.ignore_patterns("sample", "__pycache__")

@@ -84,13 +84,19 @@ class Store:
         with disk.locked(self._lock(key), lambda: print(told, flush=True)) as lock:
             yield Work(self.trial(key), lock)
 
-    def remove(self, key: str) -> None:
-        """Remove a trial; DvqError if a process is at work on it."""
+    @contextmanager
+    def idle(self, key: str) -> Iterator[None]:
+        """Keep others from a trial; DvqError if a process is at work on it."""
 
         def refuse() -> None:
             raise DvqError(f"trial {key} is being computed by another process; stop that first")
 
         with disk.locked(self._lock(key), refuse):
+            yield
+
+    def remove(self, key: str) -> None:
+        """Remove a trial; DvqError if a process is at work on it."""
+        with self.idle(key):
             clear(self.trial(key))
 
     def _lock(self, key: str) -> Path:

@@ -20,7 +20,7 @@ from dvq import DvqError, failures
 from dvq.config import Point, point
 from dvq.config import trial as make_trial
 from dvq.data import load
-from dvq.events import Events
+from dvq.events import Events, sizes
 from dvq.sweep import Sweep, short_name
 from dvq.trial import Trial, values
 
@@ -124,6 +124,7 @@ def _train_in_child(work: Work, data: Path, run: TrialRun) -> str:
     SIGTERM is passed on to it, and its last checkpoint waited for. It holds the folder's lock too, in case that it
     outlives this one."""
     command = [sys.executable, "-m", "dvq.train", str(work.folder), "--data", str(data)]
+    before = sizes(work.folder).keys()
     child = subprocess.Popen(command, pass_fds=() if work.lock is None else (work.lock,))
     earlier = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
@@ -145,7 +146,10 @@ def _train_in_child(work: Work, data: Path, run: TrialRun) -> str:
     if code == failures.UNUSABLE:
         run.finish()
         sys.exit(code)
-    if code != 0 and state(work.folder).name != "failed":
+    silent = (
+        sizes(work.folder).keys() == before
+    )  # it died on its way there, and what is told is an earlier one's
+    if code != 0 and (silent or state(work.folder).name != "failed"):
         Events(work.folder).failure(failures.death(code))
     run.finish()
     return state(work.folder).reason if code != 0 else ""

@@ -53,7 +53,9 @@ def _changes() -> str:
     found = hashlib.sha256(_git("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv"))
     others = _git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py", "../components/*.py")
     for name in sorted(filter(None, others.split(b"\0"))):
-        found.update(name + b"\0" + (Path(__file__).parent / os.fsdecode(name)).read_bytes())
+        module = Path(__file__).parent / os.fsdecode(name)
+        if module.is_file():  # an editor's lock is a link to nothing: .#config.py
+            found.update(name + b"\0" + module.read_bytes())
     return found.hexdigest()[:8]
 
 

@@ -121,4 +121,5 @@ def where(sweep: Sweep, store: Store, console: Console) -> None:
     page = store.report(sweep.name) / "report.html"
     if page.exists():
         say(console, f"\nreport: {page}")
-    say(console, "runs:   make ui")
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        say(console, "runs:   make ui")

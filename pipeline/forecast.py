@@ -57,10 +57,10 @@ def held(folder: Path, since: float = 0.0) -> float:
     """Seconds for which the trial in ``folder`` held its device after the time ``since``."""
     seconds, before, state = 0.0, 0.0, ""
     for event in events.read(folder):
-        begins = event["kind"] == "state" and event["state"] == HELD[0]  # whoever was at work before is gone
+        begins = event.get("state") in HELD  # whoever was at work before is gone
         if state in HELD and not begins:
             seconds += max(0.0, event["time"] - max(before, since))
-        state = event["state"] if event["kind"] == "state" else state
+        state = event.get("state", "" if event["kind"] == "failure" else state)
         before = event["time"]
     return seconds
 

@@ -33,12 +33,16 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 """The environment that keeps a trial to one thread: several trials share the machine, and the number of threads
 decides the last bits of its results."""
 
+ARGUMENT = 96 << 10
+"""Bytes of an argument as JSON, at most: kfp hands a task all it is given in one word of its command line, and Linux
+takes 128 KiB there."""
+
 TRACKING = "from components import tracking; tracking.ensure()"
 """Makes MLflow's tables once, before several tasks would try; in a process of its own, for mlflow is large."""
 
 
 def check(folder: Path, arguments: Mapping[str, str]) -> None:
-    """DvqError if kfp cannot run from where this is, or would change ``arguments`` without a word."""
+    """DvqError if kfp cannot run from where this is, or would change ``arguments`` or lose a large one."""
     if " " in sys.executable:
         raise DvqError(
             f"kfp's local runner breaks on the space in Python's path '{sys.executable}'; "
@@ -56,6 +60,11 @@ def check(folder: Path, arguments: Mapping[str, str]) -> None:
                 raise DvqError(
                     f"kfp's local runner would rewrite '{word}' in {name}; use a text or path without it"
                 )
+        if (size := len(json.dumps(value))) > ARGUMENT:
+            raise DvqError(
+                f"kfp's local runner takes {ARGUMENT >> 10} KiB of {name}, and it has {-(-size >> 10)}; move what "
+                "trials share to 'base', or make two sweeps of it"
+            )
 
 
 @contextlib.contextmanager
@@ -140,7 +149,8 @@ def main() -> None:
     job = json.loads(lifeline.readline())
     profile, folder = job["profile"] and Profile(**job["profile"]), Path(job["folder"])
     ending = f"{shlex.quote(sys.executable)} -m pipeline.containers {shlex.quote(str(folder))} {GRACE}"
-    script = f"trap '' TERM; kill -TERM 0; {ending if profile else f'sleep {GRACE}'}; kill -KILL 0"
+    script = f"trap '' TERM; kill -TERM 0; {ending if profile else f'sleep {GRACE}'}; "
+    script += f"rm -rf {shlex.quote(str(folder / 'work'))}; kill -KILL 0"
     threading.Thread(target=_end_with_launcher, args=(lifeline, script), daemon=True).start()
     _run(job["arguments"], job["jobs"], folder, profile)
 

@@ -1,4 +1,4 @@
-"""What one sees of a running sweep: a live table in a terminal, plain lines elsewhere.
+"""What one sees of a running sweep: a live table in a terminal, plain lines elsewhere, and where TERM is dumb.
 
 Both are drawn from the events that the tasks append to the trials' folders in the store.
 """
@@ -42,7 +42,7 @@ class Row:
     state: str = WAITING
     reason: str = ""
     step: int = 0
-    base: int = 0  # the step that this launch goes on from
+    base: int = 0  # the step that training last went on from
     images_per_second: float | None = None
     bits_per_dim: float | None = None
     evaluated: bool = False  # whether bits_per_dim is an evaluation's, not the training curve's
@@ -60,7 +60,8 @@ class Row:
     def _take(self, event: dict[str, Any]) -> None:
         if event["kind"] == "state":
             self.state = event["state"]
-            self.began = self.began or event["time"]
+            if self.state == "training":  # perhaps once more, after it lay still
+                self.began, self.base = event["time"], self.step
             known = self.state == FINISHED and self.bits_per_dim
             self.news.append(f"{FINISHED}: {self.bits_per_dim:.3f} bits/dim" if known else self.state)
         elif event["kind"] == "failure":

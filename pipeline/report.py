@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from components import reports
+from components import reports, tracking
 from pipeline import conclusion, preflight
 
 
@@ -13,6 +13,7 @@ def report(sweep: preflight.SweepName = "smoke") -> None:
     preflight.check_begun(found, store, sweep)
     console = Console()
     failures = conclusion.show(found, found.trials(), store, console)
+    tracking.ensure()
     reports.write(found, store)
     conclusion.where(found, store, console)
     raise SystemExit(1 if failures else 0)

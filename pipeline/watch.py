@@ -43,6 +43,9 @@ class Job:
 def remove(job: Job) -> None:
     """Remove the sweep's trials from the store, say which, and begin those that would go on from shorter ones."""
     removed = [name for name, trial in job.trials.items() if job.store.has(trial.key(), "trial.json")]
+    for name in removed:  # while all are there
+        with job.store.idle(job.trials[name].key()):
+            pass
     for name in removed:
         job.store.remove(job.trials[name].key())
     print(f"removed from {job.store.place}: {', '.join(removed) or 'nothing'}")
@@ -74,7 +77,7 @@ def watch(
 ) -> None:
     """Show how the trials go, by what happened after the time ``since``, until ``look`` says that all ended; it
     also says what goes on beside them."""
-    screen = LiveTable(console, job.jobs) if console.is_terminal else PlainLines(console)
+    screen = LiveTable(console, job.jobs) if console.is_interactive else PlainLines(console)
     with screen:
         while True:
             ended, note = look()

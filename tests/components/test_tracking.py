@@ -80,7 +80,9 @@ def history(run: Any, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in points]
 
 
-def test_a_finished_trial_is_a_finished_run_with_all_it_made(tmp_path: Path) -> None:
+def test_a_finished_trial_is_a_finished_run_with_all_it_made(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     folder, diary = folder_with(tmp_path, 3)
     live = tracking.TrialRun(folder, "sweep")
     live.sync()
@@ -98,6 +100,7 @@ def test_a_finished_trial_is_a_finished_run_with_all_it_made(tmp_path: Path) -> 
     paths = {item.path for item in tracking.client().list_artifacts(run.info.run_id)}
     assert {"figures", "images", "results.json"} <= paths
     assert len(run.outputs.model_outputs) == 1
+    assert not [one for one in recwarn if "type hints" in str(one.message)], "make report would show it"
 
 
 @pytest.mark.parametrize("how", ["moved", "copied back"])

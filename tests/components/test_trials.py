@@ -338,6 +338,19 @@ def test_a_machine_without_its_gpu_fails_the_step_too(
     assert "sees no GPU" in store.state(key).reason
 
 
+def test_a_child_that_says_nothing_has_not_failed_as_the_one_before(
+    store: Store, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that cannot be imported since."""
+    one = trial({**BASE, "estimator": "vq-ema"})
+    folder = store.trial(one.key())
+    begin(folder, one, "name")
+    events.Events(folder).failure("training diverged")
+    monkeypatch.setattr(trials.sys, "executable", shutil.which("false"))
+    trials.train("estimator=vq-ema", json.dumps(BASE), prepared, tmp_path / "model", "", record=True)
+    assert state(folder).reason == "training ended with exit code 1; its output is in the log"
+
+
 @pytest.mark.parametrize(
     ("code", "says"),
     [

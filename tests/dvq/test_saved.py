@@ -287,9 +287,11 @@ def test_another_repository_around_the_code_is_not_its_version(
     for name in ("new.py", "../components/new.py", "notes.txt"):
         (code.parent / name).touch()
         told.append(commit())
+    (code.parent / ".#new.py").symlink_to("me@host.1")  # Emacs' lock
+    told.append(commit())
     assert all(re.fullmatch(r"[0-9a-f]{12}-dirty-[0-9a-f]{8}", one) for one in told)
     assert len(set(told)) == 4, "by the changes, and by the modules that git does not know"
-    assert told[-1] == told[-2], "and by nothing else"
+    assert told[-1] == told[-2] == told[-3], "and by nothing else"
 
 
 def test_a_bug_in_an_estimator_is_no_damage(folder, monkeypatch) -> None:

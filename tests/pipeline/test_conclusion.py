@@ -11,7 +11,7 @@ from rich.console import Console
 from components import tracking
 from components.folder import begin
 from components.store import DID_NOT_START, Store
-from dvq import checkpoint, events
+from dvq import DvqError, checkpoint, events
 from dvq.sweep import Sweep
 from dvq.trial import Trial, values
 from pipeline import conclusion
@@ -180,6 +180,15 @@ def test_a_champion_that_mlflow_lacks_is_told(tmp_path: Path, monkeypatch: pytes
         assert ("MLflow lacks the champion: make replay" in console.file.getvalue()) == (log is lacks)
 
 
+def test_runs_are_where_they_are_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tracker, told in (("sqlite:///x.db", "runs:   make ui\n"), ("", "")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker)
+        console = Console(file=io.StringIO())
+        conclusion.where(SWEEP, Store(tmp_path), console)
+        assert isinstance(console.file, io.StringIO)
+        assert console.file.getvalue() == told
+
+
 def test_fresh_trials_go_on_from_no_shorter_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trials, store = SWEEP.trials(), Store(tmp_path)
     name, *_ = trials
@@ -193,6 +202,16 @@ def test_fresh_trials_go_on_from_no_shorter_ones(tmp_path: Path, capsys: pytest.
     assert store.reached(trials[name]) == 0
     assert store.shorter(trials[name])  # which is left, and left alone
     assert store.has(trials[name].key(), "trial.json")
+
+
+def test_where_one_trial_is_at_work_fresh_removes_none(tmp_path: Path) -> None:
+    trials, store = SWEEP.trials(), Store(tmp_path)
+    for name, trial in trials.items():
+        begin(store.trial(trial.key()), trial, name)
+    *_, last = (trial.key() for trial in trials.values())
+    with store.working(last), pytest.raises(DvqError, match=f"{last} is being computed by another process"):
+        remove(Job(SWEEP, trials, store, {}, 1, tmp_path, None))
+    assert all(store.has(trial.key(), "trial.json") for trial in trials.values())
 
 
 def test_why_nothing_started_is_not_the_reports_repetition(tmp_path: Path) -> None:

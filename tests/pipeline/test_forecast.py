@@ -19,10 +19,12 @@ GPU = Profile(gpu=1, parallelism=4, cluster=Cluster())
 BASE = {"data": "cifar10-sample", "batch_size": 100}
 EVENTS = [
     (0, "state", "training"), (90, "metrics", ""),  # killed, an hour later started again
-    (3690, "state", "training"), (3700, "metrics", ""), (3790, "state", "evaluating"),
-    (3800, "state", "analyzing"), (3900, "state", "finished"),
+    (3690, "state", "training"), (3700, "metrics", ""), (3790, "metrics", ""),
+    (4000, "state", "evaluating"),  # had to wait for a GPU, and was killed, an hour later started again
+    (7600, "state", "evaluating"), (7605, "failure", ""),  # and the next day once more
+    (90000, "state", "evaluating"), (90005, "state", "analyzing"), (90100, "state", "finished"),
 ]  # fmt: skip
-HELD = 90 + 10 + 90 + 10
+HELD = 90 + 10 + 90 + 5 + 5
 Sweeps = Callable[..., Sweep]
 
 
@@ -165,8 +167,8 @@ def test_what_was_spent_counts_from_its_beginning(store: Store) -> None:
     trials = whole.trials().values()
     assert forecast.spent(trials, store, GPU, 0) * 3600 == pytest.approx(HELD)
     assert forecast.spent(trials, store, GPU, 1e9 + 60) * 3600 == pytest.approx(HELD - 60)
-    assert forecast.spent(trials, store, GPU, 1e9 + 3795) * 3600 == pytest.approx(5)
-    assert forecast.spent(trials, store, GPU, 1e9 + 5000) == 0
+    assert forecast.spent(trials, store, GPU, 1e9 + 7603) * 3600 == pytest.approx(2 + 5)
+    assert forecast.spent(trials, store, GPU, 1e9 + 90010) == 0
 
 
 @pytest.mark.parametrize("damage", ["{", '{"provenance": {"device": "cuda"}, "trial": {}}'])

@@ -116,6 +116,7 @@ def test_the_launchers_death_ends_everything(
     os.kill(process.pid, number)
     process.communicate(timeout=GRACE)
     wait(lambda: launcher.alive() == [], GRACE)
+    assert not list(launcher.folder.glob("outputs/logs/*/work")), "which holds a copy of each model"
 
 
 def test_under_nohup_a_sweep_outlives_its_terminal(

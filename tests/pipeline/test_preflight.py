@@ -387,6 +387,13 @@ def test_a_text_that_kfp_would_rewrite(
     assert f"would rewrite '{word}' in sweep" in refusal("tiny.yaml")
 
 
+def test_a_sweep_that_no_command_line_holds(refusal: Refusal, write_sweep: Callable[..., Path]) -> None:
+    """The task plan would not start, for its argument list is too long, and no trial either."""
+    point = {"estimator": "gs-soft", "temperature": 0.5, "learning_rate": 1e-4, "kl_warmup": 100}
+    write_sweep(include=[{**point, "num_codes": 2 + number} for number in range(1000)])
+    assert "takes 96 KiB of sweep, and it has " in refusal("tiny.yaml")
+
+
 def test_a_child_says_nothing_of_its_own_where_all_is_well(tmp_path: Path) -> None:
     local.check(tmp_path, {"sweep": "{}"})
 
@@ -451,6 +458,21 @@ def test_what_replay_met_is_not_hidden(
         replay.app(["smoke"])
     assert ended.value.code == 2
     assert "no room in the store" in capsys.readouterr().err
+
+
+def test_a_report_in_a_folder_that_was_moved_moves_its_database_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run was sent a second time, and its model to where the folder had been."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    done: list[str] = []
+    monkeypatch.setattr(preflight, "check_begun", lambda *_: None)
+    monkeypatch.setattr(report.tracking, "ensure", lambda: done.append("ensure"))
+    monkeypatch.setattr(report.reports, "write", lambda *_: done.append("write"))
+    with pytest.raises(SystemExit):
+        report.app(["smoke"])
+    assert done == ["ensure", "write"]
 
 
 @pytest.mark.parametrize("command", [report, replay, stack])

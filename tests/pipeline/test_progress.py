@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from components.store import Store
 from dvq import events as diary
 from dvq.config import trial as make_trial
 from dvq.events import Events, Tail
+from dvq.sweep import Sweep
 from pipeline.progress import MARGIN, LiveTable, PlainLines, Row, clock, shorten, sweep_seconds_left, table
+from pipeline.watch import Job, watch
 
 TRIAL = make_trial({"estimator": "gs-soft", "steps": 100, "batch_size": 10})
 
@@ -133,6 +136,22 @@ def test_time_left_of_a_run_that_is_shown_from_its_beginning_is_by_all_of_its_st
     assert shown.seconds_left() == pytest.approx(19)
 
 
+@pytest.mark.parametrize("again", [40, 20], ids=["at its last point", "from an earlier checkpoint"])
+def test_time_left_is_not_by_the_time_that_a_trial_lay_still(
+    again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a cluster took the pod's node for five hours."""
+    events, shown = Events(tmp_path), row(tmp_path)
+    for began, steps in ((100, (20, 40)), (18_000, range(again, 61, 20))):
+        monkeypatch.setattr(time, "time", lambda at=began: at)
+        events.state("training")
+        for number, step in enumerate(steps, start=1):
+            monkeypatch.setattr(time, "time", lambda at=began + 10 * number: at)
+            events.metrics(step, {})
+    shown.update(0)
+    assert 20 <= (shown.seconds_left() or 0) <= 40
+
+
 def test_time_left_follows_the_steps(tmp_path: Path) -> None:
     one, other = row(tmp_path), row(tmp_path)
     one.state, one.began, one.at, one.step = "training", 100.0, 110.0, 20  # half a second a step
@@ -212,6 +231,18 @@ def test_the_live_table_draws(tmp_path: Path) -> None:
         live.show([row(tmp_path)], "preparing cifar10")
     assert isinstance(console.file, io.StringIO)
     assert "preparing cifar10" in console.file.getvalue()
+
+
+def test_a_terminal_that_cannot_draw_gets_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Emacs' shell: nothing at all was shown there until the end."""
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console(file=io.StringIO(), force_terminal=True)
+    sweep = Sweep(name="s", base={"estimator": "gs-soft", "data": "cifar10-sample"})
+    job = Job(sweep, sweep.trials(), Store(tmp_path), {}, 1, tmp_path, None)
+    looks = iter([(False, "preparing"), (True, "")])
+    watch(job, [], 0.0, console, lambda: next(looks))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "preparing\n"
 
 
 def test_a_look_at_a_hundred_trials_is_cheap(tmp_path: Path) -> None:
