@@ -208,7 +208,8 @@ def _summary(gathered: _Pass, bound_samples: int, model: Model) -> dict[str, Any
     if gathered.usage is not None:
         k, c = gathered.usage.shape
         result["rate_uniform"] = trial.positions * k * math.log(c) * trial.bits_per_nat
-        mass, log_prior = torch.as_tensor(gathered.mass), model.latents.log_prior().double()
+        mass, log_prior = gathered.mass, model.latents.log_prior().double()
+        assert isinstance(mass, Tensor)
         gain = torch.xlogy(mass, mass / mass.sum(1, keepdim=True)).sum() - (mass * log_prior).sum()
         result["rate_least"] = result["rate"] - gain.item() / len(rate) * trial.bits_per_nat
         result |= usage_summary(gathered.usage.cpu().numpy())

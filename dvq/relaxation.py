@@ -30,7 +30,7 @@ def noise_of(generator: Generator) -> Noise:
     numbers cost a third less than PyTorch's."""
     if generator.device.type != "cpu":
         return generator
-    seed = torch.randint(2**63 - 1, (1,), generator=generator)
+    seed = torch.randint(2**63 - 1, (1,), generator=generator, device="cpu")
     return np.random.Generator(np.random.SFC64(seed.numpy()))
 
 

@@ -13,6 +13,7 @@ from torch import Size, Tensor, dtype
 from dvq import DvqError, disk
 from dvq.config import trial as make_trial
 from dvq.model import Model
+from dvq.randomness import seeded
 from dvq.trial import Trial, values
 
 
@@ -97,7 +98,8 @@ def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | None]
 
 def _network(trial: Trial, folder: Path) -> Model:
     try:
-        return Model(trial).float()  # whatever type is torch's default
+        with seeded(0):  # whatever torch's defaults are, and of its random numbers takes none
+            return Model(trial)
     except (MemoryError, RuntimeError) as error:
         told = (str(error).splitlines() or ["out of memory"])[0]
         raise DvqError(f"{folder}: the network of trial.json cannot be made: {told}") from None

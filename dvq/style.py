@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from matplotlib.style import context
 from numpy.typing import NDArray
 
 from dvq.analyze import Analysis
@@ -45,24 +45,28 @@ MOST_GROUPS = len(DASHES)
 PAPERS_SIZE = {"num_codes": 64, "num_latents": 16}
 """of the codebooks that the paper shows"""
 FULL = {name: Trial.model_fields[name].default for name in ("steps", "features", "batch_size")}
-look = rc_context(
-    {
-        "axes.axisbelow": True,
-        "axes.grid": True,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "axes.titlesize": 10,
-        "figure.titlesize": 11,
-        "font.size": 10,
-        "grid.color": "0.9",
-        "legend.fontsize": 9,
-        "legend.frameon": False,
-        "legend.handlelength": 3.2,
-        "lines.markersize": 5.5,
-        "savefig.dpi": 150,
-    }
+look = context(
+    [
+        "default",
+        {
+            "axes.axisbelow": True,
+            "axes.grid": True,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlesize": 10,
+            "figure.titlesize": 11,
+            "font.size": 10,
+            "grid.color": "0.9",
+            "legend.fontsize": 9,
+            "legend.frameon": False,
+            "legend.handlelength": 3.2,
+            "lines.markersize": 5.5,
+            "savefig.dpi": 150,
+        },
+    ]
 )
-"""a decorator: what the function draws has the look of all figures"""
+"""a decorator: what the function draws has the look of all figures, whatever style the user has. It is the whole
+process's meanwhile, so that threads must not draw at once"""
 
 
 def style(estimator: str) -> tuple[str, str, str]:
@@ -202,11 +206,10 @@ def in_colour(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.broadcast_to(images, (*images.shape[:-1], 3))
 
 
-@look
 def save_png(picture: Figure | NDArray[np.uint8], path: Path) -> None:
     """Writes a figure, or an image (H, W, 3) pixel by pixel, as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(picture, Figure):
-        picture.savefig(path, format="png")
-    else:
-        imsave(path, picture, format="png")
+        look(picture.savefig)(path, format="png")
+    else:  # without the look, for trainings in threads write their reconstructions at once
+        imsave(path, picture, format="png", origin="upper")

@@ -29,7 +29,8 @@ from dvq.trial import Trial
 def _as_before() -> Iterator[None]:
     """torch's settings for the whole process are as they were behind this block; in it gradients are on, and no
     autocast of the caller's changes numbers."""
-    threads, kept = torch.get_num_threads(), bool(torch.tensor(1e-40) * 1)
+    denormal = torch.tensor(1e-40, dtype=torch.float32, device="cpu")
+    threads, kept = torch.get_num_threads(), bool(denormal * 1)
     # a number under 1e-38, as hopeless codes' weights are, costs a CPU as much as 100 others
     torch.set_flush_denormal(True)
     full = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))

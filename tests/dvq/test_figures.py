@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context, rcParams
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from matplotlib.text import Text
@@ -467,6 +467,28 @@ def test_figures_of_one_trial(shape, tmp_path):
             assert imread(tmp_path / "figures" / "one.png").shape[2] == 4
     panels = [axes for axes in figure.axes if axes.name == "3d"]
     assert len(panels) == min(16, shape[0])
+
+
+def test_a_users_own_style_changes_no_picture(tmp_path):
+    """That of a matplotlibrc, say: TeX, which may be lacking and takes no underscore, and images upside down."""
+
+    def drawn(folder):
+        style.save_png(figures.figure_1a(sweep()), folder / "figure.png")
+        style.save_png(np.arange(48, dtype=np.uint8).reshape(4, 4, 3), folder / "image.png")
+        return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+    right = drawn(tmp_path / "plain")
+    with rc_context({"text.usetex": True, "image.origin": "lower", "axes.facecolor": "black"}):
+        assert drawn(tmp_path / "styled") == right
+        assert rcParams["text.usetex"]
+
+
+def test_an_image_is_written_without_a_style(tmp_path, monkeypatch):
+    """Trainings in threads write theirs at once, and matplotlib's settings are the whole process's."""
+    monkeypatch.setattr(style, "imsave", lambda *_, **__: seen.append(rcParams["axes.grid"]))
+    seen = []
+    style.save_png(np.zeros((4, 4, 3), np.uint8), tmp_path / "image.png")
+    assert seen == [False]
 
 
 def test_fields_that_change_no_number_tell_no_trials_apart():

@@ -71,11 +71,10 @@ def test_the_pieces_of_the_readme_beside_the_code_train(capsys: pytest.CaptureFi
     assert 7 < float(capsys.readouterr().out) < 9
 
 
+SMALL: dict[str, Any] = {"data": "cifar10-sample", "features": 4, "num_latents": 2}
 TINY: dict[str, Any] = {
     "estimator": "gs-soft",
-    "data": "cifar10-sample",
-    "features": 4,
-    "num_latents": 2,
+    **SMALL,
     "num_codes": 4,
     "code_dim": 3,
     "residual_blocks": 1,
@@ -114,7 +113,13 @@ def test_training_leaves_the_process_as_it_was(images: data.Data, tmp_path: Path
         assert torch.tensor(1e-40) * 1 > 0, "denormal numbers are numbers again"
         assert torch.equal(torch.get_rng_state(), random_state)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        torch.set_flush_denormal(True)
+        torch.set_default_dtype(torch.float64)  # of which 1e-40 is no denormal number
+        train(config.trial(TINY), images, tmp_path)
+        assert torch.tensor(1e-40, dtype=torch.float32) * 1 == 0, "they were none before"
     finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
 
 
@@ -353,13 +358,33 @@ def test_a_generator_is_one() -> None:
         model.sample(3, 1)  # type: ignore[arg-type]
 
 
-def test_models_load_whatever_torchs_default_type_is(images: data.Data, tmp_path: Path) -> None:
-    train(config.trial({**TINY, "steps": 1}), images, tmp_path)
-    torch.set_default_dtype(torch.float64)
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_models_load_whatever_torchs_default_type_is(
+    kind: torch.dtype, images: data.Data, tmp_path: Path
+) -> None:
+    train(config.trial({"estimator": "fsq", "levels": [3, 4], **SMALL, "steps": 1}), images, tmp_path)
+    right, random_state = dvq.load(tmp_path / "model"), torch.get_rng_state()
+    torch.set_default_dtype(kind)
     try:
-        assert dvq.load(tmp_path / "model").latents.codebook.dtype == torch.float32
+        found = dvq.load(tmp_path / "model")
     finally:
         torch.set_default_dtype(torch.float32)
+    ours, theirs = ([*one.parameters(), *one.buffers()] for one in (found, right))
+    assert [one.dtype for one in ours] == [one.dtype for one in theirs]
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert torch.equal(torch.get_rng_state(), random_state), "loading draws none of torch's own numbers"
+
+
+def test_all_is_on_the_models_device_whatever_torchs_default_is(images: data.Data, tmp_path: Path) -> None:
+    one, some = config.trial({**TINY, "steps": 2}), images.evaluation("test")[0][:20]
+
+    def numbers(folder: Path) -> dict[str, Any]:
+        train(one, images, folder)
+        return evaluate(dvq.load(folder / "model"), some, training=some, bound_samples=2)
+
+    right = numbers(tmp_path / "plain")
+    with torch.device("meta"):  # in a notebook rather a GPU
+        assert numbers(tmp_path / "elsewhere") == right
 
 
 def test_interrupts_that_a_shell_ignores_are_ignored(images: data.Data, tmp_path: Path) -> None:
