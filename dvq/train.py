@@ -75,24 +75,32 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
         if (done := _done(trial, folder)) is not None:
             return done
         training = Training(trial, data, folder, str(device), threads)
-        if threading.current_thread() is not threading.main_thread():
-            return training.run()  # which no signal reaches
-        numbers = [signal.SIGTERM]
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background job has it
-            numbers.append(signal.SIGINT)
-        earlier = {number: signal.signal(number, training.stop) for number in numbers}
-        try:
-            summary = training.run()
-            if training.stopping == signal.SIGINT:  # while the model was published
-                raise KeyboardInterrupt
-            return summary
-        except Interrupted:
-            if training.stopping == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
+        with _stopped_by_signals(training):
+            return training.run()
+
+
+@contextmanager
+def _stopped_by_signals(training: Training) -> Iterator[None]:
+    """In this block SIGTERM and SIGINT stop ``training``; for SIGINT the block then ends with a KeyboardInterrupt. In
+    any thread but the main one this does nothing, since Python delivers signals to the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # ignored in a shell's background job
+        numbers.append(signal.SIGINT)
+    earlier = {number: signal.signal(number, training.stop) for number in numbers}
+    try:
+        yield
+        if training.stopping == signal.SIGINT:  # it came while the model was being published
+            raise KeyboardInterrupt
+    except Interrupted:
+        if training.stopping == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _done(trial: Trial, folder: Path) -> dict[str, Any] | None:
