@@ -18,7 +18,7 @@ from dvq.events import Tail
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run as Found
+    from mlflow.entities import Run as MlflowRun
 
 BATCH = 500  # metrics in a request; MLflow takes 1,000
 NAME, NOTE = 250, 7_900
@@ -146,7 +146,7 @@ def _ours(store: str) -> bool:
     return store == ours or bool(database() and store.rsplit("#", 1)[0] == ours.rsplit("#", 1)[0])
 
 
-def _find(server: "MlflowClient", experiment: str, tag: str, value: str) -> "list[Found]":
+def _find(server: "MlflowClient", experiment: str, tag: str, value: str) -> "list[MlflowRun]":
     """The runs with a tag, of this store or, without one, of none."""
     found = server.search_runs([experiment], f"tags.`{tag}` = '{value}'")
     return [run for run in found if _ours(run.data.tags.get("dvq.store", ""))]
@@ -154,7 +154,7 @@ def _find(server: "MlflowClient", experiment: str, tag: str, value: str) -> "lis
 
 def _find_or_create(
     server: "MlflowClient", experiment: str, document: dict[str, Any], folder: Path
-) -> "Found":
+) -> "MlflowRun":
     """The run of this attempt at the trial; runs of attempts that its store no longer knows are deleted,
     with their models."""
     for run in _find(server, experiment, "dvq.key", document["key"]):
