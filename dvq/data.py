@@ -129,7 +129,7 @@ def prepare(name: str, source: str, folder: Path, progress: Progress | None = No
     folder = Path(folder)
     if is_prepared(name, folder):
         return
-    with _writing(folder), _alone(folder) as work:
+    with _writing(folder), _workspace(folder) as work:
         if is_prepared(name, folder):
             return
         _write(name, _read(name, source, work, progress), work)
@@ -203,7 +203,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[Path]:
+def _workspace(folder: Path) -> Iterator[Path]:
     """An empty folder beside ``folder`` for one process at a time; its lock's file stays, it is empty."""
     work = folder.parent / f".{folder.name}.partial"
     with disk.locked(folder.parent / f".{folder.name}.lock"):
