@@ -38,11 +38,11 @@ class Connection:
     """To the Kubeflow Pipelines of a profile; DvqError unless it answers and lets us in."""
 
     def __init__(self, cluster: Cluster) -> None:
-        told = os.environ.get
-        self.host = (told("KFP_HOST") or cluster.host).rstrip("/")
-        self.namespace = told("KFP_NAMESPACE") or cluster.namespace or None
-        self._token, self._cookie = told("KFP_TOKEN", "").strip(), told("KFP_COOKIE", "").strip()
-        configuration = self._configuration(told("KFP_CA") or cluster.ca)
+        given = os.environ.get
+        self.host = (given("KFP_HOST") or cluster.host).rstrip("/")
+        self.namespace = given("KFP_NAMESPACE") or cluster.namespace or None
+        self._token, self._cookie = given("KFP_TOKEN", "").strip(), given("KFP_COOKIE", "").strip()
+        configuration = self._configuration(given("KFP_CA") or cluster.ca)
         self._client = api.ApiClient(configuration, cookie=self._cookie or None)
         self._check()
 

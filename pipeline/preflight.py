@@ -80,7 +80,7 @@ def find_sweep(name: str) -> Sweep:
             raise DvqError(
                 f"no sweep is called '{name}'; known: {', '.join(known)}; or give a file, SWEEP=path.yaml"
             )
-    sweep = again(path) if path.suffix == ".json" else load_sweep(path)
+    sweep = sweep_of_results(path) if path.suffix == ".json" else load_sweep(path)
     trials = sweep.trials()
     for what in ("data", "split"):
         found = sorted({str(getattr(trial, what)) for trial in trials.values()})
@@ -92,7 +92,7 @@ def find_sweep(name: str) -> Sweep:
     return sweep
 
 
-def again(path: Path) -> Sweep:
+def sweep_of_results(path: Path) -> Sweep:
     """A sweep of the one trial whose results ``path`` keeps."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))["trial"]
