@@ -135,9 +135,12 @@ def _note(description: str, results: list[dict[str, Any]], failures: dict[str, s
 
 def _table(found: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> list[str]:
     """The lines of a table; MLflow's pages leave no space between columns of their own."""
-    from dvq.tables import filled, shown
+    from dvq.tables import filled, formatted
 
     kept = filled(found, columns)
-    cells = [[heading for heading, _ in kept.values()], *([shown(row, key) for key in kept] for row in found)]
+    cells = [
+        [heading for heading, _ in kept.values()],
+        *([formatted(row, key) for key in kept] for row in found),
+    ]
     head, *body = (f"| {' | '.join(f'{cell}&emsp;' for cell in line)} |" for line in cells)
     return [head, "|" + " --- |" * len(kept), *body]

@@ -35,7 +35,7 @@ def _bits(result: Result) -> float:
     return float(result["evaluation"]["bits_per_dim"])
 
 
-def then(results: Sequence[Result]) -> str:
+def chosen_line(results: Sequence[Result]) -> str:
     """What was chosen on held-out images, as a line of YAML for a sweep without ``split: tune``: the estimator, and
     what differs from the defaults, but for split and seed. Empty: nothing was, or these are test images."""
     known = estimators()

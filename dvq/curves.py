@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dvq.style import DASHES, MOST_GROUPS, method, style, told, varied
+from dvq.style import DASHES, MOST_GROUPS, method, style, varied, wrapped
 from dvq.tables import Result, alike
 
 FILLS = ("full", "none", "top", "bottom", "left", "right")
@@ -39,7 +39,7 @@ def curves(results: Sequence[Result]) -> list[Curve]:
         names = looks.setdefault(trial["estimator"], [])
         names += [name] if name not in names else []
         at = names.index(name) % MOST_GROUPS
-        label = told(f"{label}, {name}".rstrip(", "))
+        label = wrapped(f"{label}, {name}".rstrip(", "))
         look = label, colour, marker, DASHES[at], FILLS[at]
         made.append(Curve(trial["num_latents"], _points(trials), *look))
     return made

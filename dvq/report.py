@@ -26,9 +26,9 @@ from dvq.tables import (
     certificate,
     filled,
     fitted_first,
+    formatted,
     rows,
     settings,
-    shown,
     told_apart,
 )
 
@@ -82,7 +82,7 @@ def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[
     best = next(iter(several or finished), None)
     if best and best["bits_per_dim"] is not None:
         lowest = "lowest mean over seeds" if several else "lowest"
-        parts.append(f"{lowest}: {escape(best['name'])}, {shown(best, 'bits_per_dim')} bits/dim")
+        parts.append(f"{lowest}: {escape(best['name'])}, {formatted(best, 'bits_per_dim')} bits/dim")
         compared = [row for row in several[1:] if row["above"] is not None]
         if compared:
             near = len(compared) - sum(map(told_apart, compared))
@@ -93,7 +93,7 @@ def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[
             parts.append(f"{lone} cannot be compared: no two seeds in common with it")
         if other := fitted_first(several or finished):
             parts.append(
-                f"{lowest} by fitted bits/dim: {escape(other['name'])}, {shown(other, 'fitted_bits_per_dim')}"
+                f"{lowest} by fitted bits/dim: {escape(other['name'])}, {formatted(other, 'fitted_bits_per_dim')}"
             )
         tune = finished[0]["split"] == "tune"
         parts.append("held-out training images (split: tune)" if tune else f"split {finished[0]['split']}")
@@ -103,7 +103,7 @@ def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[
 def _choice(results: Sequence[Result]) -> str:
     """What the results choose, as a line for another sweep; or that they cannot be chosen by."""
     told = escape(choices.warning(one["trial"] for one in results))
-    if line := choices.then(results):
+    if line := choices.chosen_line(results):
         told = f"then, on test images: <code>{escape(line)}</code>"
     return f'<p class="soft">{told[0].upper()}{told[1:]}</p>' if told else ""
 
@@ -114,7 +114,7 @@ def _table(found: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
     shared = [
         key for key in SIZES if key in columns and len(found) > 1 and len({row[key] for row in found}) == 1
     ]
-    told = ", ".join(f"{columns.pop(key)[0]} {shown(found[0], key)}" for key in shared)
+    told = ", ".join(f"{columns.pop(key)[0]} {formatted(found[0], key)}" for key in shared)
     head = "".join(_heading(key, *column) for key, column in columns.items())
     body = "\n".join("<tr>" + "".join(_cell(row, key) for key in columns) + "</tr>" for row in found)
     return (
@@ -135,7 +135,7 @@ def _cell(row: Row, key: str) -> str:
         value /= row["num_codes"] * row["num_latents"]
     title = f' title="key {escape(row["key"])}"' if key == "name" and row.get("key") else ""
     order = escape("" if value is None else str(value))
-    return f'<td{kind}{title} data-value="{order}">{escape(shown(row, key))}</td>'
+    return f'<td{kind}{title} data-value="{order}">{escape(formatted(row, key))}</td>'
 
 
 def _figure(name: str, png: bytes, results: Sequence[Result]) -> str:

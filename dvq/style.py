@@ -117,7 +117,7 @@ def shown(results: Sequence[Result]) -> list[Group]:
         rest = varied(group[0])
         label += f"{codes}, K = {trial['num_latents']}" + (f", {rest}" if rest else "")
         drawn.append(
-            Group(group, told(label), colour, marker, DASHES[seen[trial["estimator"]] % len(DASHES)])
+            Group(group, wrapped(label), colour, marker, DASHES[seen[trial["estimator"]] % len(DASHES)])
         )
         seen[trial["estimator"]] += 1
     return drawn
@@ -177,7 +177,7 @@ def tint(estimator: str, name: str) -> str:
     return to_hex((red, green, blue))
 
 
-def told(label: str) -> str:
+def wrapped(label: str) -> str:
     """A legend's entry, in lines that leave room for the figure."""
     return "\n".join(textwrap.wrap(label, 36, subsequent_indent="  "))
 

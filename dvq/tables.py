@@ -165,7 +165,7 @@ def filled(found: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> dict
     return {key: one for key, one in columns.items() if any(row[key] is not None for row in found)}
 
 
-def shown(row: Row, key: str) -> str:
+def formatted(row: Row, key: str) -> str:
     """A number of a trial or a setting as the tables print it: bits/dim with their standard error if they have one,
     dead codes with how many codes there are."""
     value, form = row[key], (SETTINGS if "seeds" in row else COLUMNS)[key][1]

@@ -10,10 +10,10 @@ from rich.table import Table
 
 from components import tracking
 from components.store import DID_NOT_FINISH, DID_NOT_START, Store
-from dvq.choices import chosen, then
+from dvq.choices import chosen, chosen_line
 from dvq.fingerprints import label
 from dvq.sweep import Sweep
-from dvq.tables import COLUMNS, SETTINGS, certificate, filled, fitted_first, rows, settings, shown
+from dvq.tables import COLUMNS, SETTINGS, certificate, filled, fitted_first, formatted, rows, settings
 from dvq.trial import Trial
 from pipeline.profile import Cluster
 
@@ -51,13 +51,13 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
             )
             console.print(_table(several, {key: SETTINGS[key] for key in SETTING}))
         if other := fitted_first(several or rows(finished, {})):
-            value = shown(other, "fitted_bits_per_dim")
+            value = formatted(other, "fitted_bits_per_dim")
             say(console, f"by fitted bits/dim another is lowest: {other['name']}, {value}", prose=True)
         say(console, f"certificate {certificate(finished)}: equal when every number is equal, bit for bit")
         lost = goodput([one["training"]["goodput"] for one in finished])
         if lost:
             say(console, lost)
-    if line := then(finished):
+    if line := chosen_line(finished):
         say(console, f"then, on test images: {line}")
     if sweep.champion and os.environ.get("MLFLOW_TRACKING_URI") and (first := chosen(finished)):
         of = ", the lowest seed of the setting of lowest mean over seeds" if len(first) > 1 else ""
@@ -112,7 +112,7 @@ def _table(found: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) 
     for heading, form in kept.values():
         made.add_column(heading, justify="right" if form else "left", no_wrap=bool(form), overflow="fold")
     for row in found:
-        made.add_row(*(shown(row, key) for key in kept))
+        made.add_row(*(formatted(row, key) for key in kept))
     return made
 
 
