@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from dvq.quantizers import Rounded
     from dvq.trial import Step
 
-Level = Annotated[int, Field(ge=2, le=1000)]  # of more the bound, wider by ε, would round to one too many
+# beyond 1000 levels the bound, which ε widens, would round to one too many
+Level = Annotated[int, Field(ge=2, le=1000)]
 
 
 class FSQ(Discrete):
