@@ -29,7 +29,7 @@ def reason(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)]
     estimators = [frame for frame in ours if Path(frame.filename).parent.name == "estimators"]
-    at = (estimators or ours)[-1:]  # the estimator's line, though raised deeper
+    at = (estimators or ours)[-1:]  # an estimator's own line, though it was raised deeper
     place = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in at)
     return f"{type(error).__name__}: {first}{place}"
 

@@ -22,7 +22,7 @@ COLUMNS = 16
 
 @dataclass(frozen=True)
 class Pictures(Arrays):
-    """Of one trial, each uint8 (N, H, W, 3), gray ones (N, H, W, 1)."""
+    """The pictures of one trial, each uint8 (N, H, W, 3), gray ones (N, H, W, 1)."""
 
     images: Images
     reconstructions: Images
@@ -32,8 +32,8 @@ class Pictures(Arrays):
 
 
 def take(model: "Model", images: Images, codes: ArrayLike | None = None) -> Pictures:
-    """The pictures of a trained model, of the first of ``images`` (M, H, W, 3); its samples are of the ``codes``
-    (N, H/4, W/4, K) if there are such, of an autoregressive prior, else of its own prior."""
+    """The pictures of a trained model for the first of ``images`` (M, H, W, 3). The samples are decoded from
+    ``codes`` (N, H/4, W/4, K), draws of an autoregressive prior, if given; else they are of the model's own prior."""
     first = np.array(images[:COLUMNS])
     reconstructions = model.reconstruct(first, model.generator(0))
     samples = (

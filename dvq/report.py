@@ -77,7 +77,7 @@ def definition(sweep: Sweep) -> str:
 
 
 def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[str, str]) -> str:
-    """Of several seeds the mean: the lowest of all trainings would be so by its luck too."""
+    """With several seeds, means are compared: the lowest of all trainings would be low by luck too."""
     parts = [f"{len(finished)} of {len(finished) + len(failures)} trials finished"]
     best = next(iter(several or finished), None)
     if best and best["bits_per_dim"] is not None:
@@ -101,7 +101,7 @@ def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[
 
 
 def _choice(results: Sequence[Result]) -> str:
-    """What the results choose, as a line for another sweep; or that they cannot be chosen by."""
+    """The setting that the results choose, as a line for another sweep; or a warning that they must not choose."""
     told = escape(choices.warning(one["trial"] for one in results))
     if line := choices.chosen_line(results):
         told = f"then, on test images: <code>{escape(line)}</code>"
@@ -109,7 +109,7 @@ def _choice(results: Sequence[Result]) -> str:
 
 
 def _table(found: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
-    """The columns in which there is something, but for sizes that all rows share, which a sentence says."""
+    """The columns that have values; sizes that all rows share are in a sentence above instead."""
     columns = filled(found, columns)
     shared = [
         key for key in SIZES if key in columns and len(found) > 1 and len({row[key] for row in found}) == 1
@@ -129,7 +129,8 @@ def _heading(key: str, heading: str, form: str) -> str:
 
 
 def _cell(row: Row, key: str) -> str:
-    """A cell, with what it is sorted by: of dead codes their share. A trial's name tells its key in the store."""
+    """A cell, with the value that it is sorted by: for dead codes their share. A trial's name shows its key in the
+    store."""
     value, kind = row[key], ' class="text"' if isinstance(row[key], str) else ""
     if key == "dead_codes" and value is not None and row["num_codes"] is not None:
         value /= row["num_codes"] * row["num_latents"]

@@ -62,7 +62,7 @@ look = rc_context(
         "savefig.dpi": 150,
     }
 )
-"""a decorator: what the function draws has the look of all figures"""
+"""decorator: what the function draws has the look of all figures"""
 
 
 def style(estimator: str) -> tuple[str, str, str]:
@@ -137,7 +137,7 @@ def _chosen(groups: Sequence[list[Result]]) -> list[list[Result]]:
 
 
 def method(result: Result) -> tuple[str, str | None]:
-    """What figures of many settings have at least one of: the estimator, and which gradient, if it has several."""
+    """What a figure shows at least one setting of: the estimator, and its gradient if it has several."""
     return result["trial"]["estimator"], result["trial"].get("gradient")
 
 
@@ -155,7 +155,7 @@ def counted(title: str, drawn: int, results: Sequence[Result]) -> str:
 
 
 def varied(result: Result) -> str:
-    """What a result's name tells of its setting beside estimator, C, K and seed: ``code_dim 4, kl_warmup 3000``, with
+    """What a result's name tells of its setting beyond estimator, C, K and seed: ``code_dim 4, kl_warmup 3000``, with
     spaces at which no line is broken between fields and values."""
     rest = result["name"].partition(f"-s{result['trial']['seed']}-")[2]
     slugs = sorted((field.replace("_", "-") for field in result["trial"]), key=len, reverse=True)
@@ -171,7 +171,7 @@ def varied(result: Result) -> str:
 
 
 def tint(estimator: str, name: str) -> str:
-    """The estimator's colour, so much lighter, up to the half, as the trial's name decides: for runs side by side."""
+    """The estimator's colour, made lighter by up to a half, depending on the trial's name: for runs side by side."""
     lighter = hashlib.sha256(name.encode()).digest()[0] % 6 / 10
     red, green, blue = (one + (1 - one) * lighter for one in to_rgb(style(estimator)[1]))
     return to_hex((red, green, blue))

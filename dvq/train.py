@@ -27,10 +27,10 @@ from dvq.trial import Trial
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    """torch's settings for the whole process are as they were behind this block; in it gradients are on, and no
-    autocast of the caller's changes numbers."""
+    """Restore torch's process-wide settings after this block; in it gradients are on, and an autocast of the caller's
+    is off."""
     threads, kept = torch.get_num_threads(), bool(torch.tensor(1e-40) * 1)
-    # a number under 1e-38, as hopeless codes' weights are, costs a CPU as much as 100 others
+    # a denormal number, below 1e-38, as a hopeless code's weight is, costs a CPU as much as 100 others
     torch.set_flush_denormal(True)
     full = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
     try:
@@ -125,7 +125,7 @@ def main() -> int:
         train(make_trial(document["trial"]), load(args.data), args.folder, str(pick()))
     except (Interrupted, KeyboardInterrupt):
         return 128 + signal.SIGTERM
-    except disk.BusyError as error:  # whose folder it is, and its events
+    except disk.BusyError as error:  # the folder's events are the other's to write
         print(f"error: {error}", file=sys.stderr)
         return 1
     except failures.UnusableError as error:
