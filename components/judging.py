@@ -1,4 +1,4 @@
-"""What evaluate and analyze do with a trained model, each going on from what is there."""
+"""What evaluate and analyze do with a trained model; what is there already is not computed again."""
 
 import hashlib
 import math
@@ -20,7 +20,7 @@ from dvq.events import Events
 from dvq.trial import Trial, values
 
 DRAWN = 256
-"""positions of latent variables, up to which an autoregressive prior is sampled: one position after the other"""
+"""an autoregressive prior is sampled only up to this many positions, for it takes one after the other"""
 
 
 @contextmanager
@@ -84,12 +84,12 @@ def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:
     found = judge(judged, shown, bound_samples=samples, training=seen, prior=prior)
     if prior and trial.positions <= DRAWN:
         found["samples"] = prior.sample(COLUMNS, judged.generator(0)).tolist()
-    made_by = provenance(str(place))  # it may be another than trained it
+    made_by = provenance(str(place))  # may be other code, or another machine, than trained it
     return {"split": split, **found, "provenance": {**made_by, **_judged(images, model)}}
 
 
 def _images(data: Path, trial: Trial, doing: str, record: bool) -> Data | None:
-    """The prepared images, which the trial's models take; None where that fails and is recorded."""
+    """The prepared images, of the shape that the model takes; None if that fails and the failure is recorded."""
     try:
         found = load(data)
         found.check_shape(trial)
@@ -102,7 +102,7 @@ def _images(data: Path, trial: Trial, doing: str, record: bool) -> Data | None:
 
 
 def _judged(images: Data, model: Path) -> dict[str, str]:
-    """What an evaluation is of."""
+    """What an evaluation is of, by hashes."""
     weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
     return {"data": images.info["fingerprint"], "weights": weights}
 
@@ -133,7 +133,7 @@ def analyze(
             )
     with working_on(trial, images, model) as work:
         folder = work.folder
-        if not (folder / "evaluation.json").exists():  # it was judged where there is no store
+        if not (folder / "evaluation.json").exists():  # it was evaluated without a store
             write_json(folder / "evaluation.json", judged)
         if not (folder / "results.json").exists():
             with _step(folder, "analyzing"):

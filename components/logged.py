@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 REQUIREMENTS = ("torch", "numpy", "pydantic", "pyyaml", "safetensors", "mlflow")
 """of the logged model"""
 FINAL = ("fitted_bits_per_dim", "autoregressive_bits_per_dim", "bound", "components_95_weighted")
-"""What the results have beside the curves: few, for MLflow draws a chart of each."""
+"""The numbers sent beside the curves: few, since MLflow draws a chart of each."""
 
 
 def send(server: "MlflowClient", run: "MlflowRun", name: str, shape: Shape, model: Path) -> str:
@@ -93,8 +93,8 @@ def _version(package: str) -> str:
 
 
 def score(server: "MlflowClient", run: "MlflowRun", model: str, results: dict[str, Any], at: int) -> None:
-    """The evaluation's numbers, on the run and on its model, by which MLflow compares models. To send the
-    same points twice does no harm: MLflow keeps a point once.
+    """Log the evaluation's numbers on the run and on its model, so that MLflow can compare models. Sending a point
+    twice does no harm: MLflow keeps it once.
 
     Args:
         server: MLflow's.
