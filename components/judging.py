@@ -76,14 +76,14 @@ def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:
 
     device.keep_memory()
     place = device.pick()
-    judged, split = load_model(model).to(place), trial.split
+    loaded, split = load_model(model).to(place), trial.split
     seen = images.training(split)[0] if images.fits(trial) else None
     shown, samples, prior = images.evaluation(split)[0], trial.bound_samples, None
     if seen is not None and (steps := getattr(trial, "autoregressive_steps", 0)):
-        prior = autoregressive.fit(judged, seen, steps, seed=trial.seed)
-    found = judge(judged, shown, bound_samples=samples, training=seen, prior=prior)
+        prior = autoregressive.fit(loaded, seen, steps, seed=trial.seed)
+    found = judge(loaded, shown, bound_samples=samples, training=seen, prior=prior)
     if prior and trial.positions <= DRAWN:
-        found["samples"] = prior.sample(COLUMNS, judged.generator(0)).tolist()
+        found["samples"] = prior.sample(COLUMNS, loaded.generator(0)).tolist()
     made_by = provenance(str(place))  # may be other code, or another machine, than trained it
     return {"split": split, **found, "provenance": {**made_by, **_judged(images, model)}}
 
