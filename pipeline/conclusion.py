@@ -1,4 +1,4 @@
-"""What a sweep came to: its table, what failed and why, and where to look further."""
+"""A sweep's outcome: its table, what failed and why, and where to look further."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -22,11 +22,11 @@ TRIAL = (
     *("rate", "distortion", "dead_codes"),
 )
 SETTING = ("name", "seeds", "bits_per_dim", "above", "fitted_bits_per_dim")
-"""of a trial's and a setting's columns as many as 80 characters hold"""
+"""the columns of a trial and of a setting that fit into 80 characters"""
 
 
 def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Console) -> dict[str, str]:
-    """Print the finished trials sorted by bits/dim, and the others with their reasons; these, by name."""
+    """Print the finished trials sorted by bits/dim, and the others with their reasons; returns these by name."""
     finished, failures = store.outcomes(trials)
     if finished:
         data = label(next(iter(trials.values())).data)
@@ -40,7 +40,7 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
         )
         if any("autoregressive_bits_per_dim" in one["evaluation"] for one in finished):
             say(console, "AR prior: with an autoregressive prior of the codes in place of the factorial one")
-        if not console.is_terminal:  # in a file no name is broken
+        if not console.is_terminal:  # so that no name is broken in a file
             console.width = max(map(len, trials)) + 80
         console.print(_table(rows(finished, {}), {key: COLUMNS[key] for key in TRIAL}))
         if several := settings(finished):
@@ -74,7 +74,7 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
 
 
 def _came(failures: Mapping[str, str]) -> str:
-    """What trials came to that are not finished."""
+    """How to say that trials are not finished."""
     if set(failures.values()) == {DID_NOT_START}:
         return "are not computed"
     failed = set(failures.values()) - {DID_NOT_START, DID_NOT_FINISH}
@@ -83,8 +83,8 @@ def _came(failures: Mapping[str, str]) -> str:
 
 
 def untracked(sweep: Sweep, finished: Iterable[str], store: Store, cluster: Cluster | None) -> int:
-    """How many of the ``finished`` trials MLflow lacks, as a cluster's pods noted, who may call it by another address
-    than this machine does; 0 where it is not named to them, or not to us."""
+    """How many of the ``finished`` trials MLflow lacks, by the notes of a cluster's pods, which may reach it under
+    another address than this machine does; 0 if the pods, or we, have no MLflow."""
     given = chain(*cluster.config_maps.values(), *cluster.secrets.values()) if cluster else ()
     if not os.environ.get("MLFLOW_TRACKING_URI") or "MLFLOW_TRACKING_URI" not in given:
         return 0
@@ -103,7 +103,8 @@ def goodput(trials: list[dict[str, Any]]) -> str:
 
 
 def say(console: Console, line: str, prose: bool = False) -> None:
-    """A line as it is: no markup, no colours, not broken; ``prose`` is, between words, where a terminal ends."""
+    """Print a line as it is: no markup, no colours, not broken; ``prose`` is broken between words at a terminal's
+    edge."""
     console.print(line, markup=False, highlight=False, soft_wrap=not (prose and console.is_terminal))
 
 

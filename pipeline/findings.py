@@ -24,7 +24,7 @@ def findings() -> None:
 
 
 def finished(sweep: Sweep, store: Store) -> list[dict[str, Any]]:
-    """The results of all its trials; DvqError if one is not finished."""
+    """The results of all the sweep's trials; DvqError if one is not finished."""
     results, missing = store.outcomes(sweep.trials())
     if missing:
         raise DvqError(
