@@ -29,34 +29,7 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
     """Print the finished trials sorted by bits/dim, and the others with their reasons; returns these by name."""
     finished, failures = store.outcomes(trials)
     if finished:
-        data = label(next(iter(trials.values())).data)
-        split = finished[0]["evaluation"]["split"]
-        say(console, f"\n{sweep.name} on {data}", prose=True)
-        say(
-            console,
-            f"split {split}; bits/dim = distortion + rate, ± the standard error over images;\n"
-            "fitted: the same with prior and batch normalization's statistics estimated anew\n"
-            "on the training images; in short runs both lag behind the weights",
-        )
-        if any("autoregressive_bits_per_dim" in one["evaluation"] for one in finished):
-            say(console, "AR prior: with an autoregressive prior of the codes in place of the factorial one")
-        if not console.is_terminal:  # so that no name is broken in a file
-            console.width = max(map(len, trials)) + 80
-        console.print(_table(rows(finished, {}), {key: COLUMNS[key] for key in TRIAL}))
-        if several := settings(finished):
-            say(
-                console,
-                "\nmeans over seeds, ± the standard error over trainings (a 95% interval: ± 12.7 of\n"
-                "them with two seeds, 4.3 with three, 2.8 with five); above lowest: seed by seed",
-            )
-            console.print(_table(several, {key: SETTINGS[key] for key in SETTING}))
-        if other := fitted_first(several or rows(finished, {})):
-            value = formatted(other, "fitted_bits_per_dim")
-            say(console, f"by fitted bits/dim another is lowest: {other['name']}, {value}", prose=True)
-        say(console, f"certificate {certificate(finished)}: equal when every number is equal, bit for bit")
-        lost = goodput([one["training"]["goodput"] for one in finished])
-        if lost:
-            say(console, lost)
+        _show_finished(sweep, trials, finished, console)
     if line := chosen_line(finished):
         say(console, f"then, on test images: {line}")
     if sweep.champion and os.environ.get("MLFLOW_TRACKING_URI") and (first := chosen(finished)):
@@ -71,6 +44,40 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
     for name, reason in failures.items():
         say(console, f"  {name}: {reason}", prose=True)
     return failures
+
+
+def _show_finished(
+    sweep: Sweep, trials: Mapping[str, Trial], finished: list[dict[str, Any]], console: Console
+) -> None:
+    """Print the tables of trials and of settings, how to read them, and what interruptions cost."""
+    data = label(next(iter(trials.values())).data)
+    split = finished[0]["evaluation"]["split"]
+    say(console, f"\n{sweep.name} on {data}", prose=True)
+    say(
+        console,
+        f"split {split}; bits/dim = distortion + rate, ± the standard error over images;\n"
+        "fitted: the same with prior and batch normalization's statistics estimated anew\n"
+        "on the training images; in short runs both lag behind the weights",
+    )
+    if any("autoregressive_bits_per_dim" in one["evaluation"] for one in finished):
+        say(console, "AR prior: with an autoregressive prior of the codes in place of the factorial one")
+    if not console.is_terminal:  # so that no name is broken in a file
+        console.width = max(map(len, trials)) + 80
+    console.print(_table(rows(finished, {}), {key: COLUMNS[key] for key in TRIAL}))
+    if several := settings(finished):
+        say(
+            console,
+            "\nmeans over seeds, ± the standard error over trainings (a 95% interval: ± 12.7 of\n"
+            "them with two seeds, 4.3 with three, 2.8 with five); above lowest: seed by seed",
+        )
+        console.print(_table(several, {key: SETTINGS[key] for key in SETTING}))
+    if other := fitted_first(several or rows(finished, {})):
+        value = formatted(other, "fitted_bits_per_dim")
+        say(console, f"by fitted bits/dim another is lowest: {other['name']}, {value}", prose=True)
+    say(console, f"certificate {certificate(finished)}: equal when every number is equal, bit for bit")
+    lost = goodput([one["training"]["goodput"] for one in finished])
+    if lost:
+        say(console, lost)
 
 
 def _came(failures: Mapping[str, str]) -> str:
