@@ -142,15 +142,20 @@ def analyze(
                 Events(folder).state("finished")
             else:
                 reason = state(folder).reason
-        for name in ("results.json", "analysis.npz", "patches.npz", "pictures.npz"):
-            if (folder / name).exists():
-                shutil.copy(folder / name, analysis / name)
-        if (folder / "figures").exists():
-            shutil.copytree(folder / "figures", analysis / "figures", dirs_exist_ok=True)
+        _copy(folder, analysis)
         # What was judged apart from the store's trial is not its run's either.
         if images.fits(trial) and (work.lock is not None or Store.from_environment() is None):
             TrialRun(folder, experiment).sync()
     fail(reason, record)
+
+
+def _copy(folder: Path, analysis: Path) -> None:
+    """Copy what an analysis made, from the trial's folder to the artifact's."""
+    for name in ("results.json", "analysis.npz", "patches.npz", "pictures.npz"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, analysis / name)
+    if (folder / "figures").exists():
+        shutil.copytree(folder / "figures", analysis / "figures", dirs_exist_ok=True)
 
 
 def _analyze(
