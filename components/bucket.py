@@ -242,9 +242,9 @@ class _Upload:
 
         def one(number: int) -> None:
             content = os.pread(file.fileno(), PART, (number - 1) * PART)
-            told = {"PartNumber": number, "ChecksumSHA256": _checksum(content)}
-            answer = bucket.call("upload_part", **where, UploadId=self._id, Body=content, **told)
-            self._parts[number] = {**told, "ETag": answer["ETag"]}
+            part = {"PartNumber": number, "ChecksumSHA256": _checksum(content)}
+            answer = bucket.call("upload_part", **where, UploadId=self._id, Body=content, **part)
+            self._parts[number] = {**part, "ETag": answer["ETag"]}
 
         numbers = range(1, -(-size // PART) + 1)
         try:

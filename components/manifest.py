@@ -68,8 +68,8 @@ class Manifest:
     format: int = FORMAT
 
     def content(self) -> bytes:
-        told = asdict(self)
-        return (json.dumps({**told, "sha256": _digest(told)}, indent=1) + "\n").encode()
+        fields = asdict(self)
+        return (json.dumps({**fields, "sha256": _digest(fields)}, indent=1) + "\n").encode()
 
     def objects(self) -> set[str]:
         return {piece.object for pieces in self.files.values() for piece in pieces}
@@ -115,8 +115,8 @@ def _stay_inside(names: set[str]) -> None:
             raise ValueError(f"{name!r} leads out of its folder")
 
 
-def _digest(told: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def load_index(folder: Path) -> tuple[Manifest, str, dict[str, Known]]:

@@ -169,5 +169,6 @@ class Connection:
 
 def _code(error: Any) -> tuple[int, str]:
     """The HTTP status and S3's own code of an error."""
-    told = error.response
-    return told.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), told.get("Error", {}).get("Code", "")
+    answer = error.response
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status, answer.get("Error", {}).get("Code", "")

@@ -22,14 +22,14 @@ def read(folder: Path) -> dict[str, Any]:
 def begin(folder: Path, step: int) -> None:
     """Record an attempt that resumes from ``step``; later steps that the events tell of were computed in vain."""
     found = read(folder)
-    told = list(events.read(folder))
-    points = [event for event in told if event["kind"] == "metrics"]
+    history = list(events.read(folder))
+    points = [event for event in history if event["kind"] == "metrics"]
     lost = [event for event in points if event["step"] > step]
     if lost:
         kept = [event["time"] for event in points if event["step"] <= step]
         found["steps_lost"] += lost[-1]["step"] - step
         # not the time when nothing ran
-        began = [event["time"] for event in told if event.get("state") == "training"]
+        began = [event["time"] for event in history if event.get("state") == "training"]
         found["seconds_lost"] += max(0.0, lost[-1]["time"] - max([*kept, *began], default=lost[0]["time"]))
     found["attempts"] += 1
     disk.replace(folder / "goodput.json", json.dumps(found))

@@ -123,8 +123,8 @@ class Sweep(BaseModel):
 
 def short_name(one: Trial, at: Point) -> str:
     """``gs-soft-c512-k16-s0``, followed by every other field of its key that this point of the sweep sets."""
-    told = {"estimator", "num_codes", "num_latents", "seed", *one.unkeyed()}
-    rest = "".join(f"-{key.replace('_', '-')}-{_plain(x)}" for key, x in at.items() if key not in told)
+    described = {"estimator", "num_codes", "num_latents", "seed", *one.unkeyed()}
+    rest = "".join(f"-{key.replace('_', '-')}-{_plain(x)}" for key, x in at.items() if key not in described)
     return re.sub(r"[^A-Za-z0-9.+-]", "-", one.describe() + rest)
 
 

@@ -198,9 +198,9 @@ class Training:
         """Evaluate on all evaluation images, and draw some reconstructions."""
         model = self.trainer.model
         result = evaluate(model, self.judged)
-        told = ("bits_per_dim", "distortion", "rate", "perplexity", "dead_codes", "rate_least")
+        names = ("bits_per_dim", "distortion", "rate", "perplexity", "dead_codes", "rate_least")
         split = self.trial.split
-        self.events.metrics(self.done, {f"{split}/{name}": result[name] for name in told if name in result})
+        self.events.metrics(self.done, {f"{split}/{name}": result[name] for name in names if name in result})
         shown = np.asarray(self.judged[:COLUMNS])
         picture = mosaic(shown, model.reconstruct(shown, model.generator(0)).cpu().numpy())
         path = Path("images") / f"reconstructions-{self.done:08d}.png"

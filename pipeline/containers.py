@@ -221,12 +221,13 @@ def end(folder: Path, grace: float) -> None:
 def _end(folder: Path, grace: float) -> None:
     client, ours = connect(), {"label": f"{LABEL}={folder}"}
     deadline = time.monotonic() + grace
-    told: set[str] = set()
+    terminated: set[str] = set()
     while running := client.containers.list(filters=ours, ignore_removed=True):
         late = time.monotonic() > deadline
         with ThreadPoolExecutor(len(running)) as pool:
-            list(pool.map(_kill if late else _terminate, [c for c in running if late or c.id not in told]))
-        told |= {str(container.id) for container in running}
+            new = [container for container in running if container.id not in terminated]
+            list(pool.map(_kill, running) if late else pool.map(_terminate, new))
+        terminated |= {str(container.id) for container in running}
         time.sleep(0.1)
     for container in client.containers.list(True, filters=ours, ignore_removed=True):
         with contextlib.suppress(APIError):

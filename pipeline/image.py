@@ -111,8 +111,8 @@ def registry(profile: Profile) -> str:
 def pip_settings() -> dict[str, list[str]]:
     """index-url, extra-index-url and find-links, as pip is configured on this machine."""
     command = [sys.executable, "-m", "pip", "config", "list"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    found = sorted(SETTING.findall(told), key=lambda one: SECTIONS.index(one[0]))
+    listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = sorted(SETTING.findall(listing), key=lambda one: SECTIONS.index(one[0]))
     return {name: value.replace("\\n", " ").split() for _, name, value in found}
 
 
@@ -146,11 +146,11 @@ def build(client: docker.DockerClient, made_of: Content) -> None:
     with tempfile.TemporaryFile() as context:
         whole.write(context)
         context.seek(0)
-        told = client.api.build(
+        messages = client.api.build(
             fileobj=context, custom_context=True, dockerfile=DOCKERFILE, tag=made_of.tag(),
             buildargs=arguments, rm=True, forcerm=True, decode=True, platform=made_of.platform or None,
         )  # fmt: skip
-        follow(told)
+        follow(messages)
 
 
 def follow(messages: Iterable[Mapping[str, Any]], step: str = "the daemon") -> None:

@@ -133,8 +133,8 @@ class Kubeflow(Connection):
         found = self._ask(self._runs.run_service_get_run, run)
         tasks = (found.run_details and found.run_details.task_details) or ()
         errors = [found.error, *(task.error for task in tasks if task.state == "FAILED")]
-        told = dict.fromkeys(line(error.message) for error in errors if error and error.message)
-        return Run(run, found.state or "PENDING", tuple(f"{one}{remedy(one)}" for one in told))
+        messages = dict.fromkeys(line(error.message) for error in errors if error and error.message)
+        return Run(run, found.state or "PENDING", tuple(f"{one}{remedy(one)}" for one in messages))
 
     def begun(self, run: str) -> float:
         """When the run was made, by the cluster's clock [seconds since 1970]."""

@@ -65,8 +65,8 @@ class Stack:
         store = {"DVQ_STORE": STORE, "AWS_ENDPOINT_URL": endpoint(self.ports), **keys(self.secret)}
         # The user's own store is kept, and so are the user's own S3 settings, which the data may come from; a region
         # alone is neither.
-        told = (store.keys() - {"AWS_DEFAULT_REGION"}) & os.environ.keys()
-        return {"MLFLOW_TRACKING_URI": self.address} | ({} if told else store)
+        users = (store.keys() - {"AWS_DEFAULT_REGION"}) & os.environ.keys()
+        return {"MLFLOW_TRACKING_URI": self.address} | ({} if users else store)
 
     def whole(self) -> bool:
         """Whether all services run and answer."""

@@ -168,8 +168,8 @@ def _interrupt(*_: object) -> NoReturn:
 def _note(shown: list[Row], job: Job) -> str:
     """What is going on apart from the trials."""
     if not (job.store.data(job.data) / "data.json").exists():
-        told = DOWNLOAD.findall((job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace"))
-        return f"preparing {job.data}" + (f": {told[-1]}" if told else "")
+        downloads = DOWNLOAD.findall((job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace"))
+        return f"preparing {job.data}" + (f": {downloads[-1]}" if downloads else "")
     return "writing the report" if all(row.state in (FINISHED, FAILED) for row in shown) else ""
 
 
