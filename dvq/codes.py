@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+ITERATIONS = 10
+"""of k-means"""
+
 
 def largest(terms: Tensor) -> Tensor:
     """The index of each row's maximum (of equal ones the first): (…, C) → (…). On a CPU numpy takes a tenth of
@@ -84,12 +87,12 @@ def rotated(v: Tensor, codes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def kmeans(v: Tensor, codes: int, generator: Generator, iterations: int = 10) -> Tensor:
+def kmeans(v: Tensor, codes: int, generator: Generator) -> Tensor:
     """Lloyd's k-means of each codebook's encodings, N ≥ C, from centers drawn among them: (K, N, D) → (K, C, D)."""
     k, n, d = v.shape
     order = torch.stack([torch.randperm(n, generator=generator, device=v.device)[:codes] for _ in range(k)])
     centers = v.gather(1, order.unsqueeze(-1).expand(-1, -1, d))
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         # (K, N), one codebook at a time, since (N, C) distances may take a gigabyte
         nearest = torch.stack([torch.cdist(*pair).argmin(-1) for pair in zip(v, centers, strict=True)])
         sums = code_sums(v, nearest, codes)

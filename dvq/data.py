@@ -25,6 +25,8 @@ from dvq.fingerprints import ARRAYS, FORMAT, fingerprint, shape_of
 from dvq.trial import Split, Trial
 
 SAMPLE = Path(__file__).parent / "sample" / "cifar10-sample.npz"
+PROGRESS = 5.0
+"""seconds between two lines about a download"""
 HELD_OUT = 10
 """the split ``tune`` holds out the last of this many equal parts of the training images"""
 
@@ -175,13 +177,13 @@ def unpack(packed: Images) -> Images:
     return np.ascontiguousarray(np.moveaxis(packed, 0, -1))
 
 
-def print_progress(every: float = 5.0) -> Progress:
-    """A ``progress`` that prints a line, at most one in ``every`` seconds: for output that is not a terminal."""
-    last = -every
+def print_progress() -> Progress:
+    """A ``progress`` that prints a line, at most one in ``PROGRESS`` seconds: for output that is not a terminal."""
+    last = -PROGRESS
 
     def line(done: int, total: int) -> None:
         nonlocal last
-        if done == total or time.monotonic() - last >= every:
+        if done == total or time.monotonic() - last >= PROGRESS:
             last = time.monotonic()
             of = f" of {total / 1e6:.0f}" if total else ""
             print(f"downloading: {done / 1e6:.0f}{of} MB", flush=True)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Images = NDArray[np.uint8]
 COLUMNS = 16
 """images side by side in a picture"""
+SCALE = 3
+"""screen pixels along each side of an image's pixel"""
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,12 @@ def take(model: "Model", images: Images, codes: ArrayLike | None = None) -> Pict
     return Pictures(first, reconstructions.cpu().numpy(), samples.cpu().numpy())
 
 
-def mosaic(images: Images, reconstructions: Images, scale: int = 3) -> Images:
-    """Images (N, H, W, 3 or 1) side by side above their reconstructions, a pixel ``scale`` wide and high."""
+def mosaic(images: Images, reconstructions: Images) -> Images:
+    """Images (N, H, W, 3 or 1) side by side above their reconstructions, a pixel ``SCALE`` wide and high."""
     rows = np.stack([in_colour(images), in_colour(reconstructions)])  # (2, N, H, W, 3)
     apart = np.pad(rows, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
     whole = np.concatenate(apart.transpose(0, 2, 1, 3, 4).reshape(2, apart.shape[2], -1, 3))
-    return whole[:-1, :-1].repeat(scale, axis=0).repeat(scale, axis=1)
+    return whole[:-1, :-1].repeat(SCALE, axis=0).repeat(SCALE, axis=1)
 
 
 @look
