@@ -24,7 +24,7 @@ RUN = "run.json"
 """in the artifact: the trial.json of the trial's folder, with the trial's name and attempt"""
 
 
-def give(folder: Path, trial: Trial, model: Path) -> None:
+def make_artifact(folder: Path, trial: Trial, model: Path) -> None:
     """Make the model's artifact: ``trial.json``, the weights if there are any, and, unless a store has it for the
     following steps, how training went."""
     model.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def fail(reason: str, record: bool) -> None:
         raise DvqError(reason)
 
 
-def opened(model: Path) -> tuple[Trial, bool]:
+def read_artifact(model: Path) -> tuple[Trial, bool]:
     """The trial of a model's artifact, and whether it was trained (rather than failed)."""
     fields = read_json(model / "trial.json")
     if fields is None:

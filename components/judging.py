@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import fail, opened, working, working_on
+from components.artifacts import fail, read_artifact, working, working_on
 from components.folder import FORMAT, read_json, state, write_json
 from components.store import Store
 from components.tracking import TrialRun
@@ -48,7 +48,7 @@ def evaluate(data: Path, model: Path, evaluation: Path, record: bool = False) ->
     Raises:
         DvqError: no model, or no images that it takes; unless failures are recorded, why there is no result.
     """
-    trial, trained = opened(model)
+    trial, trained = read_artifact(model)
     result, reason = None, "" if trained else f"{model}: it has no weights, for its training failed"
     images = _images(data, trial, "evaluating", record) if trained else None
     if images:
@@ -116,7 +116,7 @@ def analyze(
         DvqError: no model, or an evaluation of other images or weights; unless failures are recorded, why there are
             no results.
     """
-    trial, trained = opened(model)
+    trial, trained = read_artifact(model)
     judged = read_json(evaluation)
     images, reason = _images(data, trial, "analyzing", record) if trained and judged else None, ""
     analysis.mkdir(parents=True, exist_ok=True)

@@ -61,8 +61,8 @@ def send(server: "MlflowClient", run: "MlflowRun", name: str, shape: Shape, mode
     return str(made.model_id)
 
 
-def whole(server: "MlflowClient", run: "MlflowRun") -> str | None:
-    """The id of the run's model, if it is there whole."""
+def ready_model(server: "MlflowClient", run: "MlflowRun") -> str | None:
+    """The id of the run's model, if all of it arrived."""
     ids = [one.model_id for one in run.outputs.model_outputs] if run.outputs else []
     return next((one for one in ids if server.get_logged_model(one).status == LoggedModelStatus.READY), None)
 

@@ -17,7 +17,7 @@ PLACES = (
 """tables and columns that hold paths"""
 
 
-def follow(file: Path) -> None:
+def update_paths(file: Path) -> None:
     """Replace the folders that the sqlite ``file`` was in by the one it is in. Otherwise MLflow would go on in the
     old folder, find none of the models, and have each run twice. If the file is no database, MLflow will say so."""
     home = str(file.absolute().parent)

@@ -36,7 +36,7 @@ class Run:
             _send_inputs(server, run.info.run_id, document["trial"])
         self.server, self.folder, self.id = server, folder, run.info.run_id
         self._status, self._reason = run.info.status, run.data.tags.get("dvq.failure", "")
-        self._name, self._model = _name(document), logged.whole(server, run)
+        self._name, self._model = _name(document), logged.ready_model(server, run)
         self._shape, self._about = fingerprints.shape(document["trial"]["data"]), _about(document)
         # A metric's points come in the order of their steps, and training that goes on after an interruption repeats
         # some: what is new lies beyond the last step that MLflow has, which only these objects tell.
@@ -220,7 +220,7 @@ def _cut(note: str) -> str:
     return (kept.rpartition("\n")[0] or kept) + "\n\n… all rows: table.json"
 
 
-def crown(server: "MlflowClient", model: str, experiment: str, best: dict[str, Any]) -> None:
+def set_champion(server: "MlflowClient", model: str, experiment: str, best: dict[str, Any]) -> None:
     """Give the registered model ``model`` the alias champion on the trial whose results are ``best``; the version
     says where it comes from."""
     import mlflow
@@ -240,5 +240,7 @@ def crown(server: "MlflowClient", model: str, experiment: str, best: dict[str, A
     }
     found = logged.versions(server, model, lineage["dvq.attempt"])
     if not found:
-        found = [mlflow.register_model(f"models:/{logged.whole(server, run)}", model, tags=lineage).version]
+        found = [
+            mlflow.register_model(f"models:/{logged.ready_model(server, run)}", model, tags=lineage).version
+        ]
     server.set_registered_model_alias(model, "champion", found[0])

@@ -90,7 +90,7 @@ def ensure() -> None:
         return
     with disk.locked(file.with_name(f".{file.name}.lock")):
         if file.exists():
-            moved.follow(file)
+            moved.update_paths(file)
         else:
             partial = file.with_name(file.name + ".partial")
             partial.unlink(missing_ok=True)
@@ -249,9 +249,9 @@ def champion(model: str, experiment: str, best: dict[str, Any]) -> None:
         return
     try:
         server = client()
-        from components.runs import crown
+        from components.runs import set_champion
 
-        crown(server, model, experiment, best)
+        set_champion(server, model, experiment, best)
         print(f"champion: models:/{model}@champion is {best['name']}", flush=True)
     except Exception as error:
         _say(f"the champion of {experiment}", error)

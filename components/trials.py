@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import fail, give, working
+from components.artifacts import fail, make_artifact, working
 from components.folder import State, begin, state
 from components.store import Store, Work
 from components.tracking import TrialRun
@@ -94,7 +94,7 @@ def train(
             reason = str(error)
             if not (fault and (folder / "model").exists()):  # it was trained on its own images
                 Events(folder).failure(reason)
-        give(folder, trial, model)
+        make_artifact(folder, trial, model)
     fail(reason, record)
     # KFP takes no null.
     fields = {field: value for field, value in values(trial).items() if value is not None}

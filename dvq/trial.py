@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Split = Literal["test", "tune"]
 Whole = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
-Several = Annotated[int, Field(ge=2, lt=2**31)]
+TwoOrMore = Annotated[int, Field(ge=2, lt=2**31)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Unkeyed: dict[str, Any] = {"key": False}  # of a field that changes no number: it is not in the trial's key
@@ -129,7 +129,7 @@ class Trial(BaseModel):
     """seconds after which a checkpoint is due whatever the steps"""
 
     @model_validator(mode="after")
-    def _normalized(self) -> "Trial":
+    def _check_normalization(self) -> "Trial":
         if self.normalization == "none" and self.normalization_until is not None:
             raise ValueError("normalization: none has no statistics to fix; leave normalization_until out")
         if self.normalization == "batch" and self.batch_size * self.positions == 1:
@@ -237,7 +237,7 @@ class Warmed(Trial):
 class Discrete(Trial):
     """What the estimators of discrete latent variables share: how many codes, and their prior."""
 
-    num_codes: Several = 512
+    num_codes: TwoOrMore = 512
     """C, categories of each latent variable"""
     prior: Literal["trained", "uniform"] = "trained"
     """trained: by maximum likelihood along with the model, and counted in the rate; uniform: 1/C"""

@@ -186,7 +186,7 @@ def conclude(job: Job, code: int, console: Console) -> int:
             f"MLflow lacks {len(behind)} of the finished trials: the log says why; once that is mended, make replay "
             "sends a sweep's",
         )
-    elif finished and not _crowned(job):
+    elif finished and not _has_champion(job):
         conclusion.say(console, "MLflow lacks the champion: make replay names it; the log says why")
     conclusion.where(job.sweep, job.store, console)
     conclusion.say(console, f"log:    {job.folder / 'kfp.log'}")
@@ -198,7 +198,7 @@ def _tracked(job: Job, trial: Trial) -> bool:
     return bool(job.profile) or tracking.known(job.store.trial(trial.key()), job.sweep.name)
 
 
-def _crowned(job: Job) -> bool:
+def _has_champion(job: Job) -> bool:
     """Whether MLflow took the sweep's champion, if there was to be one: only the log of the report says so."""
     if not (job.sweep.champion and os.environ.get("MLFLOW_TRACKING_URI")):
         return True

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from dvq.trial import Loss, Several, Stochastic
+from dvq.trial import Loss, Stochastic, TwoOrMore
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -29,7 +29,7 @@ class VIMCO(Stochastic):
     """
 
     estimator: Literal["vimco"] = "vimco"
-    samples: Several = 4
+    samples: TwoOrMore = 4
     """S; each costs a pass through the decoder"""
     backward: Literal["all", "one"] = "all"
     """which samples' decoder gradients are taken: all, weighted by w̃, as in the paper; or one, drawn in proportion
