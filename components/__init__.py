@@ -17,8 +17,8 @@ IMAGE = f"dvq:{__version__}"
 
 @contextmanager
 def sentences() -> Iterator[None]:
-    """What is wrong with what a component was given, or with a trial, ends it with one sentence and exit status 1; a
-    traceback is for bugs."""
+    """A DvqError in this block, about a component's inputs or a trial, ends the component with one sentence and exit
+    status 1; tracebacks are for bugs."""
     try:
         yield
     except DvqError as error:

@@ -1,8 +1,8 @@
 """From a trial's folder to its model's artifact, and back.
 
 A step works in the trial's folder in the store, so that others find what it does. Where there is no store, or it was
-given other weights or images than the trial's, it works in a folder that is removed afterwards: under a trial's key
-nothing is kept that is not the trial's.
+given other weights or images than the trial's, it works in a folder that is removed afterwards: so nothing but the
+trial's own results is kept under its key.
 """
 
 import filecmp
@@ -21,12 +21,12 @@ from dvq.trial import Trial, values
 
 CARRIED = ("events", "images")
 RUN = "run.json"
-"""of the artifact: the trial.json of the trial's folder, its name and attempt"""
+"""in the artifact: the trial.json of the trial's folder, with the trial's name and attempt"""
 
 
-def give(folder: Path, trial: Trial, model: Path) -> None:
-    """Make the model's artifact: ``trial.json``, the weights if there are any, and how training went, unless there is
-    a store, in which the following steps find it."""
+def make_artifact(folder: Path, trial: Trial, model: Path) -> None:
+    """Make the model's artifact: ``trial.json``, the weights if there are any, and, unless a store has it for the
+    following steps, how training went."""
     model.mkdir(parents=True, exist_ok=True)
     if (folder / "model").exists():
         shutil.copytree(folder / "model", model, dirs_exist_ok=True)
@@ -40,12 +40,13 @@ def give(folder: Path, trial: Trial, model: Path) -> None:
 
 
 def fail(reason: str, record: bool) -> None:
-    """Fail the step for a trial's failure, unless it is to ``record`` and there is a store that has it."""
+    """Fail the step with a trial's failure, if there is one; not if failures are only recorded and there is a store
+    for that."""
     if reason and not (record and Store.from_environment()):
         raise DvqError(reason)
 
 
-def opened(model: Path) -> tuple[Trial, bool]:
+def read_artifact(model: Path) -> tuple[Trial, bool]:
     """The trial of a model's artifact, and whether it was trained (rather than failed)."""
     fields = read_json(model / "trial.json")
     if fields is None:

@@ -1,5 +1,5 @@
-"""Objects in an S3 bucket, checked from end to end: S3 compares what it gets with its SHA-256, and what it gives is
-compared again."""
+"""Objects in an S3 bucket, checked from end to end: S3 verifies the SHA-256 of what it receives, and we verify that
+of what it returns."""
 
 import base64
 import hashlib
@@ -16,7 +16,7 @@ from components.s3 import THREADS, ChangedError, Connection, MissingError
 from dvq import DvqError
 
 PART = 16 << 20
-"""Bytes of a part of a multipart upload; what is not larger goes in one piece."""
+"""Bytes of a part of a multipart upload; an object that is not larger is sent whole."""
 CHUNK = 1 << 20
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -43,7 +43,8 @@ class Bucket(Connection):
             self.patience = patience
 
     def check_conditions(self) -> None:
-        """DvqError unless the server heeds the conditions of :meth:`put`, by which of two workers one can publish."""
+        """DvqError unless the server heeds the conditions of :meth:`put`, which let only one of two workers
+        publish."""
         key = f"probe-{uuid.uuid4().hex}"
         self.put(key, b"", "")
         try:
@@ -103,9 +104,9 @@ class Bucket(Connection):
             return self.store(file, key)
 
     def store(self, file: BufferedReader, key: str) -> tuple[str, int]:
-        """As :meth:`upload`: what was opened is stored, though another file has its name by now.
+        """As :meth:`upload`, for a file that is open: it is stored even if another file has its name by now.
 
-        Of a large file that this process could not store before, only the missing parts are sent.
+        If this process failed to store a large file before, only the missing parts are sent.
         """
         found = os.fstat(file.fileno())
         if found.st_size <= PART:
@@ -127,14 +128,15 @@ class Bucket(Connection):
         etag: str = "",
         progress: Progress | None = None,
     ) -> None:
-        """Fetch an object to ``path``, whole or not at all; what an earlier attempt got of it is not fetched again.
+        """Fetch an object to ``path``, completely or not at all; what an earlier attempt got of it is not fetched
+        again.
 
         Args:
             key: its name.
             path: where; what is there is replaced.
             size: its size [bytes].
             sha256: its SHA-256, if that is known.
-            etag: else its ETag, for it to be the same all the time.
+            etag: otherwise its ETag, so that all parts are of the same object.
             progress: told about it.
 
         Raises:
@@ -165,7 +167,8 @@ class Bucket(Connection):
         condition = {"IfMatch": etag} if etag else {}
 
         def attempt() -> bool:
-            """Whether the server has more: what came before a connection broke is progress, no failure."""
+            """Whether there is more to fetch: if something came before the connection broke, that is progress and no
+            failure."""
             start = partial.stat().st_size
             part = {"Range": f"bytes={start}-", **condition} if start else condition
             answer = self.client.get_object(Bucket=self.name, Key=self.prefix + key, **part)
@@ -203,7 +206,7 @@ class Bucket(Connection):
         """Remove these objects.
 
         Raises:
-            DvqError: some are left; of them S3 says so in an answer that is none of an error.
+            DvqError: some could not be removed, which S3 reports in a successful answer.
         """
         left = [{"Key": self.prefix + key} for key in keys]
         for start in range(0, len(left), 1000):
@@ -239,9 +242,9 @@ class _Upload:
 
         def one(number: int) -> None:
             content = os.pread(file.fileno(), PART, (number - 1) * PART)
-            told = {"PartNumber": number, "ChecksumSHA256": _checksum(content)}
-            answer = bucket.call("upload_part", **where, UploadId=self._id, Body=content, **told)
-            self._parts[number] = {**told, "ETag": answer["ETag"]}
+            part = {"PartNumber": number, "ChecksumSHA256": _checksum(content)}
+            answer = bucket.call("upload_part", **where, UploadId=self._id, Body=content, **part)
+            self._parts[number] = {**part, "ETag": answer["ETag"]}
 
         numbers = range(1, -(-size // PART) + 1)
         try:

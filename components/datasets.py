@@ -1,4 +1,4 @@
-"""What prepare_data does: a prepared dataset from the store, or made and given to it."""
+"""What prepare_data does: it takes a prepared dataset from the store, or makes it and gives it to the store."""
 
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,7 +11,7 @@ from dvq import DvqError, data, disk, fingerprints
 
 def prepare(name: str, source: str, path: Path) -> dict[str, Any]:
     """Make ``path`` hold the dataset ``name``; its data.json."""
-    fingerprints.of(name)  # DvqError unless images are called so
+    fingerprints.of(name)  # DvqError if this cannot be a dataset's name
     store = Store.from_environment()
     folder = store.data(name) if store else path
     if store:

@@ -1,4 +1,5 @@
-"""The files of a mirrored folder (components/mirror.py): fetched from the objects that hold them, and stored so."""
+"""The files of a mirrored folder (components/mirror.py): fetched from the objects that hold them, and stored as
+objects."""
 
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -22,7 +23,7 @@ from components.s3 import MissingError
 from dvq import DvqError
 
 GROWS, KEPT = "events/", "checkpoints/"
-"""What is appended to, and what training removes as it goes on."""
+"""The files that are appended to, and those of which training removes old ones."""
 
 
 class Files:
@@ -35,7 +36,7 @@ class Files:
         self._index, self._claim, self._known = load_index(folder)
 
     def read(self) -> Manifest:
-        """The manifest as it is now, which is what the rest is about; an empty one if there is none."""
+        """Read the manifest, on which the other methods then work; an empty one if there is none."""
         self.manifest, self._etag = self._read()
         return self.manifest
 
@@ -70,7 +71,7 @@ class Files:
         self._known[path] = Known(pieces, *stamp(target))
 
     def _join(self, target: Path, pieces: list[Piece]) -> None:
-        """Fetch a file's pieces and make it of them, whole or not at all."""
+        """Fetch a file's pieces and join them, completely or not at all."""
         target.parent.mkdir(parents=True, exist_ok=True)
         parts = [target.with_name(f".{target.name}.{number}") for number in range(len(pieces))]
         for part, one in zip(parts, pieces, strict=True):
@@ -93,8 +94,9 @@ class Files:
         """Store what changed in objects under ``name``; the files as the manifest is to have them.
 
         Files that are not here were never fetched, and stay as they are. The folder is listed before anything is
-        read, and what grows is read last: so it holds all that a listed checkpoint counts on. Checkpoints are opened
-        first: however long the rest takes, and though training removes them, those that were listed are stored.
+        read, and what grows is read last, so that it has all that a listed checkpoint relies on. Checkpoints are
+        opened first, so that those that were listed are stored however long the rest takes, even if training removes
+        them.
         """
         here_now = paths(self.folder)
         files = {path: pieces for path, pieces in self.manifest.files.items() if path not in self._known}
@@ -126,13 +128,13 @@ class Files:
         content = content[: content.rfind(b"\n") + 1]
         kept, start = stored(content, self._known[path].pieces if path in self._known else [])
         if start < len(content):
-            # A name that the pieces before never have.
+            # A name that no earlier piece has.
             piece = piece_of(f"{name}/{path}.{start}", content[start:])
             self.bucket.put(f"{self.place}/{piece.object}", content[start:])
             kept.append(piece)
         return kept
 
     def _remember(self, manifest: Manifest) -> None:
-        """Note that the folder has all of ``manifest``, or is ahead of it."""
+        """Record that the folder has all of ``manifest``, or is ahead of it."""
         self._index = manifest
         save_index(self.folder, manifest, self._claim, self._known)

@@ -22,7 +22,7 @@ class State:
 
     name: str
     reason: str = ""
-    """of what failed, or of what was interrupted where a machine could not compute"""
+    """of a failure, or of an interruption because the machine could not compute"""
     step: int = 0
     """where training would go on, by the trial's checkpoints"""
 
@@ -42,7 +42,8 @@ def state(folder: Path) -> State:
 
 
 def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) -> None:
-    """The trial's folder, as it was left, or a new one; that may go on from a ``shorter`` trial's checkpoints.
+    """Make the trial's folder ready: as it was left, or a new one, which may go on from a ``shorter`` trial's
+    checkpoints.
 
     Raises:
         DvqError: the folder was written by a version with another format, or, as the shorter trial's, with another
@@ -79,8 +80,8 @@ def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) ->
 
 def check_values(trial: Trial, document: Mapping[str, Any]) -> None:
     """DvqError if ``document``, the trial.json or results.json of ``trial`` or of a shorter one of its family, has
-    another value where ``trial`` has the default: this was edited since, and the key does not tell. A field that only
-    one of them knows is younger or older than the other, and neutral."""
+    another value where ``trial`` has the default: then the default was edited since, which the key does not show. A
+    field that only one of the two has was added or removed since, and is neutral."""
     stored = document.get("trial", {})
     free = {"steps", "autoregressive_steps", *trial.unkeyed(), *trial.changed()}
     for field, value in values(trial).items():
@@ -92,7 +93,7 @@ def check_values(trial: Trial, document: Mapping[str, Any]) -> None:
 
 
 def _copy(shorter: Path, folder: Path) -> None:
-    """Copy what training goes on from; what grows, and what a checkpoint counts on, after it."""
+    """Copy what training goes on from; the checkpoints first, since what they rely on only grows."""
     for part in ("checkpoints", "images", "events"):
         if (shorter / part).exists():
             try:
@@ -120,7 +121,7 @@ def clear(folder: Path) -> None:
 
 
 def _forget_end(folder: Path) -> None:
-    """Leave out the events after the last checkpoint: who follows them would see the shorter trial's end."""
+    """Remove the events after the last checkpoint: whoever follows them would see the shorter trial end."""
     for step in checkpoint.steps(folder)[-1:]:
         with suppress(DvqError):  # damaged: training goes on from the one before, and says so
             about = read_json(folder / "checkpoints" / f"{step:09d}" / "checkpoint.json") or {}
@@ -148,5 +149,5 @@ def damaged(path: Path, why: str) -> DvqError:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write the JSON object at ``path``, whole or not at all."""
+    """Write the JSON object to ``path``, completely or not at all."""
     disk.replace(path, json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What evaluate and analyze do with a trained model, each going on from what is there."""
+"""What evaluate and analyze do with a trained model; what is there already is not computed again."""
 
 import hashlib
 import math
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import fail, opened, working, working_on
+from components.artifacts import fail, read_artifact, working, working_on
 from components.folder import FORMAT, read_json, state, write_json
 from components.store import Store
 from components.tracking import TrialRun
@@ -20,7 +20,7 @@ from dvq.events import Events
 from dvq.trial import Trial, values
 
 DRAWN = 256
-"""positions of latent variables, up to which an autoregressive prior is sampled: one position after the other"""
+"""an autoregressive prior is sampled only up to this many positions, for it takes one after the other"""
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def evaluate(data: Path, model: Path, evaluation: Path, record: bool = False) ->
     Raises:
         DvqError: no model, or no images that it takes; unless failures are recorded, why there is no result.
     """
-    trial, trained = opened(model)
+    trial, trained = read_artifact(model)
     result, reason = None, "" if trained else f"{model}: it has no weights, for its training failed"
     images = _images(data, trial, "evaluating", record) if trained else None
     if images:
@@ -76,20 +76,20 @@ def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:
 
     device.keep_memory()
     place = device.pick()
-    judged, split = load_model(model).to(place), trial.split
+    loaded, split = load_model(model).to(place), trial.split
     seen = images.training(split)[0] if images.fits(trial) else None
     shown, samples, prior = images.evaluation(split)[0], trial.bound_samples, None
     if seen is not None and (steps := getattr(trial, "autoregressive_steps", 0)):
-        prior = autoregressive.fit(judged, seen, steps, seed=trial.seed)
-    found = judge(judged, shown, bound_samples=samples, training=seen, prior=prior)
+        prior = autoregressive.fit(loaded, seen, steps, seed=trial.seed)
+    found = judge(loaded, shown, bound_samples=samples, training=seen, prior=prior)
     if prior and trial.positions <= DRAWN:
-        found["samples"] = prior.sample(COLUMNS, judged.generator(0)).tolist()
-    made_by = provenance(str(place))  # it may be another than trained it
+        found["samples"] = prior.sample(COLUMNS, loaded.generator(0)).tolist()
+    made_by = provenance(str(place))  # may be other code, or another machine, than trained it
     return {"split": split, **found, "provenance": {**made_by, **_judged(images, model)}}
 
 
 def _images(data: Path, trial: Trial, doing: str, record: bool) -> Data | None:
-    """The prepared images, which the trial's models take; None where that fails and is recorded."""
+    """The prepared images, of the shape that the model takes; None if that fails and the failure is recorded."""
     try:
         found = load(data)
         found.check_shape(trial)
@@ -102,7 +102,7 @@ def _images(data: Path, trial: Trial, doing: str, record: bool) -> Data | None:
 
 
 def _judged(images: Data, model: Path) -> dict[str, str]:
-    """What an evaluation is of."""
+    """What an evaluation is of, by hashes."""
     weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
     return {"data": images.info["fingerprint"], "weights": weights}
 
@@ -116,7 +116,7 @@ def analyze(
         DvqError: no model, or an evaluation of other images or weights; unless failures are recorded, why there are
             no results.
     """
-    trial, trained = opened(model)
+    trial, trained = read_artifact(model)
     judged = read_json(evaluation)
     images, reason = _images(data, trial, "analyzing", record) if trained and judged else None, ""
     analysis.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def analyze(
             )
     with working_on(trial, images, model) as work:
         folder = work.folder
-        if not (folder / "evaluation.json").exists():  # it was judged where there is no store
+        if not (folder / "evaluation.json").exists():  # it was evaluated without a store
             write_json(folder / "evaluation.json", judged)
         if not (folder / "results.json").exists():
             with _step(folder, "analyzing"):
@@ -142,15 +142,20 @@ def analyze(
                 Events(folder).state("finished")
             else:
                 reason = state(folder).reason
-        for name in ("results.json", "analysis.npz", "patches.npz", "pictures.npz"):
-            if (folder / name).exists():
-                shutil.copy(folder / name, analysis / name)
-        if (folder / "figures").exists():
-            shutil.copytree(folder / "figures", analysis / "figures", dirs_exist_ok=True)
+        _copy(folder, analysis)
         # What was judged apart from the store's trial is not its run's either.
         if images.fits(trial) and (work.lock is not None or Store.from_environment() is None):
             TrialRun(folder, experiment).sync()
     fail(reason, record)
+
+
+def _copy(folder: Path, analysis: Path) -> None:
+    """Copy what an analysis made, from the trial's folder to the artifact's."""
+    for name in ("results.json", "analysis.npz", "patches.npz", "pictures.npz"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, analysis / name)
+    if (folder / "figures").exists():
+        shutil.copytree(folder / "figures", analysis / "figures", dirs_exist_ok=True)
 
 
 def _analyze(

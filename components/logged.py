@@ -13,15 +13,15 @@ from dvq.fingerprints import Shape
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run as Found
+    from mlflow.entities import Run as MlflowRun
 
 REQUIREMENTS = ("torch", "numpy", "pydantic", "pyyaml", "safetensors", "mlflow")
 """of the logged model"""
 FINAL = ("fitted_bits_per_dim", "autoregressive_bits_per_dim", "bound", "components_95_weighted")
-"""What the results have beside the curves: few, for MLflow draws a chart of each."""
+"""The numbers sent beside the curves: few, since MLflow draws a chart of each."""
 
 
-def send(server: "MlflowClient", run: "Found", name: str, shape: Shape, model: Path) -> str:
+def send(server: "MlflowClient", run: "MlflowRun", name: str, shape: Shape, model: Path) -> str:
     """The trial's model as a pyfunc made from code and safetensors: nothing in it is a pickle; its id."""
     import mlflow
     import numpy as np
@@ -61,13 +61,13 @@ def send(server: "MlflowClient", run: "Found", name: str, shape: Shape, model: P
     return str(made.model_id)
 
 
-def whole(server: "MlflowClient", run: "Found") -> str | None:
-    """The id of the run's model, if it is there whole."""
+def ready_model(server: "MlflowClient", run: "MlflowRun") -> str | None:
+    """The id of the run's model, if all of it arrived."""
     ids = [one.model_id for one in run.outputs.model_outputs] if run.outputs else []
     return next((one for one in ids if server.get_logged_model(one).status == LoggedModelStatus.READY), None)
 
 
-def discard(server: "MlflowClient", run: "Found") -> None:
+def discard(server: "MlflowClient", run: "MlflowRun") -> None:
     """Delete the models of a run, unless a version of a registered model is made of one."""
     if server.search_model_versions(f"run_id = '{run.info.run_id}'"):
         return
@@ -92,9 +92,9 @@ def _version(package: str) -> str:
     return version(package).partition("+")[0]
 
 
-def score(server: "MlflowClient", run: "Found", model: str, results: dict[str, Any], at: int) -> None:
-    """The evaluation's numbers, on the run and on its model, by which MLflow compares models. To send the
-    same points twice does no harm: MLflow keeps a point once.
+def score(server: "MlflowClient", run: "MlflowRun", model: str, results: dict[str, Any], at: int) -> None:
+    """Log the evaluation's numbers on the run and on its model, so that MLflow can compare models. Sending a point
+    twice does no harm: MLflow keeps it once.
 
     Args:
         server: MLflow's.

@@ -15,7 +15,7 @@ from dvq import DvqError
 
 FORMAT = 1
 INDEX = ".mirror.json"
-"""In the folder: which push it was last equal to, and what its files were then."""
+"""This file in the folder says which push the folder last equalled, and what its files were then."""
 
 
 class Piece(NamedTuple):
@@ -33,9 +33,10 @@ def piece_of(name: str, content: bytes) -> Piece:
 
 
 def stored(content: bytes, pieces: list[Piece]) -> tuple[list[Piece], int]:
-    """Of a file's stored pieces those to keep now that it holds ``content``, and where in it the rest begins.
+    """Which of a file's stored pieces to keep now that it holds ``content``, and where in it the rest begins.
 
-    What was appended takes pieces along that are not twice as large: so they stay few, and little is sent twice.
+    Pieces at the end that are less than twice as large as what was appended are stored again together with it: so
+    pieces stay few, and little is sent twice.
     """
     kept: list[Piece] = []
     start = 0
@@ -56,7 +57,7 @@ class Manifest:
     owner: str = ""
     """the worker that pushed it"""
     push: int = 0
-    """how many pushes of the owner's there were before"""
+    """how many times the owner has pushed"""
     active: bool = False
     """whether the owner is still at work"""
     by: str = ""
@@ -67,14 +68,14 @@ class Manifest:
     format: int = FORMAT
 
     def content(self) -> bytes:
-        told = asdict(self)
-        return (json.dumps({**told, "sha256": _digest(told)}, indent=1) + "\n").encode()
+        fields = asdict(self)
+        return (json.dumps({**fields, "sha256": _digest(fields)}, indent=1) + "\n").encode()
 
     def objects(self) -> set[str]:
         return {piece.object for pieces in self.files.values() for piece in pieces}
 
     def steps(self) -> list[int]:
-        """Those of the checkpoints."""
+        """The steps of the checkpoints."""
         return sorted(int(path.split("/")[1]) for path in self.files if path.endswith("/checkpoint.json"))
 
 
@@ -107,15 +108,15 @@ def parse(content: bytes, named: str) -> Manifest:
 
 
 def _stay_inside(names: set[str]) -> None:
-    """ValueError for a path that leads elsewhere, where whoever can write to the bucket would write, or nowhere."""
+    """ValueError for a path that leads out of the folder: whoever can write to the bucket could write there too."""
     for name in names:
-        name.encode()  # half a character has no bytes
+        name.encode()  # an error if it holds half a character
         if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
             raise ValueError(f"{name!r} leads out of its folder")
 
 
-def _digest(told: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def load_index(folder: Path) -> tuple[Manifest, str, dict[str, Known]]:
@@ -140,9 +141,9 @@ def save_index(folder: Path, manifest: Manifest, claim: str, known: dict[str, Kn
 
 
 def paths(folder: Path) -> list[str]:
-    """The paths of a folder's files, checkpoints before images, without those that are hidden or being written."""
+    """The paths of a folder's files, sorted (checkpoints before images), without those hidden or being written."""
     found: list[str] = []
-    for place, folders, names in os.walk(folder):  # which leaves out what is removed meanwhile
+    for place, folders, names in os.walk(folder):  # leaves out what is removed meanwhile
         folders[:] = sorted(name for name in folders if _whole(name))
         here = Path(place).relative_to(folder)
         found += [(here / name).as_posix() for name in sorted(names) if _whole(name)]

@@ -2,8 +2,8 @@
 
 ``<place>.json``, the manifest, names the folder's files and the objects that hold them, each with its SHA-256. An
 object is written once, as ``<place>/<owner>-<push>/<path>``, a name that no other worker uses; then the manifest is
-replaced, on the condition (If-Match) that it is still the one that this worker left. Who takes a folder over
-replaces the manifest too: the earlier owner's condition fails from then on, however late it wakes.
+replaced, on the condition (If-Match) that it is still the one that this worker left. A worker that takes a folder
+over replaces the manifest too, so the earlier owner's condition fails from then on, however late it wakes.
 
 What grows (events) is stored in pieces that are merged as they become many, so that it is not sent again and again.
 """
@@ -34,7 +34,7 @@ class OvertakenError(DvqError):
 class Mirror(Files):
     """The folder ``folder`` and its mirror at ``place`` of a bucket.
 
-    ``describe`` gives what the manifest says of the folder's state.
+    ``describe`` returns what the manifest is to say of the folder's state.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class Mirror(Files):
         self._describe, self._pushes = describe, 0
 
     def claim(self) -> None:
-        """Become the owner, and remove from the folder what the mirror has otherwise; while another owner is at
-        work, wait for its end or its silence."""
+        """Become the owner, and remove from the folder what differs from the mirror; while another owner is at work,
+        wait until it ends or falls silent."""
         silent, seen = 0.0, ""
         while True:
             found = self.read()
@@ -55,7 +55,7 @@ class Mirror(Files):
                 self._reconcile()
                 garbage, uploads = self._garbage()
                 self._claim = new_owner()
-                self._remember(self._index)  # before it is there, for this process may end in between
+                self._remember(self._index)  # first, for this process may end before the next line
                 try:
                     self._publish(replace(found, owner=self._claim, push=0, active=True, by=here()))
                     break
@@ -70,7 +70,7 @@ class Mirror(Files):
         self._delete(garbage)
 
     def look(self, manifest: Manifest) -> None:
-        """Take ``manifest`` for the mirror's, without becoming its owner; the folder loses what differs."""
+        """Take ``manifest`` for the mirror's, without becoming its owner, and remove from the folder what differs."""
         self.manifest = manifest
         if not self._ahead():
             self.read()  # a worker of this machine may have come further since that was seen
@@ -78,7 +78,7 @@ class Mirror(Files):
             self._remember(self._index)
 
     def push(self, active: bool = True) -> None:
-        """Make the mirror what the folder is; ``active``: and stay at work.
+        """Make the mirror equal to the folder; ``active``: whether this worker goes on working.
 
         Raises:
             OvertakenError: another worker took the folder over; nothing of this push is visible.
@@ -88,7 +88,7 @@ class Mirror(Files):
         state = self._describe(self.folder)
         new = replace(self.manifest, push=number, active=active, state=state, files=files)
         self._pushes = number
-        self._remember(new)  # before it is there, so that the folder never seems older than its mirror
+        self._remember(new)  # before the manifest says so: the folder must never seem older than its mirror
         self._publish(new)
         self._delete(before - new.objects())
 
@@ -108,7 +108,7 @@ class Mirror(Files):
         self._delete(garbage)
 
     def remove(self) -> None:
-        """Remove all of the mirror; a worker that is at it is refused from then on."""
+        """Remove all of the mirror; a worker that is at work on it is refused from then on."""
         self.bucket.delete([f"{self.place}.json"])
         self.bucket.delete(self.bucket.list(f"{self.place}/"))
 
@@ -123,7 +123,7 @@ class Mirror(Files):
                 found, etag = self._read()
             if found == new:  # it was stored, and the answer was lost
                 break
-            if found.owner != new.owner:  # else over a push of its own that seemed to fail
+            if found.owner != new.owner:  # otherwise it was a push of our own that seemed to fail
                 self._delete(new.objects() - found.objects())
                 raise OvertakenError(
                     f"{self.name}: overtaken by {found.by or 'its removal'} while {here()} stood still or "
@@ -132,7 +132,8 @@ class Mirror(Files):
         self.manifest, self._etag = new, etag
 
     def _ahead(self) -> bool:
-        """Whether the folder holds all that the manifest does, and perhaps more: it is of this folder's worker."""
+        """Whether the folder holds all that the manifest does, and perhaps more, because the last push came from
+        it."""
         owner, push = self.manifest.owner, self.manifest.push
         pushed = owner == self._index.owner and push <= self._index.push
         return pushed or (owner == self._claim != "" and push == 0)
@@ -151,10 +152,10 @@ class Mirror(Files):
         self._index = replace(self.manifest, push=max(self.manifest.push, self._index.push if ahead else 0))
 
     def _garbage(self) -> tuple[set[str], Sequence[dict[str, str]]]:
-        """What workers before left behind: objects in no manifest, uploads that nobody finished.
+        """What earlier workers left behind: objects in no manifest, uploads that nobody finished.
 
-        Looked at before this worker is the owner, it is garbage for good once it is: who pushed some of it is refused
-        from then on. Looked at later, by a worker that stood still, it might be the next owner's.
+        This has to be listed before this worker becomes the owner: once it is, whoever stored these objects can no
+        longer publish them. Listed later, by a worker that stood still meanwhile, they might be the next owner's.
         """
         found = {key.removeprefix(f"{self.place}/") for key in self.bucket.list(f"{self.place}/")}
         return found - self.manifest.objects(), self.bucket.unfinished(f"{self.place}/")

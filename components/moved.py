@@ -1,4 +1,4 @@
-"""MLflow's sqlite file, after its folder was moved or copied: it names places by absolute paths."""
+"""Mending MLflow's sqlite file, which holds absolute paths, after its folder was moved or copied."""
 
 import sqlite3
 from contextlib import closing, suppress
@@ -17,9 +17,9 @@ PLACES = (
 """tables and columns that hold paths"""
 
 
-def follow(file: Path) -> None:
-    """Replace the folders that the sqlite ``file`` was in by the one it is in. Else MLflow would go on in the old
-    folder, find none of the models, and have each run twice. What is no database is left to MLflow to tell."""
+def update_paths(file: Path) -> None:
+    """Replace the folders that the sqlite ``file`` was in by the one it is in. Otherwise MLflow would go on in the
+    old folder, find none of the models, and have each run twice. If the file is no database, MLflow will say so."""
     home = str(file.absolute().parent)
     with suppress(sqlite3.Error), closing(sqlite3.connect(file, timeout=60)) as database, database:
         found = database.execute("SELECT name, artifact_location FROM experiments").fetchall()

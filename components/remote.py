@@ -41,7 +41,7 @@ class RemoteStore(Store):
         self.place = str(self.bucket)
         self._listed: dict[str, str] = {}  # the manifests' ETags by trial
         self._manifests: dict[str, Manifest] = {}
-        self._followed: dict[str, str] = {}  # as _listed, when the trial was brought
+        self._followed: dict[str, str] = {}  # likewise, when the trial was last brought
 
     def check(self) -> None:
         self.bucket.check()
@@ -50,7 +50,7 @@ class RemoteStore(Store):
         self.bucket.check_conditions()
 
     def look(self, keys: Iterable[str], *names: str) -> None:
-        """Of a manifest that did not change since the last look of any process nothing is asked again."""
+        """A manifest that did not change since any process last read it is taken from the cache."""
         found = self.bucket.list("trials/", "/")
         self._listed = {Path(name).stem: etag for name, etag in found.items() if name.endswith(".json")}
         asked = set(keys)
@@ -89,7 +89,8 @@ class RemoteStore(Store):
         return parse(content, named)
 
     def bring(self, key: str, wanted: Callable[[str], bool] = lambda _: True) -> Path:
-        """What is ``wanted`` of it; nothing of one that this machine works on, whose folder is ahead."""
+        """Bring the files that are ``wanted``; none if this machine is at work on the trial, for its folder is
+        ahead."""
 
         def busy() -> None:
             raise disk.BusyError
@@ -158,7 +159,7 @@ class RemoteStore(Store):
         self._dataset(name).publish_once()
 
     def publish_report(self, sweep: str) -> None:
-        """Its page last: who sees it sees what it shows."""
+        """The page last: whoever sees it can see all that it shows."""
         folder, place = self.report(sweep), f"reports/{sweep}/"
         found = sorted(paths(folder), key=lambda path: path == "report.html")
         for path in found:
@@ -167,14 +168,14 @@ class RemoteStore(Store):
 
 
 def _told(path: str) -> bool:
-    """Whether a file tells how a trial goes, and what it came to."""
+    """Whether the file says how a trial goes or what it came to."""
     return path.startswith("events/") or path == "results.json"
 
 
 @contextmanager
 def _pushing(mirror: Mirror, work: Work) -> Iterator[None]:
-    """Push each new checkpoint, a heartbeat in between, and in the end all. In between a fault of S3 stops nothing;
-    in the end it is raised."""
+    """Push each new checkpoint, a heartbeat in between, and at the end everything. Until then a fault of S3 stops
+    nothing; at the end it is raised."""
     ended = threading.Event()
     thread = threading.Thread(target=_push_along, args=(mirror, work, ended), daemon=True)
     thread.start()

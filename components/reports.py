@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 A = TypeVar("A", bound=disk.Arrays)
 TRIAL = ("name", "bits_per_dim", "fitted_bits_per_dim", "autoregressive_bits_per_dim", "rate", "distortion")
 SETTING = ("name", "seeds", "bits_per_dim", "above", "fitted_bits_per_dim", "fitted_above")
-"""of a trial's and a setting's columns as many as MLflow's page has room for"""
+"""the columns of a trial and of a setting that MLflow's page has room for"""
 
 
 def report(sweep_json: str, page: Path | None = None) -> Path:
@@ -51,9 +51,9 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
 
 
 def write(sweep: Sweep, store: Store, anew: bool = False) -> tuple[Path, dict[str, str]]:
-    """Write the sweep's report to the store and to MLflow; its path, and why trials are not finished, by name. Of
-    several processes on a machine that do, as launches that waited for the same trial, one waits for the other.
-    ``anew``: send it to MLflow, whatever is noted."""
+    """Write the sweep's report to the store and to MLflow; returns its path, and why trials are not finished, by
+    name. Several processes on a machine that write it, such as launches that waited for the same trial, do so one
+    after another. ``anew``: send it to MLflow even if it is noted as sent."""
     lock = store.report(sweep.name).with_name(f".{sweep.name}.lock")
     with disk.locked(lock, lambda: print("waiting for another launch that writes this report", flush=True)):
         if anew:
@@ -76,7 +76,7 @@ def _write(sweep: Sweep, store: Store) -> tuple[Path, dict[str, str]]:
 
 
 def gather(sweep: Sweep, store: Store) -> "tuple[list[dict[str, Any]], dict[str, Analysis], dict[str, str]]":
-    """Of the sweep's trials the results, the analyses and, of those that are not finished, the reasons, by name."""
+    """The results of the sweep's trials, their analyses by name, and by name why others are not finished."""
     from dvq.analyze import Analysis
 
     results, failures = store.outcomes(sweep.trials())
@@ -102,8 +102,9 @@ def _arrays(kind: type[A], file: str, results: Iterable[Mapping[str, Any]], stor
 
 
 def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
-    """Send MLflow what it lacks of the sweep's finished and failed trials; by name, whether it has all now. Others
-    are sent when they go on, by whoever is at work on them. ``anew``: ask MLflow, whatever is noted."""
+    """Send MLflow what it lacks of the sweep's finished and failed trials; returns, by name, whether it has all now.
+    The other trials are sent by whoever works on them. ``anew``: ask MLflow even about trials that are noted as
+    sent."""
     trials, sent = sweep.trials(), {}
     store.look([trial.key() for trial in trials.values()], "results.json", "tracked.json")
     for name, key in ((name, trial.key()) for name, trial in trials.items()):
@@ -121,7 +122,7 @@ def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
 
 
 def _note(description: str, results: list[dict[str, Any]], failures: dict[str, str]) -> str:
-    """What the sweep is in the first line, and its table, as Markdown."""
+    """A line that says what the sweep is, and its table, as Markdown."""
     from dvq.tables import COLUMNS, SETTINGS, certificate, rows, settings
 
     lines = _table(rows(results, {}), {key: COLUMNS[key] for key in TRIAL}) if results else []
@@ -135,9 +136,12 @@ def _note(description: str, results: list[dict[str, Any]], failures: dict[str, s
 
 def _table(found: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> list[str]:
     """The lines of a table; MLflow's pages leave no space between columns of their own."""
-    from dvq.tables import filled, shown
+    from dvq.tables import filled, formatted
 
     kept = filled(found, columns)
-    cells = [[heading for heading, _ in kept.values()], *([shown(row, key) for key in kept] for row in found)]
+    cells = [
+        [heading for heading, _ in kept.values()],
+        *([formatted(row, key) for key in kept] for row in found),
+    ]
     head, *body = (f"| {' | '.join(f'{cell}&emsp;' for cell in line)} |" for line in cells)
     return [head, "|" + " --- |" * len(kept), *body]

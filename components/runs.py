@@ -18,7 +18,7 @@ from dvq.events import Tail
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run as Found
+    from mlflow.entities import Run as MlflowRun
 
 BATCH = 500  # metrics in a request; MLflow takes 1,000
 NAME, NOTE = 250, 7_900
@@ -26,7 +26,7 @@ NAME, NOTE = 250, 7_900
 
 
 class Run:
-    """A trial's run: asked once what it has, then sent what is new."""
+    """A trial's run: MLflow is asked once what it has, and then sent what is new."""
 
     def __init__(
         self, server: "MlflowClient", folder: Path, experiment: str, document: dict[str, Any]
@@ -36,10 +36,10 @@ class Run:
             _send_inputs(server, run.info.run_id, document["trial"])
         self.server, self.folder, self.id = server, folder, run.info.run_id
         self._status, self._reason = run.info.status, run.data.tags.get("dvq.failure", "")
-        self._name, self._model = _name(document), logged.whole(server, run)
+        self._name, self._model = _name(document), logged.ready_model(server, run)
         self._shape, self._about = fingerprints.shape(document["trial"]["data"]), _about(document)
-        # The points of a name come in the order of their steps, and of training that goes on after an interruption
-        # the same come again: what is new lies beyond the last. Only here has MLflow the steps of the last points.
+        # A metric's points come in the order of their steps, and training that goes on after an interruption repeats
+        # some: what is new lies beyond the last step that MLflow has, which only these objects tell.
         self._last = {metric.key: metric.step for metric in run.data._metric_objs}
         name = re.compile(r"images/(.+)\+step\+(\d+)\+.+\+compressed")
         sent = (name.match(one.path) for one in server.list_artifacts(self.id, "images"))
@@ -81,7 +81,8 @@ class Run:
         return [Metric(name, event["values"][name], at, step) for name in new]
 
     def _send_image(self, event: dict[str, Any]) -> None:
-        """As MLflow's log_image, but by the same names each time: what was cut off is replaced, not doubled."""
+        """As MLflow's log_image, but under the same names each time, so that what was cut off is replaced and not
+        doubled."""
         from PIL import Image
 
         at = f"step+{event['step']}+timestamp+{round(event['time'] * 1000)}+{self.id}"
@@ -133,28 +134,28 @@ def _status(event: dict[str, Any]) -> str:
 
 
 def _store() -> str:
-    """What tells this store from others that are tracked on the same server: its address, or its folder, whose name
-    another machine's may have too, but not its inode. Empty without a store."""
+    """What tells this store from others that the same server tracks: its address, or its folder's path with its
+    inode, since another machine may have a folder of the same path. Empty without a store."""
     place = os.environ.get("DVQ_STORE", "")
     return place if "://" in place or not place else f"{Path(place).resolve()}#{Path(place).stat().st_ino}"
 
 
 def _ours(store: str) -> bool:
-    """Whether a run of that store is this store's. A sqlite file is of one machine, where the folder says enough:
-    the inode is another when it comes from a backup."""
+    """Whether ``store`` is this one. In a sqlite file, which belongs to one machine, the folder's path is enough:
+    after a restore from a backup its inode is another."""
     ours = _store()
     return store == ours or bool(database() and store.rsplit("#", 1)[0] == ours.rsplit("#", 1)[0])
 
 
-def _find(server: "MlflowClient", experiment: str, tag: str, value: str) -> "list[Found]":
-    """The runs with a tag, of this store or, without one, of none."""
+def _find(server: "MlflowClient", experiment: str, tag: str, value: str) -> "list[MlflowRun]":
+    """The runs with a tag that belong to this store, or, without a store, to none."""
     found = server.search_runs([experiment], f"tags.`{tag}` = '{value}'")
     return [run for run in found if _ours(run.data.tags.get("dvq.store", ""))]
 
 
 def _find_or_create(
     server: "MlflowClient", experiment: str, document: dict[str, Any], folder: Path
-) -> "Found":
+) -> "MlflowRun":
     """The run of this attempt at the trial; runs of attempts that its store no longer knows are deleted,
     with their models."""
     for run in _find(server, experiment, "dvq.key", document["key"]):
@@ -178,7 +179,7 @@ def _find_or_create(
 
 
 def _name(document: dict[str, Any]) -> str:
-    """The trial's name; of one that is too long its beginning, and the key, which no other trial has."""
+    """The trial's name; if that is too long, its beginning and the key, which no other trial has."""
     name, key = document["name"], document["key"]
     return name if len(name) <= NAME else f"{name[: NAME - len(key) - 1]}-{key}"
 
@@ -219,7 +220,7 @@ def _cut(note: str) -> str:
     return (kept.rpartition("\n")[0] or kept) + "\n\n… all rows: table.json"
 
 
-def crown(server: "MlflowClient", model: str, experiment: str, best: dict[str, Any]) -> None:
+def set_champion(server: "MlflowClient", model: str, experiment: str, best: dict[str, Any]) -> None:
     """Give the registered model ``model`` the alias champion on the trial whose results are ``best``; the version
     says where it comes from."""
     import mlflow
@@ -239,5 +240,7 @@ def crown(server: "MlflowClient", model: str, experiment: str, best: dict[str, A
     }
     found = logged.versions(server, model, lineage["dvq.attempt"])
     if not found:
-        found = [mlflow.register_model(f"models:/{logged.whole(server, run)}", model, tags=lineage).version]
+        found = [
+            mlflow.register_model(f"models:/{logged.ready_model(server, run)}", model, tags=lineage).version
+        ]
     server.set_registered_model_alias(model, "champion", found[0])

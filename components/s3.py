@@ -1,6 +1,6 @@
 """A connection to S3 by boto3: operations that outlast a server's restart, and errors of one sentence.
 
-Endpoint, region and credentials are those of the usual AWS variables and files; none of them is ever told.
+Endpoint, region and credentials come from the usual AWS variables and files; credentials are never shown.
 """
 
 import os
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from dvq import DvqError
 
 PATIENCE = 300.0
-"""Seconds for which an operation is tried again while the server does not answer, or says that it cannot."""
+"""Seconds for which an operation is retried while the server does not answer, or says that it cannot."""
 LONGEST_WAIT = 5.0
 """Seconds between two attempts, at most."""
 THREADS = 8
@@ -60,7 +60,7 @@ class Connection:
             os.environ.get(f"AWS_{name}", "")
             for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")
         ]
-        if not all(map(str.isprintable, keys)):  # which boto3 would take for a server that does not answer
+        if not all(map(str.isprintable, keys)):  # boto3 would report a server that does not answer
             raise DvqError(f"{self}: the AWS_* credentials hold a line break; set them anew")
         config = Config(
             signature_version="s3v4",
@@ -85,12 +85,12 @@ class Connection:
         return f"S3 at {urlsplit(self.client.meta.endpoint_url).netloc.rpartition('@')[2]}"
 
     def call(self, operation: str, **arguments: Any) -> Any:
-        """An operation of boto3's client on the bucket, tried again while it may pass."""
+        """An operation of boto3's client on the bucket, retried while its error may pass."""
         operate = getattr(self.client, operation)
         return self.patiently(lambda: operate(Bucket=self.name, **arguments))
 
     def patiently(self, attempt: Callable[[], R]) -> R:
-        """What ``attempt`` returns, made again while its error may pass.
+        """What ``attempt`` returns; it is retried while its error may pass.
 
         Raises:
             ChangedError: a condition does not hold.
@@ -115,7 +115,8 @@ class Connection:
         return result
 
     def passes(self, error: BaseException) -> bool:
-        """Whether the same may succeed later; a bucket and credentials that were right before are given time too."""
+        """Whether the same operation may succeed later; so may one on a bucket, or with credentials, that worked
+        before."""
         from botocore.exceptions import ClientError, EndpointConnectionError, HTTPClientError
         from botocore.exceptions import IncompleteReadError as CutShortError
 
@@ -133,7 +134,7 @@ class Connection:
             print(f"{told}; trying again for {self.patience:.0f} s", flush=True)
 
     def _sentence(self, error: BaseException) -> BaseException:
-        """The error in one sentence, which holds no credentials; one that is a bug as it is."""
+        """The error as one sentence without credentials; an error that is a bug is returned as it is."""
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
         from botocore.exceptions import PartialCredentialsError as PartialError
 
@@ -168,5 +169,6 @@ class Connection:
 
 def _code(error: Any) -> tuple[int, str]:
     """The HTTP status and S3's own code of an error."""
-    told = error.response
-    return told.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), told.get("Error", {}).get("Code", "")
+    answer = error.response
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status, answer.get("Error", {}).get("Code", "")

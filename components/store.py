@@ -28,7 +28,7 @@ class Work:
     lock: int | None = None
     """the lock's descriptor: the processes that inherit it hold the lock too"""
     lost: DvqError | None = None
-    """why the trial is this worker's no longer"""
+    """why the trial is no longer this worker's"""
 
     def check(self) -> None:
         """Raise what took the trial away."""
@@ -42,7 +42,7 @@ class Store:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
         self.place = str(self.root)
-        """where it is, as one names it"""
+        """where it is, for messages: a path or an address"""
 
     @classmethod
     def from_environment(cls) -> "Store | None":
@@ -72,14 +72,14 @@ class Store:
         """DvqError if one worker alone could not own a trial here."""
 
     def look(self, keys: Iterable[str], *names: str) -> None:
-        """See how these trials are now, with these files of theirs; what is asked below is as of then."""
+        """Look at these trials, and bring the named files: the methods below answer as of the last look."""
 
     def follow(self, keys: Iterable[str]) -> None:
-        """See how these trials are now, and bring their events and results."""
+        """Look at these trials, and bring their events and results."""
 
     @contextmanager
     def working(self, key: str) -> Iterator[Work]:
-        """Work on a trial, alone: waits while another process does; what is done is kept."""
+        """Work on a trial alone, after waiting for any other process that does; what is done is kept."""
         told = f"trial {key}: another process on this machine is at work on it; waiting for it"
         with disk.locked(self._lock(key), lambda: print(told, flush=True)) as lock:
             yield Work(self.trial(key), lock)
@@ -121,7 +121,8 @@ class Store:
         return state(self.trial(key))
 
     def silent(self, key: str) -> bool:  # noqa: ARG002
-        """Whether the trial's last worker ended without a word, or is at work; never told of one in a folder."""
+        """Whether the trial's last worker has not said that it ended: it is at work, or died. Not known of a local
+        folder."""
         return False
 
     def has(self, key: str, part: str) -> bool:
@@ -133,7 +134,7 @@ class Store:
         return checkpoint.steps(self.trial(key))
 
     def keys(self) -> list[str]:
-        """Of every trial in the store, whatever sweep it is of."""
+        """The keys of all trials in the store, of whatever sweep."""
         return glob.glob("*-*", root_dir=self.root / "trials")
 
     def families(self, trials: Iterable[Trial]) -> list[str]:
@@ -142,14 +143,14 @@ class Store:
         return [key for key in self.keys() if key.rpartition("-")[0] in families]
 
     def reached(self, trial: Trial) -> int:
-        """The step that the trial would go on from: its own last checkpoint's, or, unless it was begun, a shorter
-        one's."""
+        """The step that the trial would go on from: its own last checkpoint's, or, if it was not begun yet, that of a
+        shorter trial."""
         own = max(self.steps(trial.key()), default=0)
         shorter = None if self.has(trial.key(), "trial.json") else self._shorter(trial)
         return own or (shorter[0] if shorter else 0)
 
     def shorter(self, trial: Trial) -> Path | None:
-        """The folder of the trial of the same family that this one can go on from now, the furthest one's."""
+        """The folder of the furthest trial of the same family that this one can go on from now."""
         self.look([trial.key()])
         found = self._shorter(trial)
         return self.bring(found[1]) if found else None
@@ -159,8 +160,8 @@ class Store:
         return self.trial(key)
 
     def _shorter(self, trial: Trial) -> tuple[int, str] | None:
-        """The latest step that another trial of the family has a checkpoint of and this one can go on from, and
-        that trial's key."""
+        """The latest checkpoint of another trial of the family that this one can go on from: its step, and that
+        trial's key."""
         others = (key for key in self.families([trial]) if key != trial.key())
         found = ((step, key) for key in others for step in self.steps(key) if step <= trial.steps)
         return max(found, default=None)
@@ -182,7 +183,7 @@ class Store:
         return found
 
     def outcomes(self, trials: Mapping[str, Trial]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        """The finished trials' results, and of the others the reasons, by name."""
+        """The finished trials' results, and by name why the others are not finished."""
         self.look([trial.key() for trial in trials.values()], "results.json")
         results, reasons = [], {}
         for name, trial in trials.items():

@@ -1,8 +1,8 @@
 """MLflow as a projection of the store: a trial's run is brought up to date from the trial's folder.
 
 ``MLFLOW_TRACKING_URI`` names the server or database; without it, or without an experiment, nothing is
-tracked. A sweep is an experiment, its runs are flat in it, and a trial's run is found by its key. What a run
-lacks is told by the run itself, so that nothing is lost or doubled, whatever broke in between.
+tracked. A sweep is an experiment, its runs are flat in it, and a trial's run is found by its key. What a run lacks is
+asked of MLflow itself, so that nothing is lost or sent twice, whatever broke in between.
 """
 
 import os
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from components.runs import Run
 
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-"""A call that is not answered fails, and the next sync begins by asking what arrived: MLflow's own repetition would
-take minutes, and could make a run twice."""
+"""A call that is not answered fails, and the next sync asks first what arrived: MLflow's own retries would take
+minutes, and could make a run twice."""
 RETRY, LAST = 30, 5
-"""Seconds after a failure before the background tries again, and that the end of training waits for it."""
+"""Seconds before the background thread tries again after a failure, and seconds that the end of training waits for
+it."""
 REFUSED = (
     "MLflow at {} refuses the name and password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
     "to those of a user there"
@@ -43,7 +44,7 @@ def client(uri: str | None = None) -> "MlflowClient":
 
 
 def _prepare() -> None:
-    """How MLflow is to behave, told before its import."""
+    """Settings that MLflow reads when it is imported."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
@@ -68,7 +69,7 @@ def _say(what: str, error: Exception) -> None:
 
 
 def told(error: Exception) -> str:
-    """One sentence for an error of the tracker's; a bug's traceback is printed."""
+    """One sentence for an error of MLflow's; if it is a bug, its traceback is printed."""
     from mlflow.exceptions import MlflowException
 
     if not isinstance(error, MlflowException | OSError | DvqError):
@@ -81,15 +82,15 @@ def told(error: Exception) -> str:
 
 
 def ensure() -> None:
-    """Create the sqlite database's tables, before many writers would try at once: under another name, and renamed.
-    One that is there is never replaced: a process that has it open would write what nobody reads. If its folder was
-    moved, it is told."""
+    """Create the sqlite database's tables before many writers would do so at once: under another name, which is then
+    renamed. An existing file is never replaced, since a process that has it open would write what nobody reads; but
+    its paths are mended if its folder was moved."""
     file = database()
     if file is None:
         return
     with disk.locked(file.with_name(f".{file.name}.lock")):
         if file.exists():
-            moved.follow(file)
+            moved.update_paths(file)
         else:
             partial = file.with_name(file.name + ".partial")
             partial.unlink(missing_ok=True)
@@ -117,7 +118,7 @@ def experiment_id(server: "MlflowClient", name: str) -> str:
 
 
 def newest() -> str:
-    """The id of the experiment of our run that began last; empty if there is none, or MLflow does not tell."""
+    """The id of the experiment with our latest run; empty if there is none, or MLflow cannot tell."""
     try:
         server = client()
         known = [one.experiment_id for one in server.search_experiments()]
@@ -130,7 +131,7 @@ def newest() -> str:
 
 
 def database(uri: str | None = None) -> Path | None:
-    """The sqlite file that tracks, or that ``uri`` names, if one does (rather than a server)."""
+    """The sqlite file that MLFLOW_TRACKING_URI, or ``uri``, names; None if that is a server."""
     place = os.environ.get("MLFLOW_TRACKING_URI", "") if uri is None else uri
     file = place.partition("sqlite:///")[2]
     return Path(file) if file else None
@@ -143,27 +144,27 @@ def _artifacts(experiment: str) -> str | None:
 
 
 def known(folder: Path, experiment: str, content: str = "finished") -> bool:
-    """Whether this tracker has ``folder``'s ``content`` in the experiment, without asking it: MLflow is slow
-    to import. A note in the folder says so, and a lost sqlite file refutes it."""
+    """Whether MLflow has ``folder``'s ``content`` in the experiment, by a note in the folder, which a lost sqlite
+    file refutes. MLflow, which is slow to import, is not asked."""
     file = database()
     noted = read_json(folder / "tracked.json") or {}
     return (file is None or file.exists()) and noted.get(_place(experiment)) == content
 
 
 def known_somewhere(folder: Path, experiment: str) -> bool:
-    """Whether a tracker has the finished trial in the experiment, by whatever address its worker called it."""
+    """Whether MLflow has the finished trial in the experiment, under whatever address a worker calls it."""
     noted = read_json(folder / "tracked.json") or {}
     return any(place.endswith(f" {experiment}") and content == "finished" for place, content in noted.items())
 
 
 def remember(folder: Path, experiment: str, content: str = "finished") -> None:
-    """Note that the tracker has it."""
+    """Note that MLflow has it."""
     noted = read_json(folder / "tracked.json") or {}
     write_json(folder / "tracked.json", {**noted, _place(experiment): content})
 
 
 def forget(folder: Path, experiment: str) -> None:
-    """Forget what the tracker has, so that it is asked."""
+    """Remove that note, so that MLflow is asked."""
     noted = read_json(folder / "tracked.json") or {}
     if noted.pop(_place(experiment), None):
         write_json(folder / "tracked.json", noted)
@@ -174,10 +175,10 @@ def _place(experiment: str) -> str:
 
 
 class TrialRun:
-    """A trial's run in a sweep's experiment; nothing of it is ever raised into the trial."""
+    """A trial's run in a sweep's experiment; its errors are printed, and never raised into the trial."""
 
     def __init__(self, folder: Path, experiment: str, name: str = "") -> None:
-        """``name`` is what the sweep calls the trial; another that computed it may have called it otherwise."""
+        """``name`` is what this sweep calls the trial; the sweep that computed it may have called it otherwise."""
         self.folder, self.experiment, self.name = folder, experiment, name
         self.enabled = bool(experiment and os.environ.get("MLFLOW_TRACKING_URI"))
         self._thread = threading.Thread()
@@ -228,7 +229,7 @@ class TrialRun:
 def report(experiment: str, folder: Path, note: str, failed: bool) -> None:
     """The sweep's ``report`` run: its figures, its page and its table; ``note`` is Markdown, shown first.
 
-    It is made anew when the note, which holds the table and its certificate, is another.
+    It is made anew when the note, which holds the table and its certificate, has changed.
     """
     if not os.environ.get("MLFLOW_TRACKING_URI") or known(folder, experiment, note):
         return
@@ -248,9 +249,9 @@ def champion(model: str, experiment: str, best: dict[str, Any]) -> None:
         return
     try:
         server = client()
-        from components.runs import crown
+        from components.runs import set_champion
 
-        crown(server, model, experiment, best)
+        set_champion(server, model, experiment, best)
         print(f"champion: models:/{model}@champion is {best['name']}", flush=True)
     except Exception as error:
         _say(f"the champion of {experiment}", error)

@@ -1,8 +1,8 @@
-"""What plan and train do: which trials are to do, and one trial's training, which goes on from what is there.
+"""What plan and train do: choose the trials that are to be computed, and train one, going on from what is there.
 
-A failure is recorded in the trial's events, and fails the step. In a sweep it is data (``record``): the step that met
-it succeeds, the following steps leave the trial alone, and the report names it. A machine that cannot compute is no
-failure of the trial's: it counts as interrupted, and the step fails in any case.
+A failure is recorded in the trial's events, and fails the step. In a sweep it is data (``record``): the step where it
+happened succeeds, the following steps leave the trial alone, and the report names it. A machine that cannot compute
+is not the trial's failure: the trial counts as interrupted, and the step fails in any case.
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import fail, give, working
+from components.artifacts import fail, make_artifact, working
 from components.folder import State, begin, state
 from components.store import Store, Work
 from components.tracking import TrialRun
@@ -29,10 +29,11 @@ INTERRUPTED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def unfinished(sweep: Sweep, limit: int = 0, experiment: str = "") -> list[Point]:
-    """The sweep's points that the store does not have finished, or that ``experiment`` does not have whole; with a
-    ``limit`` so many at most, and last those that failed before, behind those that began and came to no checkpoint or
-    whose last worker died without a word (their pod may have been out of memory), lest they stand in the others' way
-    each time.
+    """The sweep's points that are not finished in the store, or not complete in ``experiment``.
+
+    With a ``limit``, at most so many of them. So that the same trials do not block the others in every run, those
+    that began but reached no checkpoint, or whose last worker died silently (perhaps its pod was out of memory), come
+    later, and those that failed before come last.
 
     Raises:
         DvqError: no trial, one that is wrong, or one that stands in the sweep twice; a limit below 0.
@@ -67,7 +68,7 @@ def train(
     ``model`` gets ``trial.json`` in any case, and the weights if there are any.
 
     Returns:
-        what the artifact's metadata say of it.
+        the artifact's metadata.
 
     Raises:
         DvqError: what is wrong with the trial; unless it is to ``record``, why its training failed too.
@@ -85,7 +86,7 @@ def train(
             new = not (folder / "trial.json").exists()
             begin(folder, trial, name, store.shorter(trial) if store and new else None)
             if (folder / "model").exists():
-                run.sync()  # by this sweep's name, which the steps behind do not know
+                run.sync()  # under this sweep's name for it, which the later steps do not know
             else:
                 reason = _train_in_child(work, data, run)
         except DvqError as error:
@@ -93,7 +94,7 @@ def train(
             reason = str(error)
             if not (fault and (folder / "model").exists()):  # it was trained on its own images
                 Events(folder).failure(reason)
-        give(folder, trial, model)
+        make_artifact(folder, trial, model)
     fail(reason, record)
     # KFP takes no null.
     fields = {field: value for field, value in values(trial).items() if value is not None}
@@ -120,9 +121,9 @@ def _fields(base: str) -> dict[str, Any]:
 
 
 def _train_in_child(work: Work, data: Path, run: TrialRun) -> str:
-    """Why it failed; empty if it did not. In a process of its own, so that any death of it can be told and recorded.
-    SIGTERM is passed on to it, and its last checkpoint waited for. It holds the folder's lock too, in case that it
-    outlives this one."""
+    """Train in a child process, so that whatever kills it can be reported and recorded; returns why it failed, or an
+    empty text. SIGTERM is passed on to the child, and its last checkpoint waited for. The child holds the folder's
+    lock too, in case it outlives this process."""
     command = [sys.executable, "-m", "dvq.train", str(work.folder), "--data", str(data)]
     before = sizes(work.folder).keys()
     child = subprocess.Popen(command, pass_fds=() if work.lock is None else (work.lock,))

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 NUMERICS = 4
-"""Raised by hand when an edit changes any number that a trial computes; it is part of every trial's key.
+"""Incremented by hand when an edit changes any number that a trial computes; it is part of every trial's key.
 
-The golden loss curves (tests/dvq/test_golden.py) fail when numbers change without a raise."""
+The golden loss curves (tests/dvq/test_golden.py) fail when numbers change and this does not."""
 
 
 class DvqError(Exception):
-    """Something that the user can mend: the message is one sentence that says what is wrong, where, and
-    what to do. Everything else that is raised is a bug and keeps its traceback."""
+    """Something that the user can fix: the message is one sentence that says what is wrong, where, and what to do.
+    Any other exception is a bug and keeps its traceback."""
 
 
 def __getattr__(name: str) -> Any:

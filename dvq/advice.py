@@ -21,7 +21,7 @@ SHORT = {
     "vqvae": "vq-ema",
     "gumbel-softmax": "gs-soft",
 }
-"""what is written for a field or an estimator in papers"""
+"""how papers write a field or an estimator"""
 KINDS = {
     "int_parsing": "give a whole number",
     "int_from_float": "give a whole number",
@@ -35,9 +35,9 @@ KINDS = {
     "too_short": "give at least one",
     "string_pattern_mismatch": "give letters or digits, and '_', '.' and '-' between them",
 }
-"""what to do about an error of pydantic's"""
+"""what to do about each type of pydantic's errors"""
 SINGLE = ("int_type", "float_type", "string_type", "bool_type", "literal_error")
-"""its errors about a field of one value"""
+"""those of them that are about a field with a single value"""
 SEVERAL = "give one value; a list of values goes under 'grid'"
 TRIALS = "give a list of trials, - {estimator: gs-soft, temperature: 0.1}"
 
@@ -48,7 +48,7 @@ def meant(word: str) -> str:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """The known word that was meant, or all that there are."""
+    """A hint for an unknown word: the known one that was probably meant, or else all known ones."""
     if meant(word) in known:
         return f"; did you mean '{meant(word)}'?"
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
@@ -56,14 +56,15 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def plain_name(stem: str, otherwise: str) -> str:
-    """A file's name in small letters, digits and hyphens, as like ``stem`` as can be."""
+    """A file's name in lower-case letters, digits and hyphens, as close to ``stem`` as possible."""
     letters = "".join(c for c in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(c))
-    words = re.sub(r"([a-z0-9])([A-Z])", r"\1-\2", letters).casefold()  # which makes ss of ß
+    words = re.sub(r"([a-z0-9])([A-Z])", r"\1-\2", letters).casefold()  # ß becomes ss
     return re.sub("[^a-z0-9]+", "-", words).strip("-") or otherwise
 
 
 def sentence(error: ValidationError, where: str, several: str = "") -> DvqError:
-    """The first of pydantic's errors; ``where`` begins it. ``several``: what to do about a list for one value."""
+    """The first of pydantic's errors as a sentence that begins with ``where``; ``several`` is what to do about a list
+    that was given for a single value."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
     told = KINDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
@@ -74,12 +75,12 @@ def sentence(error: ValidationError, where: str, several: str = "") -> DvqError:
     message = told[0].lower() + told[1:]
     if first["type"].startswith("int_") and _exponent(first["input"]):
         message += f", {float(first['input']):.0f}; YAML takes 1e3 for a word"
-    if not field:  # of several fields together, which the message names
+    if not field:  # it is about several fields, which the message names
         return DvqError(f"{where}: {message}")
     return DvqError(f"{where}: {field} = {first['input']!r}: {message}")
 
 
 def _exponent(given: object) -> bool:
-    """Whether it is a whole number as a word, like 1e3."""
+    """Whether it is a text that denotes a whole number, like 1e3."""
     form = re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d\d?", given) if isinstance(given, str) else None
     return form is not None and float(form[0]).is_integer()

@@ -15,8 +15,8 @@ from dvq.disk import Arrays
 Floats = NDArray[np.float64]
 
 CONSTANT = 1e-12
-"""Variance, relative to the mean squared norm, under which a codebook's codes are all the same: below it is
-only the rounding of float32."""
+"""Variance, relative to the mean squared norm, below which all codes of a codebook count as equal: what is left is
+the rounding of float32."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Analysis(Arrays):
 
 
 def components(explained: Floats, fraction: float = 0.95) -> NDArray[np.int64]:
-    """(K,): the fewest principal components that hold ``fraction`` of the variance; 0 if there is none."""
+    """(K,): the fewest principal components that hold ``fraction`` of the variance; 0 if there is no variance."""
     first: NDArray[np.int64] = (explained >= fraction).argmax(axis=1)
     return first
 
@@ -72,7 +72,7 @@ def analyze(codebook: ArrayLike, usage: ArrayLike | None = None) -> Analysis:
         DvqError: the codebook is not finite.
         ValueError: the shapes do not fit, or a row of counts is negative or sums to 0.
     """
-    detached = codebook.detach().cpu() if hasattr(codebook, "detach") else codebook  # a parameter's
+    detached = codebook.detach().cpu() if hasattr(codebook, "detach") else codebook  # of a parameter
     codes = np.asarray(detached, dtype=np.float64)
     if codes.ndim != 3:
         raise ValueError(f"codebook: expected (K, C, D), found {codes.shape}")

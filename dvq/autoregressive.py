@@ -1,14 +1,14 @@
-"""An autoregressive prior of the codes of a trained model, in place of the factorial one.
+"""An autoregressive prior for the codes of a trained model, in place of the factorial one.
 
     log r(z) = Σ_p Σ_k log r(z_pk | z_<p, z_p,<k),  positions p row by row, latent variables k in their order
 
-A causal transformer sees the codes of the positions before (van den Oord et al. 2017, section 3.3, has a PixelCNN
-there), and a small network for each k those of the latent variables before it at its own position.
+A causal transformer reads the codes of earlier positions (van den Oord et al. 2017, section 3.3, use a PixelCNN), and
+a small network for each k reads those of the latent variables before it at the same position.
 
     rate = E_q[log q(z|x) − log r(z)],
 
-so that distortion + rate is −ELBO under r as it is under p. The model stays as it is: r learns from its codes of the
-training images alone.
+so distortion + rate is −ELBO under r, as it is under p. The model is not changed: r is trained only on the model's
+codes of the training images.
 
 Shapes: B images, P = H/4·W/4 positions, K latent variables a position, C categories.
 """
@@ -26,10 +26,10 @@ WIDTH, LAYERS, HEADS = 128, 4, 4
 
 
 class Autoregressive(nn.Module):
-    """r(z), which begins as the model's own factorial prior.
+    """r(z), initialized as the model's own factorial prior.
 
     Args:
-        model: of whose codes it is; with continuous latent variables DvqError.
+        model: the model whose codes it is a prior for; DvqError if its latent variables are continuous.
     """
 
     def __init__(self, model: Model) -> None:
@@ -38,8 +38,8 @@ class Autoregressive(nn.Module):
         self.trial = model.trial
         log_prior = model.latents.log_prior().detach()
         k, c = log_prior.shape
-        self.before = nn.Embedding(k * c, WIDTH)  # what the positions behind see of a code
-        self.beside = nn.Embedding(k * c, WIDTH)  # and the latent variables behind, at its own position
+        self.before = nn.Embedding(k * c, WIDTH)  # of a code, as later positions see it
+        self.beside = nn.Embedding(k * c, WIDTH)  # as later latent variables at its own position see it
         self.place = nn.Parameter(0.02 * torch.randn(model.trial.positions, WIDTH))
         layer = nn.TransformerEncoderLayer(
             WIDTH, HEADS, 4 * WIDTH, dropout=0, activation="gelu", batch_first=True, norm_first=True
@@ -53,7 +53,7 @@ class Autoregressive(nn.Module):
         self.to(log_prior)
 
     def context(self, codes: Tensor) -> Tensor:
-        """What each position sees of those before it: (B, p, K) → (B, p, WIDTH)."""
+        """What each position sees of the earlier ones: (B, p, K) → (B, p, WIDTH)."""
         seen = self.before(codes + self.first).sum(2)
         seen = torch.cat([torch.zeros_like(seen[:, :1]), seen[:, :-1]], 1) + self.place[: codes.shape[1]]
         mask = nn.Transformer.generate_square_subsequent_mask(codes.shape[1], seen.device, seen.dtype)
@@ -61,7 +61,7 @@ class Autoregressive(nn.Module):
         return found
 
     def logits(self, context: Tensor, codes: Tensor) -> Tensor:
-        """Of every latent variable, from those before it: (B, p, WIDTH), (B, p, K) → (K, B·p, C)."""
+        """The logits of every latent variable, given those before it: (B, p, WIDTH), (B, p, K) → (K, B·p, C)."""
         beside = self.beside(codes + self.first)
         seen = beside.cumsum(2) - beside
         hidden = nn.functional.gelu(self.hidden(context).unflatten(-1, seen.shape[2:]) + seen)
@@ -105,17 +105,17 @@ def fit(
     By Adam, whose learning rate falls linearly to 0.
 
     Args:
-        model: a trained one, which stays as it is.
+        model: a trained model, which is not changed.
         training: the images (N, H, W, 3) uint8 that it was trained on.
         steps: 1 or more.
 
     Raises:
-        DvqError: other images, no steps, or a model whose latent variables are continuous.
+        DvqError: images of another shape, fewer than one step, or a model whose latent variables are continuous.
     """
     if not hasattr(steps, "__index__") or steps < 1:
         raise DvqError(f"steps = {steps!r}: give a whole number of at least 1")
     training = inputs.arrays(training, model.trial, "the training images")
-    full = torch.autocast(model.generator(0).device.type, enabled=False)  # of the backward pass too
+    full = torch.autocast(model.generator(0).device.type, enabled=False)  # for the backward pass too
     with torch.inference_mode(False), torch.enable_grad(), full:
         with seeded(seed):
             prior = Autoregressive(model)
@@ -124,7 +124,7 @@ def fit(
         for step in range(steps):
             images = training[minibatch(step, batch_size, len(training), seed)]
             generator, at_once = noise(seed, step, prior.place.device), model.trial.images_at_once
-            for start in range(0, batch_size, at_once):  # lest memory grow with the images' size
+            for start in range(0, batch_size, at_once):  # so that memory does not grow with image size
                 codes = model.encode(images[start : start + at_once], generator)
                 (-prior(codes).sum() / batch_size).backward()
             optimizer.step()

@@ -1,8 +1,8 @@
-"""Checkpoints: all that training needs to go on, whole or not there at all.
+"""Checkpoints: everything that training needs to resume. Each is complete, or is not there.
 
 ``checkpoints/<step>/`` holds ``state.safetensors`` and ``checkpoint.json``: format, family, step, the sizes of
-the event files at that moment, and the state's SHA-256. It is written under another name, synced and renamed;
-the last two are kept, so that one that was damaged later leaves another.
+the event files at that moment, and the state's SHA-256. It is written under another name, synced and renamed; the
+last two are kept, in case one is damaged later.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ def write(folder: Path, step: int, tensors: "dict[str, Tensor]", about: dict[str
             f"checkpoint of step {step} cannot be written to {path.parent} ({error.strerror}); the last one "
             "is kept, and training goes on from it when there is room"
         ) from None
-    left = path.parent.glob(".*")  # behind it by a process that was killed at another step
+    left = path.parent.glob(".*")  # partial ones, of processes that were killed
     for old in (*left, *(path.with_name(f"{step:09d}") for step in steps(folder)[:-KEPT])):
         shutil.rmtree(old, ignore_errors=True)
     return path
@@ -65,7 +65,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def latest(folder: Path, family: str) -> Checkpoint | None:
-    """The last checkpoint that is whole; of each that is not a line is printed. None: there is none.
+    """The last undamaged checkpoint, or None; a line is printed for each damaged one.
 
     Raises:
         DvqError: a checkpoint of another configuration, or of a format that this version does not read.

@@ -1,4 +1,4 @@
-"""What a sweep's results choose: of held-out images the setting of lowest bits/dim; of test images nothing."""
+"""What a sweep's results choose: on held-out images the setting of lowest bits/dim, on test images nothing."""
 
 import json
 import math
@@ -14,12 +14,12 @@ from dvq.trial import Trial
 
 SIZES = ("num_codes", "num_latents")
 FREE = ("code_dim", "seed")
-"""numbers in which trials may differ with no word, as in their estimator and ``SIZES``: a figure compares these"""
+"""numbers in which trials may differ without a warning, as in their estimator and ``SIZES``: figures compare these"""
 
 
 def chosen(results: Sequence[Result]) -> list[Result]:
-    """The trainings of the setting of lowest mean bits/dim over its seeds, the lowest first; of the settings that
-    have most of them, for of others some diverged or failed, or are not finite, and the rest are the luckier ones."""
+    """The results of the setting of lowest mean bits/dim over seeds, the lowest first. Only settings with the most
+    finite results are compared: where some seeds diverged or failed, those that are left were lucky."""
     return min(map(_finite, alike(results, "seed")), key=_order, default=[])
 
 
@@ -35,9 +35,10 @@ def _bits(result: Result) -> float:
     return float(result["evaluation"]["bits_per_dim"])
 
 
-def then(results: Sequence[Result]) -> str:
-    """What was chosen on held-out images, as a line of YAML for a sweep without ``split: tune``: the estimator, and
-    what differs from the defaults, but for split and seed. Empty: nothing was, or these are test images."""
+def chosen_line(results: Sequence[Result]) -> str:
+    """The setting chosen on held-out images, as a line of YAML for a sweep on test images: the estimator, and what
+    differs from the defaults, except split and seed. Empty if nothing was chosen, or these are results on test
+    images."""
     known = estimators()
     tuned = (
         one for one in results if one["trial"].get("split") == "tune" and one["trial"]["estimator"] in known
@@ -54,8 +55,8 @@ def then(results: Sequence[Result]) -> str:
 
 
 def warning(trials: Iterable[Mapping[str, Any]]) -> str:
-    """What to say of trials with these fields that are judged on test images, are alike in estimator, C, K and all
-    that is no number, and differ in another number than D and the seed. Empty: there are none."""
+    """A warning if some of these trials on test images agree in estimator, C, K and everything that is not a number,
+    but differ in another number than D and the seed: they invite a choice. Empty if there are none."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for fields in map(complete, trials):
         unkeyed = estimators().get(fields["estimator"], Trial).unkeyed()

@@ -5,9 +5,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+ITERATIONS = 10
+"""of k-means"""
+
 
 def largest(terms: Tensor) -> Tensor:
-    """The first place of each row's largest: (…, C) → (…). On a CPU numpy finds it in a tenth of PyTorch's time."""
+    """The index of each row's maximum (of equal ones the first): (…, C) → (…). On a CPU numpy takes a tenth of
+    PyTorch's time."""
     if terms.is_cuda:
         return terms.argmax(-1)
     return torch.from_numpy(terms.numpy().argmax(-1))
@@ -73,7 +77,8 @@ def rotated(v: Tensor, codes: Tensor) -> Tensor:
 
         R = I − 2rrᵀ + 2q̂êᵀ,  ê = v/‖v‖,  q̂ = q/‖q‖,  r = (ê + q̂)/‖ê + q̂‖
 
-    v's gradient is λRᵀ that of what this returns; where v = 0, which has no direction, it is that itself.
+    The gradient of v is λRᵀ times that of the result; where v = 0, and so has no direction, it is the result's
+    gradient itself.
 
     Source: Fifty et al. 2025, "Restructuring Vector Quantization with the Rotation Trick", section 4.2.
     """
@@ -82,13 +87,13 @@ def rotated(v: Tensor, codes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def kmeans(v: Tensor, codes: int, generator: Generator, iterations: int = 10) -> Tensor:
+def kmeans(v: Tensor, codes: int, generator: Generator) -> Tensor:
     """Lloyd's k-means of each codebook's encodings, N ≥ C, from centers drawn among them: (K, N, D) → (K, C, D)."""
     k, n, d = v.shape
     order = torch.stack([torch.randperm(n, generator=generator, device=v.device)[:codes] for _ in range(k)])
     centers = v.gather(1, order.unsqueeze(-1).expand(-1, -1, d))
-    for _ in range(iterations):
-        # (K, N), one codebook at a time, for (N, C) distances may be a gigabyte
+    for _ in range(ITERATIONS):
+        # (K, N), one codebook at a time, since (N, C) distances may take a gigabyte
         nearest = torch.stack([torch.cdist(*pair).argmin(-1) for pair in zip(v, centers, strict=True)])
         sums = code_sums(v, nearest, codes)
         counts = torch.zeros_like(centers[..., 0]).scatter_add_(1, nearest, torch.ones_like(v[..., 0]))

@@ -53,7 +53,8 @@ def _check(cls: type[Trial]) -> None:
 
 
 def _elsewhere(key: str, cls: type[Trial]) -> str:
-    """Whose field ``key`` is, or else which one of ``cls`` was meant."""
+    """A hint for an unknown ``key``: the estimators that have such a field, or else the field of ``cls`` that was
+    meant."""
     field = meant(key)
     owners = [name for name, one in estimators().items() if field in one.model_fields]
     if not owners or field in cls.model_fields:
@@ -64,7 +65,7 @@ def _elsewhere(key: str, cls: type[Trial]) -> str:
 
 
 def _not_in_the_list(name: str) -> str:
-    """What to do where the estimator's file is written and not named yet; empty where there is none."""
+    """A hint if the estimator's file is there but its class is not in the list; empty if there is no such file."""
     file = Path(__file__).parent / "estimators" / f"{name.replace('-', '_')}.py"
     return (
         f"; {file.name} is there: name its class in the list in dvq/estimators/__init__.py"
@@ -98,8 +99,8 @@ def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
 
 
 def overrides(point: Mapping[str, Any]) -> str:
-    """A point as it travels: ``estimator=gs-soft num_codes=512 seed=0``, values as JSON, words without its quotes,
-    and what a shell would take apart in quotes of a shell's."""
+    """A point as one text for the pipeline: ``estimator=gs-soft num_codes=512 seed=0``. Values are JSON, words
+    without JSON's quotes; what a shell would split is in a shell's quotes."""
     return shlex.join(f"{key}={_word(value)}" for key, value in point.items())
 
 
@@ -116,7 +117,7 @@ def _value(word: str) -> Any:
 
 
 def point(text: str) -> Point:
-    """The inverse of :func:`overrides`; DvqError where the quotes are not closed, or a word sets nothing."""
+    """The inverse of :func:`overrides`; DvqError if a quote is not closed, or a word sets no field."""
     try:
         items = shlex.split(text)
     except ValueError as error:

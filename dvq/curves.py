@@ -1,15 +1,16 @@
-"""Bits/dim against C: the curves of figure 1(a), and what each is told from the others by."""
+"""Bits/dim against C: the curves of figure 1(a), and the looks that tell them apart."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dvq.style import DASHES, MOST_GROUPS, method, style, told, varied
+from dvq.style import DASHES, MOST_GROUPS, method, style, varied, wrapped
 from dvq.tables import Result, alike
 
 FILLS = ("full", "none", "top", "bottom", "left", "right")
-"""of the marks of an estimator's settings, as its curves have the dashes: a single point shows no dashes"""
+"""fill styles of the markers: like dashes, they tell an estimator's settings apart, but also where a curve is one
+point"""
 
 
 class Curve(NamedTuple):
@@ -17,7 +18,7 @@ class Curve(NamedTuple):
 
     num_latents: int
     points: dict[int, list[Result]]
-    """the seeds' evaluations by C, in ascending order; a continuous latent variable has no C, and has them by 0"""
+    """the evaluations of all seeds by C, ascending; continuous latent variables, which have no C, are under 0"""
     label: str
     colour: str
     marker: str
@@ -26,8 +27,8 @@ class Curve(NamedTuple):
 
 
 def curves(results: Sequence[Result]) -> list[Curve]:
-    """A curve a setting and K. If there are more than six settings, those of an estimator (of VQ-VAE those of a
-    gradient) look the same, and their label says how many they are: none is chosen, least of all by test images."""
+    """A curve for each setting and K. If there are more than six settings, those of one estimator (of VQ-VAE: of one
+    gradient) look the same, and their label says how many they are: none is picked, least of all by test images."""
     found = [(_setting(trials), trials) for trials in _along(results)]
     if len({(trials[0]["trial"]["estimator"], setting) for setting, trials in found}) > MOST_GROUPS:
         found = _methods([trials for _, trials in found])
@@ -39,14 +40,14 @@ def curves(results: Sequence[Result]) -> list[Curve]:
         names = looks.setdefault(trial["estimator"], [])
         names += [name] if name not in names else []
         at = names.index(name) % MOST_GROUPS
-        label = told(f"{label}, {name}".rstrip(", "))
+        label = wrapped(f"{label}, {name}".rstrip(", "))
         look = label, colour, marker, DASHES[at], FILLS[at]
         made.append(Curve(trial["num_latents"], _points(trials), *look))
     return made
 
 
 def _methods(along: Sequence[list[Result]]) -> list[tuple[str, list[Result]]]:
-    """The settings, each by the name of all of its method."""
+    """The settings, each under the name of its whole method (:func:`dvq.style.method`)."""
     methods: dict[tuple[str, str | None], list[list[Result]]] = {}
     for trials in along:
         methods.setdefault(method(trials[0]), []).append(trials)
@@ -65,22 +66,22 @@ def mean(seeds: Sequence[Result]) -> float:
 
 
 def spread(seeds: Sequence[Result]) -> tuple[float, float]:
-    """The range of bits/dim over seeds; of a single one ± its standard error over images."""
+    """The range of bits/dim over seeds; for a single seed ± its standard error over images."""
     bits = [one["bits_per_dim"] for one in seeds]
     error = 0.0 if len(bits) > 1 else seeds[0].get("bits_per_dim_se", 0.0)
     return min(bits) - error, max(bits) + error
 
 
 def _along(results: Sequence[Result]) -> list[list[Result]]:
-    """The results in lists that differ in C and the seed. FSQ's levels make C, so that they are one curve too, unless
-    some of them make the same."""
+    """The results in lists within which only C and the seed differ. FSQ's levels decide C, so different levels are
+    one curve too, unless some of them have the same C."""
     made = {(str(t["levels"]), t["num_codes"]) for t in (one["trial"] for one in results) if "levels" in t}
     one_each = len({codes for _, codes in made}) == len(made)
     return alike(results, "seed", "num_codes", *(["levels"] if one_each else []))
 
 
 def _setting(trials: Sequence[Result]) -> str:
-    """What all of a curve's trials say of their setting: FSQ's levels may differ along it."""
+    """What the names of all of a curve's trials say of their setting: FSQ's levels may differ along it."""
     said = [varied(one).split(", ") for one in trials]
     return ", ".join(part for part in said[0] if all(part in other for other in said))
 

@@ -25,8 +25,10 @@ from dvq.fingerprints import ARRAYS, FORMAT, fingerprint, shape_of
 from dvq.trial import Split, Trial
 
 SAMPLE = Path(__file__).parent / "sample" / "cifar10-sample.npz"
+PROGRESS = 5.0
+"""seconds between two lines about a download"""
 HELD_OUT = 10
-"""one training image in so many, the last ones, is held out by the split ``tune``"""
+"""the split ``tune`` holds out the last of this many equal parts of the training images"""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def check_source(name: str, source: str) -> None:
 
 
 def prepare(name: str, source: str, folder: Path, progress: Progress | None = None) -> None:
-    """Make ``folder`` hold the dataset ``name``: at once and whole, or not at all.
+    """Make ``folder`` hold the dataset ``name``: completely, or not at all.
 
     It is written beside ``folder`` and renamed. A second process that prepares the same waits for the first
     and finds its work; what a killed one left behind is removed by the next.
@@ -125,11 +127,11 @@ def prepare(name: str, source: str, folder: Path, progress: Progress | None = No
     Raises:
         DvqError: the source is missing, damaged, unreachable or holds other images, or ``folder`` is not writable.
     """
-    fingerprints.of(name)  # DvqError unless images are called so
+    fingerprints.of(name)  # DvqError if this cannot be a dataset's name
     folder = Path(folder)
     if is_prepared(name, folder):
         return
-    with _writing(folder), _alone(folder) as work:
+    with _writing(folder), _workspace(folder) as work:
         if is_prepared(name, folder):
             return
         _write(name, _read(name, source, work, progress), work)
@@ -158,9 +160,8 @@ def statistics(images: Images) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.
         counts += [np.bincount(some[..., channel].ravel(), minlength=256) for channel in channels]
     pixels, values = counts.sum(axis=1), np.arange(256) / 255
     mean = counts @ values / pixels
-    return mean, np.sqrt(
-        np.maximum(counts @ values**2 / pixels - mean**2, 0)
-    )  # of one value it may round below 0
+    variance = counts @ values**2 / pixels - mean**2
+    return mean, np.sqrt(np.maximum(variance, 0))  # rounding may take that of a constant below 0
 
 
 def read_sample(path: Path = SAMPLE) -> dict[str, Images]:
@@ -176,13 +177,13 @@ def unpack(packed: Images) -> Images:
     return np.ascontiguousarray(np.moveaxis(packed, 0, -1))
 
 
-def print_progress(every: float = 5.0) -> Progress:
-    """A ``progress`` that prints a line, at most one in ``every`` seconds: for output that is no terminal."""
-    last = -every
+def print_progress() -> Progress:
+    """A ``progress`` that prints a line, at most one in ``PROGRESS`` seconds: for output that is not a terminal."""
+    last = -PROGRESS
 
     def line(done: int, total: int) -> None:
         nonlocal last
-        if done == total or time.monotonic() - last >= every:
+        if done == total or time.monotonic() - last >= PROGRESS:
             last = time.monotonic()
             of = f" of {total / 1e6:.0f}" if total else ""
             print(f"downloading: {done / 1e6:.0f}{of} MB", flush=True)
@@ -203,8 +204,8 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[Path]:
-    """An empty folder beside ``folder`` for one process at a time; its lock's file stays, it is empty."""
+def _workspace(folder: Path) -> Iterator[Path]:
+    """An empty folder beside ``folder``, for one process at a time. The lock file, which is empty, is left there."""
     work = folder.parent / f".{folder.name}.partial"
     with disk.locked(folder.parent / f".{folder.name}.lock"):
         shutil.rmtree(work, ignore_errors=True)
@@ -247,13 +248,14 @@ def _write(name: str, arrays: dict[str, Images], work: Path) -> None:
 
 
 def _publish(work: Path, folder: Path) -> None:
-    """Rename ``work`` to ``folder``; replace a damaged dataset that is in the way, its data.json last."""
+    """Rename ``work`` to ``folder``. If that has files already its dataset, a damaged one, is replaced file by file,
+    data.json last, and whatever else it holds is kept."""
     try:
         work.rename(folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        (folder / "data.json").unlink(missing_ok=True)  # of what is there nothing is whole from here on
+        (folder / "data.json").unlink(missing_ok=True)  # from here on the old dataset counts as incomplete
         disk.sync(folder)
         for path in sorted(work.iterdir(), key=lambda path: path.name == "data.json"):
             path.replace(folder / path.name)

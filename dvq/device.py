@@ -1,4 +1,4 @@
-"""Which device a process computes on, that it computes there the same each time, and with what memory."""
+"""The device that a process computes on, reproducible results there, and how its memory is kept."""
 
 import ctypes
 import fcntl
@@ -19,17 +19,17 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # in malloc.h
 
 
 def pick() -> torch.device:
-    """The CPU, or, of the GPUs that are visible, the one that the fewest of this user's processes hold.
+    """The CPU, or the visible GPU that the fewest of this user's processes hold.
 
-    So the trials of one sweep spread over a workstation's GPUs, and share one when there are more of them. The
-    place is held until the process ends, however it does.
+    So the trials of a sweep spread over a workstation's GPUs, and share them when there are more trials than GPUs.
+    The GPU is held until the process ends, however it ends.
 
     ``DVQ_DEVICE=cpu`` takes the CPU.
 
     Raises:
         UnusableError: the environment wants a GPU, ``DVQ_DEVICE=cuda``, and there is none to be seen; or the driver
             does not start.
-        DvqError: ``DVQ_DEVICE`` is neither.
+        DvqError: ``DVQ_DEVICE`` has another value.
     """
     wanted = os.environ.get("DVQ_DEVICE", "")
     if wanted not in ("", "cpu", "cuda"):
@@ -38,7 +38,7 @@ def pick() -> torch.device:
         )
     count = 0 if wanted == "cpu" else torch.cuda.device_count()
     if not count:
-        if wanted == "cuda":  # a GPU that is paid for: better no trial than a slow one
+        if wanted == "cuda":  # the GPU is paid for: better no trial than a slow one
             raise UnusableError(
                 f"DVQ_DEVICE=cuda, but torch {torch.__version__} sees no GPU: is it a build with CUDA, and the "
                 "folder of the driver's libcuda.so.1 in LD_LIBRARY_PATH?"
@@ -76,7 +76,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def exact() -> None:
-    """On GPUs: the same each time, and float32 proper where it is not bfloat16 that was asked for."""
+    """Make GPUs deterministic, and their float32 exact: no TF32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -84,8 +84,8 @@ def exact() -> None:
 
 @contextmanager
 def tensor_float32(allowed: bool, on: torch.device) -> Iterator[None]:
-    """Whether a GPU's float32 products may round their factors to 10 bits (TF32), which is several times as fast. It
-    is the whole process's setting, which is as it was behind this block; on a CPU it is left alone."""
+    """In this block a GPU's float32 products may (or may not) round their factors to 10 bits (TF32), which is several
+    times as fast. The setting is the whole process's and is restored afterwards; on a CPU nothing changes."""
     products = torch.backends.cuda.matmul
     if on.type != "cuda" or products.allow_tf32 == allowed:
         yield
@@ -113,10 +113,10 @@ def take(count: int, folder: Path) -> int:
 
 
 def keep_memory() -> None:
-    """Keep the pages of large tensors for this process.
+    """Keep the memory of freed tensors for this process.
 
-    glibc gives them back when a tensor is freed, for the system to clear others at the next step: an eighth of a step
-    of 256 maps on a CPU. Other C libraries, which have no ``mallopt``, are left alone.
+    Otherwise glibc returns the pages of large tensors to the system, which has to clear new ones at the next step: an
+    eighth of a step with 256 maps on a CPU. Other C libraries have no ``mallopt``; nothing is changed there.
     """
     tell = getattr(ctypes.CDLL(None), "mallopt", None)
     if tell:

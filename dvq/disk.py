@@ -1,4 +1,4 @@
-"""Files that a reader, or the machine after a power cut, finds whole or not at all; and locks."""
+"""Files that a reader, or the machine after a power cut, finds complete or not at all; and locks."""
 
 import errno
 import fcntl
@@ -17,7 +17,7 @@ import numpy as np
 from dvq import DvqError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""What the system says of a disk that is full, or not to be written."""
+"""The error numbers of a disk that is full or read-only."""
 
 
 def sync(path: Path) -> None:
@@ -30,7 +30,7 @@ def sync(path: Path) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write under another name, sync, and rename: a reader sees the whole file or the one before."""
+    """Write under another name, sync, and rename: a reader sees the whole new file or the old one."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -70,7 +70,8 @@ class Arrays:
 
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, then synced, that takes the place of ``folder``; of a failed one nothing stays."""
+    """Yield an empty folder to fill, which is then synced and takes the place of ``folder``; after an error nothing
+    of it is left."""
     partial, earlier = (folder.with_name(f".{what}-{folder.name}") for what in ("partial", "earlier"))
     for left in (partial, earlier):
         shutil.rmtree(left, ignore_errors=True)
@@ -90,8 +91,8 @@ def whole(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, busy: Callable[[], None] = lambda: None) -> Iterator[int]:
-    """Hold the lock that is the file ``path``; ``busy`` is called before waiting for one that another process
-    holds. The system gives it back when the last process that has it ends, however it does."""
+    """Hold the lock file ``path``; if another process holds it, ``busy`` is called and then the lock waited for. The
+    system releases it when the last process that inherited it ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         try:
@@ -108,8 +109,8 @@ class BusyError(DvqError):
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """The folder, made if it is not there, is this caller's; BusyError where another is at work in it. Some networks'
-    file systems lock no folder, and are trusted."""
+    """Hold ``folder``, which is made if it is not there, for this caller; BusyError if another is at work in it.
+    Where a network's file system cannot lock a folder, it is assumed that there is no other."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -127,16 +128,16 @@ def alone(folder: Path) -> Iterator[None]:
                 ) from None
         yield
     finally:
-        with suppress(OSError):  # said, for a process that was forked meanwhile holds the lock too
+        with suppress(OSError):  # explicitly: a process that was forked meanwhile holds the lock too
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 def locks() -> Path:
-    """The folder of this user's locks on GPUs, one for all launches on a machine: not TMPDIR, which each has of its
-    own, nor a container's /tmp. ``DVQ_LOCKS`` names another."""
+    """The folder of this user's locks on GPUs, the same for all launches on a machine: so neither TMPDIR, which each
+    launch sets for itself, nor a container's /tmp. ``DVQ_LOCKS`` names another."""
     folder = Path(os.environ.get("DVQ_LOCKS") or f"/tmp/dvq-{os.getuid()}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.lstat().st_uid != os.getuid():  # /tmp is everybody's
+    if folder.lstat().st_uid != os.getuid():  # anyone can make it in /tmp
         raise DvqError(f"{folder} is another user's; name a folder for the locks on GPUs with DVQ_LOCKS")
     return folder

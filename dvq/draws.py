@@ -20,14 +20,14 @@ from dvq.posterior import (
 def inverse_draw(weights: Tensor, count: int, generator: Generator) -> Tensor:
     """``count`` draws z ~ w/Σw for each row: (K, N, C) → (K, N, count).
 
-    The first c with q(z ≤ c) ≥ u, one random number a draw (the Gumbel maximum takes one a category). It is
-    never one of probability 0: u > 0, and the sums rise only where w does. They do so on a GPU, which adds in
-    another order than from left to right, in float64.
+    The first c with q(z ≤ c) ≥ u: one random number per draw (the Gumbel-max trick takes one per category). A
+    category of probability 0 is never drawn, since u > 0 and the cumulative sums rise only where w > 0. On a GPU,
+    which does not add from left to right, they do so in float64 only.
     """
     below = (weights.double() if weights.is_cuda else weights).cumsum(-1)
     u = below.new_empty(*weights.shape[:2], count).uniform_(SMALLEST, 1, generator=generator)
     found = torch.searchsorted(below, u.mul_(below[..., -1:]))
-    # weights that are not finite must not end training inside a draw: its loss says so
+    # weights that are not finite must not raise an error here: the check of the loss reports them
     return found.clamp_(max=weights.shape[-1] - 1)
 
 
@@ -50,7 +50,7 @@ def plain_score(
 
 
 class _Scored(torch.autograd.Function):
-    """In tiles, as the relaxation: between the passes only the codes and a number a row are kept."""
+    """In tiles, like the relaxation: between the passes only the codes and one number per row are kept."""
 
     @staticmethod
     def forward(
@@ -87,7 +87,7 @@ class _Scored(torch.autograd.Function):
             m, g = codebook[at[0]], g_log_q[at]
             g_l = make[at].exp_()  # q
             g_l *= -g.sum(-1, keepdim=True)
-            for s in range(g.shape[-1]):  # one by one: draws of one code would be added in any order
+            for s in range(g.shape[-1]):  # one at a time: draws of one code would add in no fixed order
                 g_l.scatter_add_(-1, codes[at][..., s : s + 1], g[..., s : s + 1])
             g_v[at] = torch.bmm(g_l, m)
             g_m[at[0]].baddbmm_(g_l.mT, v[at]).addcmul_(g_l.sum(1).unsqueeze(-1), m, value=-1)
@@ -109,10 +109,10 @@ def plain_reinmax(
 ) -> tuple[Tensor, Tensor]:
     """What the decoder sees of a draw z ~ q, M[z], with ReinMax's gradient; and the rate.
 
-    With the decoder's gradient g_c by the weight of code c, Heun's method takes the mean of those at z and at c for
-    the difference of f there; summed over c by q, the logits get
+    g_c is the decoder's gradient with respect to the weight of code c. Heun's method approximates the difference of f
+    between z and c by the mean of its gradients there; summed over c with weights q, this gives the logits
 
-        g_l = ½ ∂(Σ_c q_c g_c)/∂l + ½ (g_z − Σ_c q_c g_c) ∂log q_z/∂l,  M[z] alone the codes' gradient.
+        g_l = ½ ∂(Σ_c q_c g_c)/∂l + ½ (g_z − Σ_c q_c g_c) ∂log q_z/∂l,  and the codes get theirs through M[z] alone.
 
     Args:
         logits: (K, N, C); codebook: (K, C, D); log_prior: (K, C).
@@ -131,7 +131,7 @@ def plain_reinmax(
 
 
 class _ReinMax(torch.autograd.Function):
-    """In tiles, as the relaxation: between the passes only the codes and a few numbers a row are kept."""
+    """In tiles, like the relaxation: between the passes only the codes and a few numbers per row are kept."""
 
     @staticmethod
     def forward(

@@ -18,7 +18,7 @@ from dvq.model import Model, in_evaluation
 from dvq.quantizers import Deterministic
 
 STATISTICS = 200
-"""minibatches whose statistics batch normalization is fitted to, at most"""
+"""how many minibatches, at most, batch normalization's statistics are estimated from"""
 
 
 def batches(images: NDArray[np.uint8], size: int, device: torch.device) -> Iterator[Tensor]:
@@ -127,19 +127,19 @@ def _rate_under(prior: Autoregressive, model: Model, sample: Sample, images: int
 
 @torch.no_grad()
 def fit(model: Model, training: NDArray[np.uint8], batch_size: int | None = None, seed: int = 0) -> Model:
-    """Fit, in place, what training only follows: batch normalization's statistics, and the prior.
+    """Estimate anew, in place, what lags behind the weights in training: batch normalization's statistics, and the
+    prior.
 
-    Both trail the weights: the statistics by their running averages, which for GS-Soft, besides, are of mixtures
-    of codes and not of single ones; the prior by the optimizer's small steps, the more so the fewer codes an
-    estimator uses. The statistics become the mean over those of minibatches of the trial's size, at most
-    ``STATISTICS``, with hard samples (Ioffe & Szegedy 2015, "Batch Normalization", algorithm 2), unless training
-    fixed them; then the prior, if it is trained, p(z_k = c) = (n_kc + 1) / (n_k + C), by the counts n of one draw of
-    each image.
+    The statistics lag because they are running averages (for GS-Soft, besides, of mixtures of codes instead of single
+    ones), the prior because the optimizer's steps are small, the more so the fewer codes an estimator uses. The
+    statistics become the mean over up to ``STATISTICS`` minibatches of the trial's size, with hard samples (Ioffe &
+    Szegedy 2015, "Batch Normalization", algorithm 2), unless training fixed them. Then a prior that is trained
+    becomes p(z_k = c) = (n_kc + 1) / (n_k + C), with the counts n of one draw for each image.
 
     Args:
-        model: which is in evaluation mode afterwards.
+        model: left in evaluation mode.
         training: the images (N, H, W, 3) uint8 that it was trained on.
-        batch_size: of the images that are counted; None: as many as memory is meant for.
+        batch_size: images at a time when codes are counted; None: the trial's ``images_at_once``.
         seed: of the draws.
 
     Returns:
@@ -166,7 +166,7 @@ def _fit_normalization(model: Model, training: NDArray[np.uint8], generator: tor
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all minibatches
-        layer.train()  # it alone: the rest stays as in evaluation, in float32
+        layer.train()  # this layer alone: the rest stays as in evaluation, in float32
     size = min(model.trial.batch_size, len(training))
     whole = training[: min(len(training) // size, STATISTICS) * size]
     for batch in batches(whole, size, generator.device):
@@ -217,7 +217,7 @@ def _summary(gathered: _Pass, bound_samples: int, model: Model) -> dict[str, Any
 
 
 def _mean(bits: Tensor) -> tuple[float, float]:
-    """Of the images' numbers, and its standard error."""
+    """The mean over images, and its standard error."""
     return bits.mean().item(), (bits.std() / len(bits) ** 0.5).item() if len(bits) > 1 else 0.0
 
 

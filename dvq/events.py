@@ -1,10 +1,10 @@
 """A trial's events: what happened and what was measured, as lines of JSON appended to numbered files.
 
-``events/000000.jsonl``, ``events/000001.jsonl``, …: every process that has something to say opens the next
-file, so that no two ever write to one. A line is ``{"kind": …, "time": seconds since 1970, …}``:
+``events/000000.jsonl``, ``events/000001.jsonl``, …: every process that appends opens the next file, so that no two
+ever write to the same one. A line is ``{"kind": …, "time": seconds since 1970, …}``:
 
-- ``state``: ``state`` is training, interrupted, evaluating, analyzing or finished; ``pid`` of who says so; and, of
-  an interruption by a machine that cannot compute, its ``reason``
+- ``state``: ``state`` is training, interrupted, evaluating, analyzing or finished; ``pid`` of the process; and, of an
+interruption because the machine cannot compute, the ``reason``
 - ``metrics``: ``step`` and ``values`` {name: number}
 - ``failure``: ``reason``, one sentence
 - ``image``: ``step``, ``name`` and ``path`` (relative to the trial's folder) of a picture
@@ -56,7 +56,7 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 class Tail:
-    """The lines that were appended to a trial's events since the last look, each read once."""
+    """A reader of a trial's events as they are appended: each look returns what is new since the last."""
 
     def __init__(self, folder: Path) -> None:
         self._directory = folder / "events"
@@ -80,12 +80,12 @@ def _lines(path: Path, start: int) -> Iterator[bytes]:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """The events' files and their sizes: a place that :func:`truncate` goes back to."""
+    """The files of events and their sizes: a place that :func:`truncate` can go back to."""
     return {path.name: path.stat().st_size for path in sorted((folder / "events").glob("[0-9]*.jsonl"))}
 
 
 def truncate(folder: Path, to: dict[str, int]) -> None:
-    """Forget all events but those up to a place that :func:`sizes` gave. Files of later events stay, empty, so
-    that no number is given twice: who follows the files would take a new one for what it has read."""
+    """Forget all events after a place that :func:`sizes` gave. Files of later events stay, empty, so that no number
+    is used twice: whoever follows the files would take a new one for one that it has read."""
     for path in sorted((folder / "events").glob("[0-9]*.jsonl"), reverse=True):
         os.truncate(path, min(path.stat().st_size, to.get(path.name, 0)))  # a larger size would append zeros

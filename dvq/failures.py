@@ -12,7 +12,8 @@ UNUSABLE = 69
 
 
 class UnusableError(DvqError):
-    """This machine cannot compute, whatever the trial: the task fails, lest the next trials be sent here too."""
+    """This machine cannot compute, whatever the trial: the task fails, so that the next trials are not sent here
+    too."""
 
 
 def reason(error: Exception) -> str:
@@ -28,13 +29,13 @@ def reason(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)]
     estimators = [frame for frame in ours if Path(frame.filename).parent.name == "estimators"]
-    at = (estimators or ours)[-1:]  # of an estimator its own line, though what fell over it lies deeper
+    at = (estimators or ours)[-1:]  # an estimator's own line, though it was raised deeper
     place = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in at)
     return f"{type(error).__name__}: {first}{place}"
 
 
 def death(code: int) -> str:
-    """One sentence for how a process ended that could not say it itself."""
+    """One sentence for how a process ended that could not report it itself."""
     if code == -signal.SIGKILL:
         told = _memory_limit() or "most often the machine or container was out of memory"
         return f"training was killed by SIGKILL: {told}"
@@ -45,7 +46,7 @@ def death(code: int) -> str:
 
 
 def _memory_limit() -> str:
-    """That this container's memory limit killed a process, if it did: the kernel counts these."""
+    """What to say if this container's memory limit killed a process, which the kernel counts; else empty."""
     for events_file, limit in (
         ("memory.events", "memory.max"),
         ("memory/memory.oom_control", "memory/memory.limit_in_bytes"),

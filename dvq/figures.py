@@ -71,8 +71,8 @@ def figure_1a(results: Sequence[Result]) -> Figure:
 
 
 def _codes_axis(axes: Axes, found: Sequence[Curve], others: Sequence[int]) -> float:
-    """Makes the axis of the curves' C and ``others``; how many octaves are to be between marks at the same C, so that
-    their bars are all seen."""
+    """Make the axis of C for the curves and for ``others``; returns how many octaves apart marks at the same C are to
+    be drawn, so that all their bars are seen."""
     ticks = sorted({*others, *(codes for curve in found for codes in curve.points if codes)})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
@@ -139,7 +139,7 @@ def explained_variance(analysis: Analysis, title: str) -> Figure:
 
 
 def _analyzed(results: Sequence[Result], analyses: Analyses) -> list[tuple[Group, list[Analysis]]]:
-    """The groups that are shown of those that have analyses, with these; continuous latents have none."""
+    """The groups to show, with their analyses; continuous latent variables have none and are left out."""
     groups = shown([result for result in results if result["name"] in analyses])
     return [(group, [analyses[result["name"]] for result in group.results]) for group in groups]
 
@@ -187,7 +187,7 @@ def figure_1c(results: Sequence[Result]) -> Figure:
 
 
 def _training(axes: Axes, group: Group, curve: Sequence[Result]) -> bool:
-    """The path of one trial; whether the rate under the best prior is known, and drawn."""
+    """Draw the path of one trial; returns whether the rate under the best prior is known, and drawn too."""
     points = np.array([(point["rate"], point["distortion"]) for point in curve])
     drawn: dict[str, Any] = {"color": group.colour, "marker": group.marker}
     axes.plot(*points.T, ls=group.dashes, lw=1.2, ms=2.5, **drawn)

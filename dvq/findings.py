@@ -106,8 +106,8 @@ def over(results: Sequence[Result], measure: Measure) -> Estimate:
 
 
 def bits_per_dim(result: Result) -> float:
-    """With normalization and prior fitted to the training images: in so few steps neither gets there, the prior least
-    where few codes are used, and estimators would be told apart by that."""
+    """With normalization and prior fitted to the training images: in so few steps both lag behind, the prior the more
+    the fewer codes are used, and estimators would differ by that lag alone."""
     lacks = "has no fitted_bits_per_dim, for an earlier version evaluated it;"
     return _number(result, result["evaluation"].get("fitted_bits_per_dim"), lacks)
 
@@ -118,8 +118,8 @@ def as_evaluated(result: Result) -> float:
 
 
 def signal(result: Result) -> float:
-    """‖E g‖² / E‖g − E g‖² of the gradient after training, 1/variance: this, not the variance, has a mean over
-    seeds where the draws hardly tell E g from 0. The probe gives no signal below 0, so there it is a little high."""
+    """‖E g‖² / E‖g − E g‖² of the gradient after training, 1/variance: unlike the variance, this has a mean over
+    seeds where the draws hardly tell E g from 0. The probe cuts it off at 0, so there it is a little too high."""
     lacks = "was computed without a look at its gradient, for another sweep; with probe_draws in this one,"
     *_, last = result.get("probe") or [{}]
     return 1 / _number(result, last.get("variance"), lacks)
@@ -139,7 +139,8 @@ def claims(mini: Miniature) -> list[Claim]:
 
 def codebook_size(mini: Miniature) -> Iterator[Claim]:
     def lost(name: str, measure: Measure = bits_per_dim) -> Estimate:
-        """From the center, which was named before; the lowest of what was measured would be so by its noise too."""
+        """Relative to the center, which was fixed beforehand: the lowest of the measured values would be low by its
+        noise too."""
         sizes = mini.along(name, "num_codes")
         return over(sizes[max(sizes)], measure) - over(sizes[mini.center.num_codes], measure)
 
@@ -187,7 +188,8 @@ def _at(result: Result, point: int, term: str) -> float:
 
 
 def rates(mini: Miniature) -> Iterator[Claim]:
-    """By the least rate of any prior: the trained one's falls as long as it still learns the codes' frequencies."""
+    """By the rate under the best prior: under the trained one it falls as long as that still learns the codes'
+    frequencies."""
 
     def moved(name: str, term: str) -> Estimate:
         return over(mini.central(name), lambda result: _at(result, -1, term) - _at(result, 0, term))

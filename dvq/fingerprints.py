@@ -1,4 +1,4 @@
-"""Which images a trial's data are, by a name that says it: their shape, and a SHA-256 over the prepared arrays.
+"""What identifies a trial's images: a name that tells their shape, and a SHA-256 over the prepared arrays.
 
 The fingerprint is part of every trial's key, and ``dvq.data`` refuses to write arrays that differ from it.
 """
@@ -29,8 +29,8 @@ LABELS: dict[str, str] = {
 }
 
 OWN = re.compile(r"[a-z0-9][a-z0-9-]*@(?:([1-9]\d*)x([1-9]\d*)x([1-9]\d*)-)?([0-9a-f]{16})", re.ASCII)
-"""the name of images of one's own: their file's; height, width and channels, unless these are CIFAR-10's; and the
-first digits of their fingerprint"""
+"""the names of a user's own images: their file's name; height, width and channels, unless these are CIFAR-10's; and
+the first digits of their fingerprint"""
 
 Shape = tuple[int, int, int]
 CIFAR10: Shape = 32, 32, 3
@@ -48,10 +48,10 @@ def fingerprint(arrays: Mapping[str, npt.NDArray[np.uint8]]) -> str:
 
 
 def of(name: str) -> str:
-    """The fingerprint of the images ``name``: all of it, or of one's own images the first 16 digits.
+    """The fingerprint of the images ``name``: all of it, or of a user's own images the first 16 digits.
 
     Raises:
-        DvqError: images are not called so.
+        DvqError: this cannot be the name of images.
     """
     try:
         return FINGERPRINTS.get(_checked(name)) or name[-16:]
@@ -72,7 +72,7 @@ def shape_of(arrays: Mapping[str, npt.NDArray[np.uint8]]) -> Shape:
 
 
 def own(stem: str, arrays: Mapping[str, npt.NDArray[np.uint8]]) -> str:
-    """What images of one's own are called, that come from a file of the name ``stem``."""
+    """The name of a user's own images that come from a file called ``stem``."""
     sizes = "x".join(map(str, shape_of(arrays)))
     return f"{stem}@{sizes + '-' if shape_of(arrays) != CIFAR10 else ''}{fingerprint(arrays)[:16]}"
 
@@ -95,7 +95,7 @@ def fits(name: str, found: str, arrays: Mapping[str, npt.NDArray[np.uint8]]) -> 
 
 
 def label(name: str) -> str:
-    """The images ``name``, as people read it."""
+    """The images ``name``, in words for people."""
     return LABELS.get(name, name)
 
 

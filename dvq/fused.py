@@ -1,4 +1,4 @@
-"""Element by element work on a GPU in few kernels, by PyTorch's compiler, where it can run."""
+"""Element-wise work on a GPU fused into few kernels by PyTorch's compiler, where that can run."""
 
 import functools
 import os
@@ -18,8 +18,8 @@ R = TypeVar("R")
 
 @functools.cache
 def able() -> bool:
-    """Whether there are a GPU, Triton, and what it builds with, a C compiler and Python's headers; where only these
-    are lacking it says so once. ``DVQ_FUSE=0`` says no."""
+    """Whether there are a GPU, Triton, and the C compiler and Python headers that Triton needs; if only the latter
+    are missing, that is said once. ``DVQ_FUSE=0`` turns fusing off."""
     if os.environ.get("DVQ_FUSE") == "0" or not torch.cuda.is_available() or not has_triton():
         return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -42,7 +42,7 @@ def fused(plain: Callable[P, R]) -> Callable[P, R]:
 
 
 def _compile(plain: Callable[P, R]) -> Callable[P, R]:
-    """Its kernels are not chosen by timing them, lest the process that goes on after this one choose others."""
+    """Kernels are not chosen by timing them: the process that resumes this one's training might choose others."""
     from torch._inductor import config
 
     repeats: dict[str, str | int | bool | Callable[..., Any]] = {"deterministic": True}

@@ -1,4 +1,4 @@
-"""What a trained model is given, checked: other images or codes would be an error deep inside, or wrong numbers."""
+"""Checks of what a trained model is given: other images or codes would be an error deep inside, or wrong numbers."""
 
 import operator
 from typing import Any
@@ -13,7 +13,7 @@ from dvq.trial import Discrete, Stochastic, Trial
 
 
 def images(given: Any, trial: Trial, device: torch.device) -> Tensor:
-    """The images as a uint8 tensor on ``device``; DvqError if they are none of the shape of the trial's."""
+    """The images as a uint8 tensor on ``device``; DvqError unless they have the shape of the trial's."""
     found = _tensor(given, "images")
     height, width, channels = of_one = trial.image_shape
     wanted, shape = f"give uint8 (B, {height}, {width}, {channels}), values 0 to 255", tuple(found.shape)
@@ -37,7 +37,7 @@ def images(given: Any, trial: Trial, device: torch.device) -> Tensor:
 
 
 def arrays(given: ArrayLike, trial: Trial, what: str) -> NDArray[np.uint8]:
-    """Many images, which stay where they are; DvqError, of ``what``, if they are none of the shape of the trial's."""
+    """Many images, which are not copied; a DvqError that names ``what`` unless they have the shape of the trial's."""
     if isinstance(given, tuple):
         raise DvqError(f"{what} are a tuple: give its array of images, as in data.evaluation(split)[0]")
     found = np.asarray(given)
@@ -88,8 +88,8 @@ def codes(given: Any, trial: Trial, device: torch.device) -> Tensor:
 
 
 def generator(given: Any, device: torch.device) -> torch.Generator:
-    """The generator; without one, a new one, seeded by torch's own random numbers (``torch.manual_seed``): were it
-    the same each time, calls one after the other would share their noise."""
+    """The generator; if there is none, a new one seeded from torch's global random numbers (``torch.manual_seed``):
+    with a fixed seed, successive calls would share their noise."""
     if given is None:
         return torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, ())))
     if not isinstance(given, torch.Generator):

@@ -19,7 +19,7 @@ from dvq.trial import Discrete, Stochastic, Trial
 Result = dict[str, Any]
 CODEBOOKS = ("explained", "explained_weighted", "projections", "norms")
 TAKEN = ("estimator", "num_codes", "num_latents", "data", "split", "steps")
-"""fields that stand elsewhere in a row"""
+"""fields that have columns of their own, or that a table's title says"""
 DETAILS = ("minutes", "device", "code", "evaluated by")
 """columns of the folder's page, which the project's README has no room for"""
 
@@ -59,7 +59,8 @@ def name(one: Trial) -> str:
 
 
 def _told_apart(one: Trial, *but: str) -> str:
-    """``gs-soft-c512-k16-s0`` and what differs from the defaults, of what decides numbers, ``but`` some fields."""
+    """``gs-soft-c512-k16-s0``, and the fields that decide numbers and differ from the defaults, except those in
+    ``but``."""
     return short_name(one, {field: x for field, x in one.changed().items() if field not in ("data", *but)})
 
 
@@ -89,9 +90,9 @@ def _read(path: Path) -> Result:
 
 
 def draw(folder: Path, results: Sequence[Result]) -> None:
-    """The figures of what was trained in full; of partial training, which they say, where there is nothing else.
-    Of the codebooks also of trainings without the held-out images, for lack of others. Their legends leave out what
-    all the trials have in common."""
+    """Draw the figures of what was trained in full; if there is nothing, those of partial training, and they say so.
+    Figures of codebooks fall back on trainings without the held-out images too. Legends leave out what all the trials
+    have in common."""
     shown, coded = _shown(results)
     report.draw(folder, _named(shown), {}, {}, {})
     named = _named(coded)

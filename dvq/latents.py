@@ -28,7 +28,7 @@ class Sample(NamedTuple):
     codes: Tensor | None = None
     """(K, N) integers, where the latent variables are discrete"""
     mass: Tensor | None = None
-    """(K, C): Σ_n q(z|x), where that is not the count of the codes"""
+    """(K, C): Σ_n q(z|x), unless that is the count of the codes"""
 
 
 def per_image(terms: Tensor, images: int) -> Tensor:
@@ -81,7 +81,7 @@ class Codebooks(nn.Module):
 
     @torch.no_grad()
     def place(self, centers: Tensor) -> None:
-        """Begin with codebooks (K, C, D) that were found elsewhere."""
+        """Set the codebooks (K, C, D) that training begins with."""
         self.codebook.copy_(centers)
 
 

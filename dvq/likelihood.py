@@ -53,7 +53,8 @@ class _TiledNLL(torch.autograd.Function):
         buffer = weight.new_empty(size, len(bias))  # one for all tiles: it stays in the cache
 
         def gradient(logits: Tensor, tile: slice) -> Tensor:
-            """d(weighted nll)/d(logits) = weight · (softmax − onehot), on a CPU in their place; notes the nll."""
+            """d(weighted nll)/d(logits) = weight · (softmax − onehot), on a CPU in place of the logits; also stores
+            the nll."""
             weights = None if row_weights is None else row_weights[tile, None]
             if logits.is_cuda:
                 if not learning:
@@ -109,7 +110,7 @@ class _TiledNLL(torch.autograd.Function):
 
 
 def _softmax(logits: Tensor, targets: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
-    """−log softmax(l)[targets], and, where it is asked for, softmax(l), which takes the place of l.
+    """−log softmax(l)[targets], and, if ``learning``, softmax(l), computed in place of l.
 
     (R, 3, 256), (R, 3, 1) → (R, 3), (R, 3, 256)
     """
@@ -140,7 +141,7 @@ def gpu_gradient(
 
 
 def _product(a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:
-    """a b in the buffer's precision, whatever the factors'; in the buffer where they have it too."""
+    """a b in the buffer's precision, whatever the factors'; written to the buffer if theirs is the same."""
     if a.dtype == buffer.dtype:
         return torch.mm(a, b, out=buffer[: len(a)])
     return torch.mm(a, b, out_dtype=buffer.dtype) if a.is_cuda else (a @ b).to(buffer.dtype)

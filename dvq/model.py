@@ -21,8 +21,9 @@ Images = Tensor | NDArray[np.uint8]
 
 
 def in_evaluation(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of a model that runs in evaluation mode, without gradients, and in the model's own precision, no
-    autocast's. The modes of the model and its parts are as they were behind it, whatever it raises."""
+    """Decorator: the function of a model runs in evaluation mode, without gradients, and in the model's own
+    precision, not an autocast's. Afterwards, whatever it raises, the model and its parts are in the modes they were
+    in before."""
 
     @wraps(function)
     def judged(*args: P.args, **named: P.kwargs) -> R:
@@ -115,7 +116,7 @@ class Model(nn.Module):
     def log_posterior(self, images: Images) -> Tensor:
         """log q(z|x) of every code [nats]: images (B, H, W, 3) uint8 → (B, H/4, W/4, K, C).
 
-        The most probable codes are no draws of q: charged with its KL they make no ELBO.
+        The most probable codes are not draws from q: their distortion plus q's KL is no ELBO.
 
         Raises:
             DvqError: other images, or a model whose posterior has no such probabilities (VQ-VAE, FSQ, Gaussian).

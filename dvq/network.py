@@ -16,7 +16,7 @@ Weigh = Callable[[Tensor], Tensor]
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalization whose means and variances may be fixed: it is then in training as in evaluation."""
+    """Batch normalization whose means and variances may be fixed: training is then as evaluation."""
 
     fixed = False
 
@@ -54,7 +54,7 @@ class _Network(nn.Module):
 
     def autocast(self, like: Tensor) -> torch.autocast:
         mixed = self.mixed and self.training
-        # without a cache, which an autocast round the training would keep over its steps: the first weights, for ever
+        # no cache: an autocast around the whole training would keep it over all steps, with the first step's weights
         return torch.autocast(like.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
 
 

@@ -1,4 +1,4 @@
-"""Images of one's own, from a file of numpy arrays: checked, and named by their content."""
+"""A user's own images, from a file of numpy arrays: checked, and named by their content."""
 
 import errno
 import os
@@ -17,14 +17,14 @@ WANTED = (
     "train_labels and test_labels (N,)"
 )
 LEAST = {"train": 20, "test": 2}
-"""images of a half; of the training images the split ``tune`` holds out a tenth"""
+"""the least training and test images; of the former the split ``tune`` holds out a tenth"""
 
 
 def read(source: str) -> dict[str, Images]:
     """The images and labels in a file of ``numpy.savez``, as ``dvq.data`` prepares them.
 
-    The training images are put in an order of chance, the same each time: of them the split ``tune`` holds
-    out the last tenth, which in a sorted file would be of one kind.
+    The training images are shuffled, the same way each time: the split ``tune`` holds out their last tenth, which in
+    a sorted file would be all of one kind.
 
     Args:
         source: the file; in it ``train_images`` and ``test_images``, uint8 (N, H, W, 3) or (N, H, W, 1), H and W
@@ -41,7 +41,7 @@ def read(source: str) -> dict[str, Images]:
         raise DvqError(
             f"DATA={source}: train_images are of {_sizes(train)}, test_images of {_sizes(test)}; give one size"
         )
-    order = np.random.RandomState(0).permutation(len(arrays["train_images"]))  # whose numbers numpy keeps
+    order = np.random.RandomState(0).permutation(len(arrays["train_images"]))  # numpy keeps its numbers
     return arrays | {name: arrays[name][order] for name in ("train_images", "train_labels")}
 
 
@@ -50,7 +50,7 @@ def name(source: str | Path) -> str:
     shape than CIFAR-10's, ``digits@28x28x1-0123456789abcdef``.
 
     Raises:
-        DvqError: as :func:`read`; or the file's own name is none for images.
+        DvqError: as :func:`read`; or the file's name cannot be part of the images' name.
     """
     stem = Path(source).stem
     called = fingerprints.own(stem, read(str(source)))
@@ -99,7 +99,7 @@ def _arrays(source: str) -> dict[str, npt.NDArray[Any]]:
         raise DvqError(f"DATA={source}: cannot be read ({error.strerror or error})") from None
     except MemoryError:
         raise DvqError(f"DATA={source}: its arrays do not fit into memory; give fewer images") from None
-    except Exception:  # zip, zlib, tokenize and numpy each say otherwise what is wrong
+    except Exception:  # zip, zlib, tokenize and numpy each raise errors of their own
         raise DvqError(
             f"DATA={source}: this is no whole file that numpy.savez writes; give one with {WANTED}"
         ) from None

@@ -29,31 +29,32 @@ SIDE = 4 + 2 * AROUND  # S
 CODES = 16
 """codes of a codebook that are kept, at most"""
 PLACES = 64_000
-"""places that are looked at, about: 1,000 images of CIFAR-10"""
+"""how many places are looked at, about: those of 1,000 images of CIFAR-10"""
 ROWS = 4
 """codebooks of a trial in a sweep's figure, at most"""
 RARE = 0.01
-"""of the uses of a codebook's most used code, from which on a code is drawn: a mean over few patches shows these"""
+"""a code is drawn if it is used at least this fraction as often as its codebook's most used: a mean over few patches
+shows those few"""
 CONTRAST = 0.98
 """quantile of the differences in a row that the figure shows at full contrast"""
 
 
 @dataclass(frozen=True)
 class Patches(Arrays):
-    """Of one trial; what :func:`take` returns."""
+    """The patches of one trial; what :func:`take` returns."""
 
     codes: NDArray[np.int64]
     """(K, n): each codebook's most used codes, the most used first"""
     share: NDArray[np.float64]
-    """(K, n): of all places, those where the code is chosen"""
+    """(K, n): the fraction of all places where the code is chosen"""
     differences: NDArray[np.float32]
     """(K, n, S, S, 3), gray ones (K, n, S, S, 1): the mean of the patches where the code is chosen, less the mean of
     all patches [of 256 levels]; 0 for a code that is never chosen"""
 
 
 def take(model: "Model", images: NDArray[np.uint8]) -> Patches:
-    """The patches of the most used codes of a trained model, at the codes z ~ q(z|x) (VQ-VAE's nearest) of the first
-    of ``images`` (M, H, W, 3). Beyond an image's edge its outermost pixels are repeated.
+    """The patches of a trained model's most used codes, by the codes z ~ q(z|x) (VQ-VAE: the nearest) of the first of
+    ``images`` (M, H, W, 3). Beyond an image's edge its outermost pixels are repeated.
 
     Raises:
         DvqError: other images, or a model whose latent variables are continuous.
@@ -81,7 +82,7 @@ def take(model: "Model", images: NDArray[np.uint8]) -> Patches:
 
 
 def _patches(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Those (N, S·S·channels) round the places of images (B, H, W, channels), in the order of their codes."""
+    """The patches (N, S·S·channels) around the places of images (B, H, W, channels), in the order of the codes."""
     beyond = (AROUND, AROUND)
     padded = np.pad(images, ((0, 0), beyond, beyond, (0, 0)), mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (SIDE, SIDE), (1, 2))[:, ::4, ::4]
@@ -114,7 +115,7 @@ def of_sweep(results: Sequence[Result], patches: Mapping[str, Patches]) -> Figur
 
 
 def _draw(axes: Axes, patches: Patches, rows: int) -> None:
-    """The first ``rows`` codebooks, each at its own contrast, which its label says; over a code its share."""
+    """The first ``rows`` codebooks, each at its own contrast, which its label gives; above each code its share."""
     above, step = 5, SIDE + 2  # pixels over a code for its share, and from one code to the next
     tall = SIDE + above
     picture = np.full((rows * tall, CODES * step, 3), 255, np.uint8)

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 Images = NDArray[np.uint8]
 COLUMNS = 16
 """images side by side in a picture"""
+SCALE = 3
+"""screen pixels along each side of an image's pixel"""
 
 
 @dataclass(frozen=True)
 class Pictures(Arrays):
-    """Of one trial, each uint8 (N, H, W, 3), gray ones (N, H, W, 1)."""
+    """The pictures of one trial, each uint8 (N, H, W, 3), gray ones (N, H, W, 1)."""
 
     images: Images
     reconstructions: Images
@@ -32,8 +34,8 @@ class Pictures(Arrays):
 
 
 def take(model: "Model", images: Images, codes: ArrayLike | None = None) -> Pictures:
-    """The pictures of a trained model, of the first of ``images`` (M, H, W, 3); its samples are of the ``codes``
-    (N, H/4, W/4, K) if there are such, of an autoregressive prior, else of its own prior."""
+    """The pictures of a trained model for the first of ``images`` (M, H, W, 3). The samples are decoded from
+    ``codes`` (N, H/4, W/4, K), draws of an autoregressive prior, if given; else they are of the model's own prior."""
     first = np.array(images[:COLUMNS])
     reconstructions = model.reconstruct(first, model.generator(0))
     samples = (
@@ -42,12 +44,12 @@ def take(model: "Model", images: Images, codes: ArrayLike | None = None) -> Pict
     return Pictures(first, reconstructions.cpu().numpy(), samples.cpu().numpy())
 
 
-def mosaic(images: Images, reconstructions: Images, scale: int = 3) -> Images:
-    """Images (N, H, W, 3 or 1) side by side above their reconstructions, a pixel ``scale`` wide and high."""
+def mosaic(images: Images, reconstructions: Images) -> Images:
+    """Images (N, H, W, 3 or 1) side by side above their reconstructions, a pixel ``SCALE`` wide and high."""
     rows = np.stack([in_colour(images), in_colour(reconstructions)])  # (2, N, H, W, 3)
     apart = np.pad(rows, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
     whole = np.concatenate(apart.transpose(0, 2, 1, 3, 4).reshape(2, apart.shape[2], -1, 3))
-    return whole[:-1, :-1].repeat(scale, axis=0).repeat(scale, axis=1)
+    return whole[:-1, :-1].repeat(SCALE, axis=0).repeat(SCALE, axis=1)
 
 
 @look

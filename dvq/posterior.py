@@ -14,7 +14,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 TILE = {"cpu": 2**18, "cuda": 2**23}  # logits that stay in the cache (1 MiB; 32 MiB)
-SMALLEST = 1e-30  # a random number u is never 0, and its logarithm finite
+SMALLEST = 1e-30  # the least random number u: its logarithm is finite
 
 
 def logits_of(v: Tensor, codebook: Tensor, scale: float | Tensor) -> Tensor:
@@ -26,7 +26,8 @@ def logits_of(v: Tensor, codebook: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def differentiated_once(backward: Callable[P, R]) -> Callable[P, R]:
-    """A ``backward`` in closed form, which autograd cannot see into; DvqError where its own gradient is asked for."""
+    """Decorator for a ``backward`` in closed form, which autograd cannot differentiate: DvqError if it is asked
+    to."""
 
     @wraps(backward)
     def checked(*args: P.args, **named: P.kwargs) -> R:
@@ -48,7 +49,7 @@ def categorical_kl(logits: Tensor, log_prior: Tensor) -> Tensor:
 
 def tiles(v: Tensor, codes: int) -> Iterator[tuple[slice, slice]]:
     """Places in v (K, N, D) whose logits (·, ·, C) have TILE elements at most: some rows of a codebook, or
-    several codebooks whole. In the order of the noise."""
+    several codebooks whole. In the order in which noise is drawn."""
     count, rows, _ = v.shape
     tile = max(1, TILE["cuda" if v.is_cuda else "cpu"] // codes)
     several = max(1, tile // rows)
@@ -71,7 +72,7 @@ class Logits:
         self.left, self.right = torch.cat(left, -1), torch.cat(right, -1).mT
 
     def __getitem__(self, at: tuple[slice, slice]) -> Tensor:
-        # never TF32, in backward passes either: an exponent's error is a factor of q
+        # never TF32, not even in backward passes: an error in the exponent multiplies q
         with tensor_float32(False, self.left.device):
             return torch.bmm(self.left[at], self.right[at[0]])
 
@@ -79,7 +80,7 @@ class Logits:
 def weigh(
     logits: Tensor, log_prior: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """w = exp(l − max l), its sum, log Σ exp l, and KL(q ‖ p), in tiles; ``logits`` is used up.
+    """w = exp(l − max l), its sum, log Σ exp l, and KL(q ‖ p), for a tile; ``logits`` is overwritten.
 
         KL = (Σ w·l − Σ w·log p)/Σ w − log Σ w,  l less its largest
 

@@ -29,8 +29,8 @@ def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: 
     both means over ``draws``. The norms are of means over few draws, so the bias is a proxy: it cannot fall
     under the noise, about √(variance / draws).
 
-    Batch normalization is as in evaluation here, so that images do not depend on each other: of the bias that it
-    gives score functions in training nothing is seen.
+    Batch normalization is as in evaluation here, so that images do not depend on each other: the bias that it causes
+    for score functions in training does not show.
 
     Args:
         model: one with a categorical posterior.

@@ -38,9 +38,8 @@ def commit() -> str:
     """The code's version, as git describes it, of uncommitted code with a hash of what differs from the commit,
     ``3aae92514113-dirty-1a2b3c4d``; "unknown" where there is no git, or no repository of this code."""
     try:
-        _git(
-            "ls-files", "--error-unmatch", Path(__file__).name
-        )  # an environment may lie in another repository
+        # an error if this file is not git's: an environment may lie in another repository
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
         told = _git("describe", "--always", "--dirty", "--abbrev=12").decode().strip()
         return f"{told}-{_changes()}" if told.endswith("-dirty") else told
     except (OSError, subprocess.CalledProcessError):

@@ -134,6 +134,6 @@ class Rounded(Deterministic):
         return self.vectors(codes) + (slope - slope.detach()), codes
 
     def _codes(self, bounded: Tensor) -> Tensor:
-        # NaN has a code too, lest the look-up fail before the loss tells that training diverged
+        # NaN gets a code too, so that the loss, not the look-up, reports that training diverged
         digits = bounded.round().nan_to_num() + self.levels // 2
         return (digits.long() * self.weights).sum(-1)

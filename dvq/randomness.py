@@ -1,6 +1,6 @@
 """Everything random in training, as functions of seed and step alone: the order of the images, and the noise.
 
-So there is no generator's state to save, and a run can go on from any step.
+So there is no generator state to save, and a run can resume from any step.
 """
 
 import functools
@@ -37,9 +37,9 @@ _SEEDED = threading.Lock()
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's own random numbers begin with ``seed`` in this block, are drawn on the CPU and in float32 whatever the
-    caller's defaults, and are as they were behind it. They are the whole process's, so other threads wait before a
-    block of their own."""
+    """In this block torch's global random numbers start from ``seed``, and are drawn on the CPU and in float32
+    whatever the caller's defaults; afterwards they continue as before it. They belong to the whole process, so other
+    threads wait before a block of their own."""
     with _SEEDED, torch.random.fork_rng(devices=[]), torch.device("cpu"):
         dtype = torch.get_default_dtype()
         torch.default_generator.manual_seed(seed)

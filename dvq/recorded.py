@@ -46,7 +46,7 @@ class Recorded:
         return self.terms.clone()
 
     def forget(self) -> None:
-        """Record anew at the next step: what the recorded one does is no longer what the step is."""
+        """Record anew at the next step, because the recorded one is out of date."""
         self.graph = None
 
     def feed(self, step: int) -> None:
@@ -71,10 +71,11 @@ class Recorded:
     def _record(self, step: int) -> torch.cuda.CUDAGraph:
         """Warm up, put everything back, and record; the model is as before.
 
-        A graph has a stream of its own. On the one that PyTorch takes otherwise, for all graphs of a process, cuBLAS
-        has one workspace, which goes with the first graph that does. And none may go while another is recorded.
+        Each graph has a stream of its own. On the stream that PyTorch would use for all graphs of a process, cuBLAS
+        has one workspace, which is freed with the first graph that is. And no graph may be freed while another is
+        recorded.
         """
-        gc.collect()  # of trainers that nobody uses any more: each is a cycle with what it recorded
+        gc.collect()  # frees trainers out of use: each is in a reference cycle with its recorded step
         kept = {name: tensor.clone() for name, tensor in self.trainer.tensors()}
         self.feed(step)
         stream = torch.cuda.Stream(self.images.device)
@@ -84,7 +85,7 @@ class Recorded:
                 self.advance()
         torch.cuda.current_stream().wait_stream(stream)
         with torch.no_grad():
-            for name, tensor in self.trainer.tensors():  # the optimizer's begin at 0
+            for name, tensor in self.trainer.tensors():  # the optimizer's new ones begin at 0
                 tensor.copy_(kept[name]) if name in kept else tensor.zero_()
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)

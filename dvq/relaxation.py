@@ -20,7 +20,7 @@ from dvq.posterior import (
 )
 
 SHARP = 0.5
-"""temperatures under this make powers of y that leave float32's range, unless divided by the largest"""
+"""below this temperature the powers that make y leave float32's range, unless divided by the largest"""
 
 Noise = Generator | np.random.Generator
 
@@ -45,7 +45,7 @@ def exponential(out: Tensor, noise: Noise) -> Tensor:
 
 def gumbel(like: Tensor, generator: Generator) -> Tensor:
     """Gumbel(0, 1) noise −log(−log u) of ``like``'s shape."""
-    # not empty_like: the order of the noise must not hang on strides
+    # not empty_like: the order of the noise must not depend on strides
     return exponential(like.new_empty(like.shape), noise_of(generator)).log_().neg_()
 
 
@@ -104,7 +104,8 @@ class _Relaxed(torch.autograd.Function):
     """In tiles that stay in the cache, with the backward pass in closed form.
 
     The relaxed sample needs no Gumbel noise: with E = −log u ~ Exp(1), y ∝ exp((l − log E)/τ) = (exp(l)/E)^(1/τ).
-    Between the passes only this, the factors that make it y, and a few numbers a row are kept; q is made again.
+    Between the passes only these powers, the factors that normalize them to y, and a few numbers per row are kept; q
+    is computed again.
     """
 
     @staticmethod
@@ -174,7 +175,7 @@ def fast_relax(
     """The same as :func:`logits_of` and :func:`plain_relax`, from the same noise, faster."""
     if v.is_cuda and fused.able():
         noise = v.new_empty(*v.shape[:2], codebook.shape[1]).exponential_(generator=generator)
-        # a number would be compiled into the kernels, each τ anew
+        # a Python number would be compiled into the kernels, anew for each τ
         tau = temperature if isinstance(temperature, Tensor) else v.new_full((), temperature)
         return gpu_relax(v, codebook, prior_logits, noise, scale, tau, hard)
     found: tuple[Tensor, Tensor] = _Relaxed.apply(  # type: ignore[no-untyped-call]

@@ -26,9 +26,9 @@ from dvq.tables import (
     certificate,
     filled,
     fitted_first,
+    formatted,
     rows,
     settings,
-    shown,
     told_apart,
 )
 
@@ -77,12 +77,12 @@ def definition(sweep: Sweep) -> str:
 
 
 def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[str, str]) -> str:
-    """Of several seeds the mean: the lowest of all trainings would be so by its luck too."""
+    """With several seeds, means are compared: the lowest of all trainings would be low by luck too."""
     parts = [f"{len(finished)} of {len(finished) + len(failures)} trials finished"]
     best = next(iter(several or finished), None)
     if best and best["bits_per_dim"] is not None:
         lowest = "lowest mean over seeds" if several else "lowest"
-        parts.append(f"{lowest}: {escape(best['name'])}, {shown(best, 'bits_per_dim')} bits/dim")
+        parts.append(f"{lowest}: {escape(best['name'])}, {formatted(best, 'bits_per_dim')} bits/dim")
         compared = [row for row in several[1:] if row["above"] is not None]
         if compared:
             near = len(compared) - sum(map(told_apart, compared))
@@ -93,7 +93,7 @@ def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[
             parts.append(f"{lone} cannot be compared: no two seeds in common with it")
         if other := fitted_first(several or finished):
             parts.append(
-                f"{lowest} by fitted bits/dim: {escape(other['name'])}, {shown(other, 'fitted_bits_per_dim')}"
+                f"{lowest} by fitted bits/dim: {escape(other['name'])}, {formatted(other, 'fitted_bits_per_dim')}"
             )
         tune = finished[0]["split"] == "tune"
         parts.append("held-out training images (split: tune)" if tune else f"split {finished[0]['split']}")
@@ -101,20 +101,20 @@ def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[
 
 
 def _choice(results: Sequence[Result]) -> str:
-    """What the results choose, as a line for another sweep; or that they cannot be chosen by."""
+    """The setting that the results choose, as a line for another sweep; or a warning that they must not choose."""
     told = escape(choices.warning(one["trial"] for one in results))
-    if line := choices.then(results):
+    if line := choices.chosen_line(results):
         told = f"then, on test images: <code>{escape(line)}</code>"
     return f'<p class="soft">{told[0].upper()}{told[1:]}</p>' if told else ""
 
 
 def _table(found: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
-    """The columns in which there is something, but for sizes that all rows share, which a sentence says."""
+    """The columns that have values; sizes that all rows share are in a sentence above instead."""
     columns = filled(found, columns)
     shared = [
         key for key in SIZES if key in columns and len(found) > 1 and len({row[key] for row in found}) == 1
     ]
-    told = ", ".join(f"{columns.pop(key)[0]} {shown(found[0], key)}" for key in shared)
+    told = ", ".join(f"{columns.pop(key)[0]} {formatted(found[0], key)}" for key in shared)
     head = "".join(_heading(key, *column) for key, column in columns.items())
     body = "\n".join("<tr>" + "".join(_cell(row, key) for key in columns) + "</tr>" for row in found)
     return (
@@ -129,13 +129,14 @@ def _heading(key: str, heading: str, form: str) -> str:
 
 
 def _cell(row: Row, key: str) -> str:
-    """A cell, with what it is sorted by: of dead codes their share. A trial's name tells its key in the store."""
+    """A cell, with the value that it is sorted by: for dead codes their share. A trial's name shows its key in the
+    store."""
     value, kind = row[key], ' class="text"' if isinstance(row[key], str) else ""
     if key == "dead_codes" and value is not None and row["num_codes"] is not None:
         value /= row["num_codes"] * row["num_latents"]
     title = f' title="key {escape(row["key"])}"' if key == "name" and row.get("key") else ""
     order = escape("" if value is None else str(value))
-    return f'<td{kind}{title} data-value="{order}">{escape(shown(row, key))}</td>'
+    return f'<td{kind}{title} data-value="{order}">{escape(formatted(row, key))}</td>'
 
 
 def _figure(name: str, png: bytes, results: Sequence[Result]) -> str:

@@ -26,7 +26,7 @@ def save(model: Model, folder: Path) -> None:
 
 
 def publish(model: Model, summary: dict[str, Any], folder: Path) -> None:
-    """Write model/, whole or not at all; one that is there, of fewer steps or the same, gives way.
+    """Write model/, completely or not at all; it replaces a model of as many or fewer steps.
 
     Raises:
         DvqError: it cannot be written (a full disk, say).

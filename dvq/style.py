@@ -65,8 +65,8 @@ look = context(
         },
     ]
 )
-"""a decorator: what the function draws has the look of all figures, whatever style the user has. It is the whole
-process's meanwhile, so that threads must not draw at once"""
+"""decorator: what the function draws has the look of all figures, whatever style the user has. While it draws, the
+setting is the whole process's, so threads must not draw at the same time"""
 
 
 def style(estimator: str) -> tuple[str, str, str]:
@@ -121,7 +121,7 @@ def shown(results: Sequence[Result]) -> list[Group]:
         rest = varied(group[0])
         label += f"{codes}, K = {trial['num_latents']}" + (f", {rest}" if rest else "")
         drawn.append(
-            Group(group, told(label), colour, marker, DASHES[seen[trial["estimator"]] % len(DASHES)])
+            Group(group, wrapped(label), colour, marker, DASHES[seen[trial["estimator"]] % len(DASHES)])
         )
         seen[trial["estimator"]] += 1
     return drawn
@@ -141,7 +141,7 @@ def _chosen(groups: Sequence[list[Result]]) -> list[list[Result]]:
 
 
 def method(result: Result) -> tuple[str, str | None]:
-    """What figures of many settings have at least one of: the estimator, and which gradient, if it has several."""
+    """What a figure shows at least one setting of: the estimator, and its gradient if it has several."""
     return result["trial"]["estimator"], result["trial"].get("gradient")
 
 
@@ -159,7 +159,7 @@ def counted(title: str, drawn: int, results: Sequence[Result]) -> str:
 
 
 def varied(result: Result) -> str:
-    """What a result's name tells of its setting beside estimator, C, K and seed: ``code_dim 4, kl_warmup 3000``, with
+    """What a result's name tells of its setting beyond estimator, C, K and seed: ``code_dim 4, kl_warmup 3000``, with
     spaces at which no line is broken between fields and values."""
     rest = result["name"].partition(f"-s{result['trial']['seed']}-")[2]
     slugs = sorted((field.replace("_", "-") for field in result["trial"]), key=len, reverse=True)
@@ -175,13 +175,13 @@ def varied(result: Result) -> str:
 
 
 def tint(estimator: str, name: str) -> str:
-    """The estimator's colour, so much lighter, up to the half, as the trial's name decides: for runs side by side."""
+    """The estimator's colour, made lighter by up to a half, depending on the trial's name: for runs side by side."""
     lighter = hashlib.sha256(name.encode()).digest()[0] % 6 / 10
     red, green, blue = (one + (1 - one) * lighter for one in to_rgb(style(estimator)[1]))
     return to_hex((red, green, blue))
 
 
-def told(label: str) -> str:
+def wrapped(label: str) -> str:
     """A legend's entry, in lines that leave room for the figure."""
     return "\n".join(textwrap.wrap(label, 36, subsequent_indent="  "))
 

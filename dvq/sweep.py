@@ -19,16 +19,16 @@ from dvq.config import Point, estimators, overrides, trial
 from dvq.trial import NEEDS, Trial
 
 LONGEST = 100
-"""letters of a sweep's name: Kubeflow's experiments have 128 at most"""
+"""the most characters of a sweep's name: Kubeflow's experiments allow 128"""
 NAME = re.compile(rf"^[a-z0-9][a-z0-9-]{{0,{LONGEST - 1}}}$")
-"""of a sweep, which is also its experiment's in MLflow and its report's folder"""
+"""a sweep's name, which is also that of its experiment in MLflow and of its report's folder"""
 LARGEST = 4 << 20
-"""bytes of a sweep's file, with what it refers to written out"""
+"""the most bytes of a sweep's file, with YAML's aliases expanded"""
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which a mapping that has a key twice, of which YAML takes the last, is an error, and 0100 and 1:30,
-    which it takes for 64 and 90, are words."""
+    """YAML, except that a key given twice, of which YAML takes the last, is an error, and that 0100 and 1:30, which
+    YAML reads as 64 and 90, are words."""
 
     def number(self, node: yaml.ScalarNode) -> Any:
         word = str(self.construct_scalar(node))
@@ -67,7 +67,7 @@ class Sweep(BaseModel):
     seeds: Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1)] = [0]
     champion: Annotated[str, Field(pattern=r"^(\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*)?$")] = ""
     """the registered model in MLflow whose alias ``champion`` the sweep's best trial gets, of several seeds the
-    lowest of the setting of lowest mean; empty for none. MLflow has none of dots alone"""
+    lowest of the setting of lowest mean; empty for none. MLflow allows none of dots alone"""
 
     def points(self) -> list[Point]:
         """What each trial sets over ``base``, in the file's order."""
@@ -122,9 +122,9 @@ class Sweep(BaseModel):
 
 
 def short_name(one: Trial, at: Point) -> str:
-    """``gs-soft-c512-k16-s0``, and behind it whatever else of its key this point of the sweep sets."""
-    told = {"estimator", "num_codes", "num_latents", "seed", *one.unkeyed()}
-    rest = "".join(f"-{key.replace('_', '-')}-{_plain(x)}" for key, x in at.items() if key not in told)
+    """``gs-soft-c512-k16-s0``, followed by every other field of its key that this point of the sweep sets."""
+    described = {"estimator", "num_codes", "num_latents", "seed", *one.unkeyed()}
+    rest = "".join(f"-{key.replace('_', '-')}-{_plain(x)}" for key, x in at.items() if key not in described)
     return re.sub(r"[^A-Za-z0-9.+-]", "-", one.describe() + rest)
 
 
@@ -176,7 +176,7 @@ def _content(path: Path) -> Any:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)
         written = json.JSONEncoder(default=str, ensure_ascii=False).iterencode(content)
         if any(size > LARGEST for size in itertools.accumulate(len(part.encode()) for part in written)):
-            raise ValueError(f"it holds more than {LARGEST >> 20} MB")  # as what stands for itself may
+            raise ValueError(f"it holds more than {LARGEST >> 20} MB")  # as nested aliases may
     except OSError as error:
         raise DvqError(f"sweep file {path}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -165,7 +165,7 @@ def filled(found: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> dict
     return {key: one for key, one in columns.items() if any(row[key] is not None for row in found)}
 
 
-def shown(row: Row, key: str) -> str:
+def formatted(row: Row, key: str) -> str:
     """A number of a trial or a setting as the tables print it: bits/dim with their standard error if they have one,
     dead codes with how many codes there are."""
     value, form = row[key], (SETTINGS if "seeds" in row else COLUMNS)[key][1]
@@ -180,22 +180,16 @@ def shown(row: Row, key: str) -> str:
 
 
 def complete(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A result's fields with those that are younger than it, which have their defaults."""
-    return _complete(fields, estimators())
-
-
-def _complete(fields: Mapping[str, Any], known: Mapping[str, type[Trial]]) -> dict[str, Any]:
-    its = known.get(fields["estimator"], Trial).model_fields.items()
-    return {**{name: field.default for name, field in its if not field.is_required()}, **fields}
+    """The fields of a result, which may be older than some fields: those get their defaults."""
+    known = estimators().get(fields["estimator"], Trial).model_fields.items()
+    return {**{name: field.default for name, field in known if not field.is_required()}, **fields}
 
 
 def alike(results: Sequence[Result], *but: str) -> list[list[Result]]:
-    """The results in lists that differ only in the named fields, and in those that change no number."""
+    """The results in lists within which only the named fields differ, and fields that change no number."""
     lists: dict[str, list[Result]] = {}
-    known = estimators()
-    left_out = {name: cls.unkeyed().union(but) for name, cls in known.items()}
     for result in results:
-        out = left_out.get(result["trial"]["estimator"]) or Trial.unkeyed().union(but)
-        fields = {key: x for key, x in _complete(result["trial"], known).items() if key not in out}
+        left_out = estimators().get(result["trial"]["estimator"], Trial).unkeyed().union(but)
+        fields = {key: x for key, x in complete(result["trial"]).items() if key not in left_out}
         lists.setdefault(json.dumps(fields, sort_keys=True), []).append(result)
     return list(lists.values())

@@ -27,11 +27,11 @@ from dvq.trial import Trial
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    """torch's settings for the whole process are as they were behind this block; in it gradients are on, and no
-    autocast of the caller's changes numbers."""
+    """Restore torch's process-wide settings after this block; in it gradients are on, and an autocast of the caller's
+    is off."""
     denormal = torch.tensor(1e-40, dtype=torch.float32, device="cpu")
     threads, kept = torch.get_num_threads(), bool(denormal * 1)
-    # a number under 1e-38, as hopeless codes' weights are, costs a CPU as much as 100 others
+    # a denormal number, below 1e-38, as a hopeless code's weight is, costs a CPU as much as 100 others
     torch.set_flush_denormal(True)
     full = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
     try:
@@ -76,24 +76,32 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
         if (done := _done(trial, folder)) is not None:
             return done
         training = Training(trial, data, folder, str(device), threads)
-        if threading.current_thread() is not threading.main_thread():
-            return training.run()  # which no signal reaches
-        numbers = [signal.SIGTERM]
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background job has it
-            numbers.append(signal.SIGINT)
-        earlier = {number: signal.signal(number, training.stop) for number in numbers}
-        try:
-            summary = training.run()
-            if training.stopping == signal.SIGINT:  # while the model was published
-                raise KeyboardInterrupt
-            return summary
-        except Interrupted:
-            if training.stopping == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
+        with _stopped_by_signals(training):
+            return training.run()
+
+
+@contextmanager
+def _stopped_by_signals(training: Training) -> Iterator[None]:
+    """In this block SIGTERM and SIGINT stop ``training``; for SIGINT the block then ends with a KeyboardInterrupt. In
+    any thread but the main one this does nothing, since Python delivers signals to the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # ignored in a shell's background job
+        numbers.append(signal.SIGINT)
+    earlier = {number: signal.signal(number, training.stop) for number in numbers}
+    try:
+        yield
+        if training.stopping == signal.SIGINT:  # it came while the model was being published
+            raise KeyboardInterrupt
+    except Interrupted:
+        if training.stopping == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _done(trial: Trial, folder: Path) -> dict[str, Any] | None:
@@ -118,7 +126,7 @@ def main() -> int:
         train(make_trial(document["trial"]), load(args.data), args.folder, str(pick()))
     except (Interrupted, KeyboardInterrupt):
         return 128 + signal.SIGTERM
-    except disk.BusyError as error:  # whose folder it is, and its events
+    except disk.BusyError as error:  # the folder's events are the other's to write
         print(f"error: {error}", file=sys.stderr)
         return 1
     except failures.UnusableError as error:

@@ -52,7 +52,7 @@ def checked(loss: object, estimator: str) -> Loss:
 
 
 def _unlogged(number: object, device: torch.device) -> str:
-    """What it is, unless it is a number that can be logged: a step that is recorded brings none to the device."""
+    """What ``number`` is, or empty if it can be logged: a recorded step cannot copy a tensor to its device."""
     if not isinstance(number, Tensor):
         return "" if isinstance(number, int | float) else f"a {type(number).__name__}"
     if number.ndim:
@@ -87,7 +87,7 @@ class Trainer:
         )
         self.logged: list[str] | None = None  # the names of what the loss logs, from the first step on
         self.fixed = False  # batch normalization's means and variances
-        recording = on_gpu and os.environ.get("DVQ_RECORD") != "0"  # whose schedules round otherwise, no more
+        recording = on_gpu and os.environ.get("DVQ_RECORD") != "0"  # only rounding in schedules differs
         self.recorded = Recorded(self) if recording else None
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from dvq.trainer import Trainer
 from dvq.trial import Loss, Trial
 
 SAYS_AFTER = 60
-"""seconds between the lines of progress, which a pod's log has of a training"""
+"""seconds between lines of progress in the log, which is all that a pod shows of a training"""
 
 
 class Interrupted(BaseException):
@@ -52,9 +52,9 @@ def curve_point(terms: Tensor, last_step: int, trial: Trial, logged: Sequence[st
 class Training:
     """A trial in training.
 
-    A checkpoint is the state right after a step, before what is due at that step is looked at; going on from
-    it begins with that look. So neither the weights nor the events tell how often a trial was interrupted,
-    nor with how many steps it was first asked for.
+    A checkpoint is the state right after a step, before the curves and evaluations that are due at that step;
+    resuming begins with those (:meth:`_look`). So neither the weights nor the events depend on how often a trial was
+    interrupted, or on the number of steps that it was first asked for.
     """
 
     def __init__(self, trial: Trial, data: Data, folder: Path, device: str, threads: int) -> None:
@@ -94,7 +94,7 @@ class Training:
         print(f"going on from step {self.done}", flush=True)
 
     def stop(self, number: int = signal.SIGTERM, *_: object) -> None:
-        """SIGTERM or SIGINT: end after the step, or, in the middle of a look, at once."""
+        """Handle SIGTERM or SIGINT: end after the current step, or at once if an evaluation is under way."""
         if not self.stopping:
             self.stopping = number
             if self.looking:
@@ -198,9 +198,9 @@ class Training:
         """Evaluate on all evaluation images, and draw some reconstructions."""
         model = self.trainer.model
         result = evaluate(model, self.judged)
-        told = ("bits_per_dim", "distortion", "rate", "perplexity", "dead_codes", "rate_least")
+        names = ("bits_per_dim", "distortion", "rate", "perplexity", "dead_codes", "rate_least")
         split = self.trial.split
-        self.events.metrics(self.done, {f"{split}/{name}": result[name] for name in told if name in result})
+        self.events.metrics(self.done, {f"{split}/{name}": result[name] for name in names if name in result})
         shown = np.asarray(self.judged[:COLUMNS])
         picture = mosaic(shown, model.reconstruct(shown, model.generator(0)).cpu().numpy())
         path = Path("images") / f"reconstructions-{self.done:08d}.png"

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 Split = Literal["test", "tune"]
 Whole = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
-Several = Annotated[int, Field(ge=2, lt=2**31)]
+TwoOrMore = Annotated[int, Field(ge=2, lt=2**31)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Unkeyed: dict[str, Any] = {"key": False}  # a field that changes no number: it is left out of the trial's key
+Unkeyed: dict[str, Any] = {"key": False}  # of a field that changes no number: it is not in the trial's key
 NEEDS = "needs"  # names the field without which a field does nothing
 
 
@@ -53,7 +53,7 @@ class Loss(NamedTuple):
 
 
 def progress(step: "Step", length: int) -> "float | Tensor":
-    """step / length, 0 before it begins and 1 from its end on."""
+    """step / length, at least 0 and at most 1."""
     done = step / length
     return min(1.0, max(0.0, done)) if isinstance(done, float) else done.clamp(0, 1)
 
@@ -87,12 +87,12 @@ class Trial(BaseModel):
     """the paper's "two layers of two residual blocks", read as van den Oord et al. 2017 have them; read as 2 × 2 it
     is 4, the first thing to try at full size"""
     normalization: Literal["batch", "none"] = "batch"
-    """the paper does not say; with batch norm a short run came further (6.99, not 7.21 bits/dim after 300 steps, on
-    500 test images: ``pipeline/sweeps/tune.yaml`` asks held-out ones)"""
+    """the paper does not say; with batch norm a short run got further (6.99 instead of 7.21 bits/dim after 300 steps,
+    on 500 test images; ``pipeline/sweeps/tune.yaml`` compares on held-out ones)"""
     normalization_until: Count | None = None
-    """steps after which batch normalization's means and variances stay as they are, in training as in evaluation;
-    None: training has those of each minibatch to the end. Ioffe & Szegedy 2015, "Batch Normalization", fix them after
-    training only; within a minibatch they tell every image something of the others"""
+    """steps after which batch normalization's means and variances are fixed, in training as in evaluation; None:
+    training uses those of each minibatch to the end. Ioffe & Szegedy 2015, "Batch Normalization", fix them only after
+    training; those of a minibatch tell every image something of the others"""
     output_head: Literal["1x1", "transposed"] = "1x1"
     """how the 32×32×3×256 logits are made: a transposed convolution to F maps and a 1×1 one to 768, or one
     transposed convolution straight to 768; the paper does not say"""
@@ -103,7 +103,7 @@ class Trial(BaseModel):
     learning_rate: Positive = 5e-4
     decay_after: Whole | None = None
     """steps after which the learning rate falls, by half every ``decay_half_life``; None: it is constant, as in
-    the paper. As the other schedules it does not look at the last step: longer trials go on from shorter ones."""
+    the paper. Like the other schedules it does not depend on the last step: longer trials go on from shorter ones."""
     decay_half_life: Count = Field(default=10_000, json_schema_extra={NEEDS: "decay_after"})
 
     precision: Literal["bfloat16", "float32"] = "bfloat16"
@@ -129,7 +129,7 @@ class Trial(BaseModel):
     """seconds after which a checkpoint is due whatever the steps"""
 
     @model_validator(mode="after")
-    def _normalized(self) -> "Trial":
+    def _check_normalization(self) -> "Trial":
         if self.normalization == "none" and self.normalization_until is not None:
             raise ValueError("normalization: none has no statistics to fix; leave normalization_until out")
         if self.normalization == "batch" and self.batch_size * self.positions == 1:
@@ -146,7 +146,7 @@ class Trial(BaseModel):
         )
 
     def normalization_fixed_at(self, step: int) -> bool:
-        """Whether batch normalization's means and variances stay as they are in a training step."""
+        """Whether batch normalization's means and variances are fixed at a training step."""
         return self.normalization_until is not None and step >= self.normalization_until
 
     @property
@@ -167,7 +167,8 @@ class Trial(BaseModel):
 
     @property
     def images_at_once(self) -> int:
-        """How many images go through the network at a time in evaluation, lest memory grow with their size."""
+        """How many images go through the network at a time in evaluation: the fewer, the larger they are, to bound
+        memory."""
         height, width, _ = self.image_shape
         return max(1, 100 * 32 * 32 // (height * width))
 
@@ -181,11 +182,12 @@ class Trial(BaseModel):
         return f"{self.family()}-{self.steps}"
 
     def family(self) -> str:
-        """A hash of what decides the numbers, but for how many steps are made: longer trials go on from
-        shorter ones of their family, for no schedule looks at the last step.
+        """A hash of all that decides the numbers except the number of steps: longer trials go on from shorter ones of
+        their family, since no schedule depends on the last step.
 
-        That is the fields that differ from their defaults (so that a new field with a neutral default
-        invalidates nothing), the data's fingerprint and ``dvq.NUMERICS``; not what begins after training.
+        It is made of the fields that differ from their defaults (so that a new field with a neutral default
+        invalidates nothing), the data's fingerprint and ``dvq.NUMERICS``, without the fields that matter after
+        training only.
         """
         after = ("steps", "autoregressive_steps")
         chosen = {name: value for name, value in self.changed().items() if name not in after}
@@ -235,7 +237,7 @@ class Warmed(Trial):
 class Discrete(Trial):
     """What the estimators of discrete latent variables share: how many codes, and their prior."""
 
-    num_codes: Several = 512
+    num_codes: TwoOrMore = 512
     """C, categories of each latent variable"""
     prior: Literal["trained", "uniform"] = "trained"
     """trained: by maximum likelihood along with the model, and counted in the rate; uniform: 1/C"""

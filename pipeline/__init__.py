@@ -1,11 +1,11 @@
-"""The pipeline and its launcher. Ctrl-C ends a command without a traceback while it is imported, which takes seconds;
-from then on :func:`pipeline.preflight.one_sentence` lets the command meet it."""
+"""The pipeline and its launcher. While a command is being imported, which takes seconds, Ctrl-C ends it without a
+traceback; from then on :func:`pipeline.preflight.one_sentence` lets the command handle it."""
 
 import signal
 import sys
 
-# "-m" it is while Python looks for the module of "python -m", and only then
+# argv[0] is "-m" only while Python looks for the module of "python -m"
 _command = sys.argv[:1] == ["-m"] and "pipeline.local" not in sys.orig_argv
-# which it is not where Ctrl-C is ignored, as in the background
+# it is another handler where Ctrl-C is ignored, as in the background
 if _command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

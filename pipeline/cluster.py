@@ -1,4 +1,4 @@
-"""The sweep on a cluster: compiled, uploaded, started, and followed to its end if that is asked."""
+"""The sweep on a cluster: compiled, uploaded, started, and, if asked for, followed to its end."""
 
 import json
 import os
@@ -30,12 +30,12 @@ PATIENCE = 600.0
 QUIET = 600.0
 """Seconds without news from any trial after which the table says where to look."""
 PARAMETER = 64 << 10
-"""Bytes of a parameter, at most: KFP and Kubernetes refuse some of over 128 KiB, far from where they come from."""
+"""The most bytes of a parameter: KFP and Kubernetes refuse some above 128 KiB, with errors far from their cause."""
 
 
 def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
-    """Submit the sweep, or find it under way; with ``wait`` follow it, and submit it again while it gets on. The
-    exit status."""
+    """Submit the sweep, or find it under way; with ``wait`` follow it, and submit it again as long as that brings
+    progress. Returns the exit status."""
     profile = check(job)
     assert profile.cluster
     kubeflow, most = Kubeflow(profile.cluster), profile.cluster.limit
@@ -103,14 +103,14 @@ def check(job: Job) -> Profile:
 
 
 def bring_data(job: Job) -> Job:
-    """The job, with data of this machine uploaded to the store, where the pods find it."""
+    """The job, after uploading data of this machine to the store, where pods can reach it."""
     source, name = job.arguments["source"], job.data
     if source.startswith("s3://") or (name in FINGERPRINTS and (not source or "://" in source)):
         return job  # the pods find it
     preflight.check_data(name, source, job.store)
     preflight.check_cache(job.store)
     if job.store.has_data(name):
-        job.store.publish_data(name)  # where this machine's cache alone has it
+        job.store.publish_data(name)  # it may be in this machine's cache only
     else:
         print(f"uploading {name} from {source} to {job.store.place}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -140,8 +140,8 @@ def start(job: Job, kubeflow: Kubeflow, experiment: str, version: tuple[str, str
 
 
 def again(kubeflow: Kubeflow, experiment: str, submit: Callable[[], str], console: Console) -> str:
-    """Start another run, with patience for a KFP that does not answer; its id. If a run was made and its answer
-    lost, that one is taken."""
+    """Start another run and return its id, with patience for a KFP that does not answer. If a run was made but the
+    answer was lost, that run is taken."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -155,7 +155,7 @@ def again(kubeflow: Kubeflow, experiment: str, submit: Callable[[], str], consol
 
 
 def _mlflow(sweep: str) -> str:
-    """MLflow's page of the sweep, as far as it is known from here."""
+    """MLflow's page of the sweep, if its address is known here."""
     uri = os.environ["MLFLOW_TRACKING_URI"]
     if not uri.startswith("http"):
         return "set MLFLOW_TRACKING_URI to see its address here (k8s/README.md)"
@@ -211,7 +211,8 @@ class Look:
 
 
 def _progress(job: Job) -> int:
-    """Steps that are done and kept, of all trials, and one for each that is finished or failed."""
+    """The number of steps that are done and kept, over all trials, plus one for each trial that finished or
+    failed."""
     store, done = job.store, 0
     for trial in job.trials.values():
         state = store.state(trial.key()).name
@@ -228,7 +229,7 @@ def _left(job: Job) -> list[str]:
 def conclude(
     job: Job, plan: forecast.Plan, profile: Profile, ended: Run, began: float, console: Console
 ) -> int:
-    """Print what the sweep came to; 0 if every trial finished and the run succeeded, else 1."""
+    """Print the sweep's outcome; 0 if every trial finished and the run succeeded, else 1."""
     failures = conclusion.show(job.sweep, job.trials, job.store, console)
     for fault in ended.faults if failures or ended.state != SUCCEEDED else ():
         conclusion.say(console, f"  the cluster: {fault}")

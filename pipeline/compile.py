@@ -27,7 +27,7 @@ def compiled(made: Any) -> str:
 
 
 def readme(name: str, component: Any) -> str:
-    """The component's README, with its tables as the component is."""
+    """The component's README, with its tables brought up to date."""
     text = (FOLDER / name / "README.md").read_text(encoding="utf-8")
     spec = component.component_spec
     lines = [f"Version {interfaces.version(name)}.", "", "| input | type | |", "| --- | --- | --- |"]
@@ -50,7 +50,7 @@ def _line(text: str) -> str:
 
 
 def wanted() -> dict[Path, str]:
-    """The committed files that are made of the components, and what they should hold."""
+    """The committed files that are generated from the components, and what they should hold."""
     found = {}
     for name, component in COMPONENTS.items():
         found[FOLDER / name / "component.yaml"] = compiled(component)

@@ -1,4 +1,4 @@
-"""What a sweep came to: its table, what failed and why, and where to look further."""
+"""A sweep's outcome: its table, what failed and why, and where to look further."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,10 @@ from rich.table import Table
 
 from components import tracking
 from components.store import DID_NOT_FINISH, DID_NOT_START, Store
-from dvq.choices import chosen, then
+from dvq.choices import chosen, chosen_line
 from dvq.fingerprints import label
 from dvq.sweep import Sweep
-from dvq.tables import COLUMNS, SETTINGS, certificate, filled, fitted_first, rows, settings, shown
+from dvq.tables import COLUMNS, SETTINGS, certificate, filled, fitted_first, formatted, rows, settings
 from dvq.trial import Trial
 from pipeline.profile import Cluster
 
@@ -22,42 +22,15 @@ TRIAL = (
     *("rate", "distortion", "dead_codes"),
 )
 SETTING = ("name", "seeds", "bits_per_dim", "above", "fitted_bits_per_dim")
-"""of a trial's and a setting's columns as many as 80 characters hold"""
+"""the columns of a trial and of a setting that fit into 80 characters"""
 
 
 def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Console) -> dict[str, str]:
-    """Print the finished trials sorted by bits/dim, and the others with their reasons; these, by name."""
+    """Print the finished trials sorted by bits/dim, and the others with their reasons; returns these by name."""
     finished, failures = store.outcomes(trials)
     if finished:
-        data = label(next(iter(trials.values())).data)
-        split = finished[0]["evaluation"]["split"]
-        say(console, f"\n{sweep.name} on {data}", prose=True)
-        say(
-            console,
-            f"split {split}; bits/dim = distortion + rate, ± the standard error over images;\n"
-            "fitted: the same with prior and batch normalization's statistics estimated anew\n"
-            "on the training images; in short runs both lag behind the weights",
-        )
-        if any("autoregressive_bits_per_dim" in one["evaluation"] for one in finished):
-            say(console, "AR prior: with an autoregressive prior of the codes in place of the factorial one")
-        if not console.is_terminal:  # in a file no name is broken
-            console.width = max(map(len, trials)) + 80
-        console.print(_table(rows(finished, {}), {key: COLUMNS[key] for key in TRIAL}))
-        if several := settings(finished):
-            say(
-                console,
-                "\nmeans over seeds, ± the standard error over trainings (a 95% interval: ± 12.7 of\n"
-                "them with two seeds, 4.3 with three, 2.8 with five); above lowest: seed by seed",
-            )
-            console.print(_table(several, {key: SETTINGS[key] for key in SETTING}))
-        if other := fitted_first(several or rows(finished, {})):
-            value = shown(other, "fitted_bits_per_dim")
-            say(console, f"by fitted bits/dim another is lowest: {other['name']}, {value}", prose=True)
-        say(console, f"certificate {certificate(finished)}: equal when every number is equal, bit for bit")
-        lost = goodput([one["training"]["goodput"] for one in finished])
-        if lost:
-            say(console, lost)
-    if line := then(finished):
+        _show_finished(sweep, trials, finished, console)
+    if line := chosen_line(finished):
         say(console, f"then, on test images: {line}")
     if sweep.champion and os.environ.get("MLFLOW_TRACKING_URI") and (first := chosen(finished)):
         of = ", the lowest seed of the setting of lowest mean over seeds" if len(first) > 1 else ""
@@ -73,8 +46,42 @@ def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Conso
     return failures
 
 
+def _show_finished(
+    sweep: Sweep, trials: Mapping[str, Trial], finished: list[dict[str, Any]], console: Console
+) -> None:
+    """Print the tables of trials and of settings, how to read them, and what interruptions cost."""
+    data = label(next(iter(trials.values())).data)
+    split = finished[0]["evaluation"]["split"]
+    say(console, f"\n{sweep.name} on {data}", prose=True)
+    say(
+        console,
+        f"split {split}; bits/dim = distortion + rate, ± the standard error over images;\n"
+        "fitted: the same with prior and batch normalization's statistics estimated anew\n"
+        "on the training images; in short runs both lag behind the weights",
+    )
+    if any("autoregressive_bits_per_dim" in one["evaluation"] for one in finished):
+        say(console, "AR prior: with an autoregressive prior of the codes in place of the factorial one")
+    if not console.is_terminal:  # so that no name is broken in a file
+        console.width = max(map(len, trials)) + 80
+    console.print(_table(rows(finished, {}), {key: COLUMNS[key] for key in TRIAL}))
+    if several := settings(finished):
+        say(
+            console,
+            "\nmeans over seeds, ± the standard error over trainings (a 95% interval: ± 12.7 of\n"
+            "them with two seeds, 4.3 with three, 2.8 with five); above lowest: seed by seed",
+        )
+        console.print(_table(several, {key: SETTINGS[key] for key in SETTING}))
+    if other := fitted_first(several or rows(finished, {})):
+        value = formatted(other, "fitted_bits_per_dim")
+        say(console, f"by fitted bits/dim another is lowest: {other['name']}, {value}", prose=True)
+    say(console, f"certificate {certificate(finished)}: equal when every number is equal, bit for bit")
+    lost = goodput([one["training"]["goodput"] for one in finished])
+    if lost:
+        say(console, lost)
+
+
 def _came(failures: Mapping[str, str]) -> str:
-    """What trials came to that are not finished."""
+    """How to say that trials are not finished."""
     if set(failures.values()) == {DID_NOT_START}:
         return "are not computed"
     failed = set(failures.values()) - {DID_NOT_START, DID_NOT_FINISH}
@@ -83,8 +90,8 @@ def _came(failures: Mapping[str, str]) -> str:
 
 
 def untracked(sweep: Sweep, finished: Iterable[str], store: Store, cluster: Cluster | None) -> int:
-    """How many of the ``finished`` trials MLflow lacks, as a cluster's pods noted, who may call it by another address
-    than this machine does; 0 where it is not named to them, or not to us."""
+    """How many of the ``finished`` trials MLflow lacks, by the notes of a cluster's pods, which may reach it under
+    another address than this machine does; 0 if the pods, or we, have no MLflow."""
     given = chain(*cluster.config_maps.values(), *cluster.secrets.values()) if cluster else ()
     if not os.environ.get("MLFLOW_TRACKING_URI") or "MLFLOW_TRACKING_URI" not in given:
         return 0
@@ -103,7 +110,8 @@ def goodput(trials: list[dict[str, Any]]) -> str:
 
 
 def say(console: Console, line: str, prose: bool = False) -> None:
-    """A line as it is: no markup, no colours, not broken; ``prose`` is, between words, where a terminal ends."""
+    """Print a line as it is: no markup, no colours, not broken; ``prose`` is broken between words at a terminal's
+    edge."""
     console.print(line, markup=False, highlight=False, soft_wrap=not (prose and console.is_terminal))
 
 
@@ -112,7 +120,7 @@ def _table(found: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) 
     for heading, form in kept.values():
         made.add_column(heading, justify="right" if form else "left", no_wrap=bool(form), overflow="fold")
     for row in found:
-        made.add_row(*(shown(row, key) for key in kept))
+        made.add_row(*(formatted(row, key) for key in kept))
     return made
 
 

@@ -27,22 +27,22 @@ REMEDIES = {
     "OOMKilled": "raise memory in the profile",
     "PodSecurity": "see k8s/README.md for the level that the runs' namespace needs",
 }
-"""What to do about what a run's pods met."""
+"""What to do about errors of a run's pods, by patterns in their messages."""
 
 
 class UnreachableError(DvqError):
-    """KFP does not answer, or with a fault of its own or too much to do; it may later."""
+    """KFP does not answer, or only with an error of its own or that it is busy; it may answer later."""
 
 
 class Connection:
     """To the Kubeflow Pipelines of a profile; DvqError unless it answers and lets us in."""
 
     def __init__(self, cluster: Cluster) -> None:
-        told = os.environ.get
-        self.host = (told("KFP_HOST") or cluster.host).rstrip("/")
-        self.namespace = told("KFP_NAMESPACE") or cluster.namespace or None
-        self._token, self._cookie = told("KFP_TOKEN", "").strip(), told("KFP_COOKIE", "").strip()
-        configuration = self._configuration(told("KFP_CA") or cluster.ca)
+        given = os.environ.get
+        self.host = (given("KFP_HOST") or cluster.host).rstrip("/")
+        self.namespace = given("KFP_NAMESPACE") or cluster.namespace or None
+        self._token, self._cookie = given("KFP_TOKEN", "").strip(), given("KFP_COOKIE", "").strip()
+        configuration = self._configuration(given("KFP_CA") or cluster.ca)
         self._client = api.ApiClient(configuration, cookie=self._cookie or None)
         self._check()
 
@@ -53,7 +53,7 @@ class Connection:
             )
         try:
             parts = urlsplit(self.host)
-        except ValueError:  # of brackets that are not closed
+        except ValueError:  # for example, brackets that are not closed
             parts = urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise DvqError(f"KFP_HOST = '{self.host}': give an address, https://host/path")
@@ -92,7 +92,8 @@ class Connection:
         return f"Kubeflow Pipelines at {self.host}"
 
     def _ask(self, ask: Callable[..., Any], *arguments: Any, but: int = 0, **named: Any) -> Any:
-        """The answer; None if it is the error ``but``, DvqError if it is another, or none of KFP's."""
+        """The answer; None for an error with status ``but``, DvqError for any other, or for an answer that is not
+        KFP's."""
         answer = self._client.last_response = None
         try:
             answer = ask(*arguments, _request_timeout=TIMEOUT, **named)
@@ -104,7 +105,7 @@ class Connection:
             return None
         except HTTPError as error:
             raise self._unreachable(str(error)) from None
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # of what it cannot read
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # of parsing the answer
             if self._client.last_response is None:
                 raise
         last = self._client.last_response
@@ -142,7 +143,7 @@ class Connection:
 
 
 def _message(error: Any) -> str:
-    """What an error of the API says."""
+    """The message in an error of the API."""
     try:
         content = json.loads(error.body)
         said = (content, *(content.get("details") or ()))  # an upload's error has its message itself
@@ -153,7 +154,7 @@ def _message(error: Any) -> str:
 
 
 def line(text: str) -> str:
-    """What a server says, in a line, without what would steer the terminal."""
+    """A server's text in one line, without characters that control the terminal."""
     told = "".join(filter(str.isprintable, " ".join(text.split())))
     return told if len(told) <= 300 else f"{told[:300]}…"
 

@@ -1,4 +1,4 @@
-"""Tasks as containers: kfp's DockerRunner, with what it takes from the profile and the environment.
+"""Tasks as containers: kfp's DockerRunner, with settings from the profile and the environment.
 
 A launch's containers carry its folder as a label. ``python -m pipeline.containers FOLDER SECONDS`` ends them.
 """
@@ -31,14 +31,14 @@ PASSED = re.compile(r"DVQ_(STORE|CACHE|RECORD|FUSE)|MLFLOW_.*|AWS_.*|.*_NUM_THRE
 """The environment variables that reach the tasks."""
 LOOPBACK = re.compile(r"localhost|127\..*|::1")
 ENDED = "container of "
-"""begins the line of the log that tells a container's death"""
+"""begins the line in the log that reports a container's death"""
 
 
 def connect() -> docker.DockerClient:
     """The daemon's client; DvqError if none answers."""
     try:
         return docker.from_env()
-    except (DockerException, ValueError) as error:  # the latter of a port that is none
+    except (DockerException, ValueError) as error:  # ValueError: the port is not a number
         place = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
         if "PermissionError" in str(error):
             raise DvqError(
@@ -78,7 +78,7 @@ def check_image(image: str) -> None:
 
 
 def check_pushed(image: str) -> None:
-    """DvqError if the image's registry does not have it; nothing is told where no daemon can ask."""
+    """DvqError if the image's registry does not have it; nothing is checked if no daemon can ask."""
     try:
         connect().images.get_registry_data(image)
     except NotFound as error:
@@ -92,14 +92,14 @@ def check_pushed(image: str) -> None:
 def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
     """The arguments of ``docker run`` for each task of the launch whose folder is ``folder``.
 
-    What tasks share with this machine, the store, MLflow's database, the data's ``source``, has the same path
-    inside, and what they write there belongs to the user who launches.
+    What tasks share with this machine (the store, MLflow's database, the data's ``source``) has the same path in the
+    container, and what they write there belongs to the user who launches them.
     """
     passed = {name: value for name, value in os.environ.items() if PASSED.fullmatch(name)}
-    # All of them, over which dvq.device spreads the trials: a count of n is the first n for every container.
+    # All GPUs, over which dvq.device spreads the trials: a count of n would mean the first n for every container.
     gpus = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if profile.gpu else []
     locks = disk.locks() if gpus else None
-    # None falls back on a CPU; and what Triton compiles cannot run from /tmp, whose files Docker lets nobody execute.
+    # No fallback to a CPU; and Triton's cache is not in /tmp, where Docker lets nobody execute files.
     compiled = str(folder / "work/tmp/triton")
     on_gpus = {"DVQ_DEVICE": "cuda", "DVQ_LOCKS": str(locks), "TRITON_CACHE_DIR": compiled} if locks else {}
     # Docker's 4G is Kubernetes' 4Gi.
@@ -125,10 +125,8 @@ def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
 def _mounts(environment: Mapping[str, str], written: set[Path], source: str) -> Iterator[Mount]:
     if store := environment.get("DVQ_STORE", ""):
         written.add(Path(environment["DVQ_CACHE"] if "://" in store else store))
-    if file := tracking.database(
-        environment.get("MLFLOW_TRACKING_URI", "")
-    ):  # its journal and its artifacts lie beside it
-        written.add(file.absolute().parent)
+    if file := tracking.database(environment.get("MLFLOW_TRACKING_URI", "")):
+        written.add(file.absolute().parent)  # the folder, which its journal and its artifacts are in too
     for path in written:
         path.mkdir(parents=True, exist_ok=True)
         yield Mount(str(path), str(path), "bind")
@@ -138,12 +136,13 @@ def _mounts(environment: Mapping[str, str], written: set[Path], source: str) -> 
 
 
 def _on_loopback(addresses: Any) -> bool:
-    """Whether a service listens on this machine's loopback alone, which only the host's network reaches."""
+    """Whether one of the addresses is on this machine's loopback, which only containers on the host's network
+    reach."""
     return any(LOOPBACK.fullmatch(urlsplit(at).hostname or "") for at in addresses if "://" in at)
 
 
 def runner(profile: Profile, folder: Path, source: str) -> Any:
-    """kfp's DockerRunner, that reports every container's end as it was."""
+    """kfp's DockerRunner, changed to report how each container ended."""
     from kfp import local
     from kfp.local import docker_task_handler
 
@@ -156,8 +155,8 @@ def run_container(
 ) -> int:
     """Run a task's container and return its exit code, after its log.
 
-    In place of kfp's own, which lets the daemon remove the container by itself and takes one that is gone for a
-    success: this one removes it after its exit code was read.
+    This replaces kfp's own, which lets the daemon remove the container and takes one that is gone for a success: this
+    one removes it after reading its exit code.
     """
     container = client.containers.create(image, command, volumes=volumes, **options)
     try:
@@ -179,7 +178,7 @@ def run_container(
 
 
 def _tell(sentence: str) -> None:
-    """A line of its own, in one write, whatever other containers write at the time."""
+    """Print a line of its own in one write, so that other containers' output does not break it."""
     sys.stdout.buffer.write(f"\n{sentence}\n".encode())
     sys.stdout.flush()
 
@@ -207,11 +206,11 @@ def end(folder: Path, grace: float) -> None:
     """End the launch's containers: SIGTERM to all their processes, SIGKILL after ``grace`` seconds; a warning where
     the daemon does not answer.
 
-    The daemon would tell the first process only, the shell that kfp starts, which ignores it.
+    The daemon would signal only the first process, the shell that kfp starts, which ignores SIGTERM.
     """
     try:
         _end(folder, grace)
-    except (DvqError, DockerException, OSError) as error:  # of the last are the HTTP client's own
+    except (DvqError, DockerException, OSError) as error:  # OSError: from the HTTP client
         print(
             f"warning: containers may still run ({str(error).partition(';')[0]}); once the daemon answers: "
             f"docker rm -f $(docker ps -aq --filter {shlex.quote(f'label={LABEL}={folder}')})",
@@ -222,12 +221,13 @@ def end(folder: Path, grace: float) -> None:
 def _end(folder: Path, grace: float) -> None:
     client, ours = connect(), {"label": f"{LABEL}={folder}"}
     deadline = time.monotonic() + grace
-    told: set[str] = set()
+    terminated: set[str] = set()
     while running := client.containers.list(filters=ours, ignore_removed=True):
         late = time.monotonic() > deadline
         with ThreadPoolExecutor(len(running)) as pool:
-            list(pool.map(_kill if late else _terminate, [c for c in running if late or c.id not in told]))
-        told |= {str(container.id) for container in running}
+            new = [container for container in running if container.id not in terminated]
+            list(pool.map(_kill, running) if late else pool.map(_terminate, new))
+        terminated |= {str(container.id) for container in running}
         time.sleep(0.1)
     for container in client.containers.list(True, filters=ours, ignore_removed=True):
         with contextlib.suppress(APIError):

@@ -1,4 +1,4 @@
-"""Prepare images of one's own, and say what a sweep calls them: ``python -m pipeline.data FILE``."""
+"""Prepare a user's own images, and say what a sweep calls them: ``python -m pipeline.data FILE``."""
 
 import sys
 import tempfile

@@ -3,8 +3,8 @@
     plan ────────────┐
     prepare_data ─ trials: for each trial: train → evaluate → analyze ─ report
 
-Its shape is what runs alike in kfp's local runners and on a cluster; each rule below avoids a fault that kfp
-2.17 does not report (the guard tests in tests/pipeline/test_kfp.py fail when one of them changes):
+Its shape is one that runs alike in kfp's local runners and on a cluster; each rule below avoids a fault that kfp 2.17
+does not report (the guard tests in tests/pipeline/test_kfp.py fail if one of these faults changes):
 
 - Only pipeline parameters, artifacts and the loop's own item enter the loop: the value of another task's
   output parameter would be replaced by the item.
@@ -49,7 +49,7 @@ def sweep_pipeline(
     Args:
         jobs: trials at a time; kfp wants a constant there.
         image: what every task runs in.
-        settle: gives a task, by its component's name, what the place where it runs needs.
+        settle: given a task and its component's name, adds what the place where it runs needs.
         ttl: seconds after which a cluster removes what is left of a run that ended.
         limit: trials that a run computes, at most; 0 for all.
     """

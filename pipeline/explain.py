@@ -1,4 +1,4 @@
-"""Say what a sweep would compute, or what a finished trial's number is made of, without starting anything.
+"""Say what a sweep would compute, or what a finished trial's bits/dim is made of, without starting anything.
 
 python -m pipeline.explain SWEEP [--trial NAME]
 """

@@ -16,15 +16,15 @@ def findings() -> None:
     found = preflight.find_sweep("findings")
     store = preflight.find_store()
     mini = Miniature(found.base, finished(found, store))
-    told = claims(mini)
-    print(markdown(mini, told))
+    all_claims = claims(mini)
+    print(markdown(mini, all_claims))
     path = store.report(found.name) / "findings.png"
     draw(mini, path)
     print(f"\nfigure: {path}")
 
 
 def finished(sweep: Sweep, store: Store) -> list[dict[str, Any]]:
-    """The results of all its trials; DvqError if one is not finished."""
+    """The results of all the sweep's trials; DvqError if one is not finished."""
     results, missing = store.outcomes(sweep.trials())
     if missing:
         raise DvqError(
@@ -34,7 +34,7 @@ def finished(sweep: Sweep, store: Store) -> list[dict[str, Any]]:
     return results
 
 
-def markdown(mini: Miniature, told: Sequence[Claim]) -> str:
+def markdown(mini: Miniature, all_claims: Sequence[Claim]) -> str:
     """The claims and the numbers of every setting, as two tables."""
     seeds = sorted({len(some) for some in mini.settings.values()})
     lines = [
@@ -42,7 +42,7 @@ def markdown(mini: Miniature, told: Sequence[Claim]) -> str:
         f"errors says nothing: {OPEN}. With three seeds chance alone is beyond them, in each direction, 4 to 9 times "
         "in 100.\n",
         "| | the paper | the miniature | |\n| --- | --- | --- | --- |",
-        *(f"| {one.number} | {one.says} | {one.shows} | {one.verdict()} |" for one in told),
+        *(f"| {one.number} | {one.says} | {one.shows} | {one.verdict()} |" for one in all_claims),
         "\n| estimator | C | K | bits/dim, fitted | rate | distortion | perplexity |",
         "| --- |" + " --- |" * 6,
     ]

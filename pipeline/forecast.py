@@ -1,8 +1,8 @@
 """What a sweep will take, before it runs: trials, pods, and hours of GPUs by the speed that was measured.
 
-Measured are the store's finished trials on the same kind of device: of the same configuration but for seed and
-steps, or else the slowest of the same estimator, which is a guess as the profile's ``images_per_second`` is. Hours
-are those that a GPU is held: training and every evaluation, by the trials' own events.
+The speed is that of the store's finished trials on the same kind of device: of the same configuration except seed and
+steps, or else of the slowest of the same estimator, which is a guess, like the profile's ``images_per_second``. Hours
+are those for which a GPU is held: training and every evaluation, by the trials' own events.
 """
 
 import json
@@ -23,7 +23,7 @@ HELD = ("training", "evaluating")
 TASKS = 3
 """of a trial"""
 PROFILES = "the profile"
-"""in the place of a device"""
+"""stands in the place of a device"""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Plan:
     hours: float
     """of GPUs, or of CPUs where the profile has no GPU"""
     guessed: int
-    """trials that are taken to be as slow as the slowest of their estimator, or as the profile says"""
+    """trials assumed to be as slow as the slowest of their estimator, or as the profile says"""
     unknown: tuple[str, ...]
-    """trials of whose speed nothing tells"""
+    """trials whose speed is not known"""
     devices: tuple[str, ...]
-    """that speed was measured on"""
+    """the devices that speed was measured on"""
 
 
 def devices(profile: Profile) -> float:
@@ -57,7 +57,7 @@ def held(folder: Path, since: float = 0.0) -> float:
     """Seconds for which the trial in ``folder`` held its device after the time ``since``."""
     seconds, before, state = 0.0, 0.0, ""
     for event in events.read(folder):
-        begins = event.get("state") in HELD  # whoever was at work before is gone
+        begins = event.get("state") in HELD  # whichever process was at work before is gone
         if state in HELD and not begins:
             seconds += max(0.0, event["time"] - max(before, since))
         state = event.get("state", "" if event["kind"] == "failure" else state)
@@ -71,7 +71,7 @@ def spent(trials: Iterable[Trial], store: Store, profile: Profile, since: float)
 
 
 def plan(trials: Mapping[str, Trial], store: Store, profile: Profile, fresh: bool = False) -> Plan:
-    """Look at the store, and reckon; ``fresh``: as if it had nothing of the trials but their speed."""
+    """Make the plan from what the store has; ``fresh``: as if it had nothing of the trials but their speed."""
     keys = [one.key() for one in trials.values()]
     store.look(keys)
     done = {name for name, one in trials.items() if not fresh and store.state(one.key()).name == "finished"}
@@ -102,18 +102,18 @@ def plan(trials: Mapping[str, Trial], store: Store, profile: Profile, fresh: boo
 
 
 Kind = tuple[str, fingerprints.Shape, str]
-"""what trials that are as fast have in common: estimator, the images' shape, and all their fields but a few"""
+"""what trials of the same speed have in common: estimator, the images' shape, and nearly all fields, as JSON"""
 Speed = tuple[float, str]
 """images/s, evaluations included, and the device"""
 
 
 def _measured(keys: Iterable[str], store: Store, profile: Profile) -> dict[Kind, Speed]:
-    """The slowest speed that was measured, by :func:`_kind`, of those of the trials ``keys`` that are finished."""
+    """The slowest measured speed for each :func:`_kind`, of the finished trials among ``keys``."""
     keys = [key for key in sorted(keys) if store.has(key, "results.json")]
     store.follow(keys)
     place, found = "cuda" if profile.gpu else "cpu", dict[Kind, Speed]()
     for key in keys:
-        with suppress(DvqError, KeyError):  # a damaged one tells nothing here
+        with suppress(DvqError, KeyError):  # a damaged one is left out
             result: dict[str, Any] = store.results(key) or {}
             device = result.get("provenance", {}).get("device", "")
             if device.startswith(place):

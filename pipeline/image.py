@@ -1,4 +1,4 @@
-"""The project's image: ``python -m pipeline.image`` builds it, unless what it would be made of was built before.
+"""The project's image: ``python -m pipeline.image`` builds it, unless one of the same content was built before.
 
 Its tag is a hash of its content: the files that docker/Dockerfile.dockerignore lets in, torch's build, the base.
 """
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 DOCKERFILE = "docker/Dockerfile"
 SETTING = re.compile(r"^(global|install|:env:)\.(index-url|extra-index-url|find-links)='(.*)'$", re.MULTILINE)
 SECTIONS = ("global", "install", ":env:")
-"""of pip's settings, the later before the earlier"""
+"""of pip's settings; later ones override earlier ones"""
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 REMEDIES = {
     "no space left": "make room: docker system prune",
@@ -76,7 +76,7 @@ def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def content(torch: str = "", base: str = "", platform: str = "") -> Content:
-    """Of the image with torch's build ``torch`` ("2.13.0+cpu"), by default the one of this environment, so that
+    """The content of an image with torch's build ``torch`` ("2.13.0+cpu"), by default this environment's, so that
     both compute the same bits; on the image ``base``, by default the Dockerfile's; for ``platform``."""
     listed = ROOT / f"{DOCKERFILE}.dockerignore"
     if not listed.exists():
@@ -92,7 +92,7 @@ def content(torch: str = "", base: str = "", platform: str = "") -> Content:
 
 
 def of(profile: Profile) -> Content:
-    """Of this checkout's image for a profile; TORCH and BASE in the environment win."""
+    """The content of this checkout's image for a profile; TORCH and BASE in the environment win."""
     cluster = profile.cluster or Cluster()
     return content(os.environ.get("TORCH") or cluster.torch, os.environ.get("BASE", ""), cluster.platform)
 
@@ -111,20 +111,21 @@ def registry(profile: Profile) -> str:
 def pip_settings() -> dict[str, list[str]]:
     """index-url, extra-index-url and find-links, as pip is configured on this machine."""
     command = [sys.executable, "-m", "pip", "config", "list"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    found = sorted(SETTING.findall(told), key=lambda one: SECTIONS.index(one[0]))
+    listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = sorted(SETTING.findall(listing), key=lambda one: SECTIONS.index(one[0]))
     return {name: value.replace("\\n", " ").split() for _, name, value in found}
 
 
 def wheels(torch: str, settings: Mapping[str, list[str]]) -> dict[str, Path]:
-    """Torch's wheels in the folders that pip looks in: a build cannot look there, so that they go with it."""
+    """Torch's wheels in the folders that pip looks in: a build cannot look there, so they become part of its
+    context."""
     folders = [Path(place.removeprefix("file://")) for place in settings.get("find-links", [])]
     found = [path for folder in folders for path in folder.glob(f"torch-{torch}-*linux*.whl")]
     return {f"wheels/{path.name}": path for path in found}
 
 
 def index_arguments(settings: Mapping[str, list[str]]) -> dict[str, str]:
-    """Build arguments for the addresses of ``settings``; what is a folder of this machine is left out."""
+    """Build arguments for the addresses in ``settings``; folders of this machine are left out."""
     remote = {name: [at for at in places if at.startswith("http")] for name, places in settings.items()}
     index, extra, links = (
         " ".join(remote.get(n, [])) for n in ("index-url", "extra-index-url", "find-links")
@@ -145,11 +146,11 @@ def build(client: docker.DockerClient, made_of: Content) -> None:
     with tempfile.TemporaryFile() as context:
         whole.write(context)
         context.seek(0)
-        told = client.api.build(
+        messages = client.api.build(
             fileobj=context, custom_context=True, dockerfile=DOCKERFILE, tag=made_of.tag(),
             buildargs=arguments, rm=True, forcerm=True, decode=True, platform=made_of.platform or None,
         )  # fmt: skip
-        follow(told)
+        follow(messages)
 
 
 def follow(messages: Iterable[Mapping[str, Any]], step: str = "the daemon") -> None:
@@ -182,8 +183,8 @@ def _why(error: str, complaint: str) -> str:
 
 
 def push(client: docker.DockerClient, tag: str, place: str) -> str:
-    """Push the image to the registry ``place``, under the release's name too, which the manifests in k8s/ can know
-    before there is an image; its own name there."""
+    """Push the image to the registry ``place``, also under the release's name, which the manifests in k8s/ can know
+    before there is an image; returns its own name there."""
     for name in (f"{place}/{IMAGE}", f"{place}/{tag}"):
         try:
             client.images.get(tag).tag(name)

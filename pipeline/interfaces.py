@@ -1,9 +1,9 @@
 """What a component takes and gives, its version, and whether the one may change without the other.
 
 ``components/<name>/metadata.yaml`` has the version; ``components/interfaces.yaml`` what the last release took and
-gave, which `make release-components` writes and nobody by hand. Pipelines of others break where an input or an output
-goes or changes its type, where an optional input is required, or where a new one is: that wants a new major version.
-What is only added wants a new minor one.
+gave, which `make release-components` writes and nobody by hand. Other people's pipelines break if an input or an
+output is removed or changes its type, if an optional input becomes required, or if a new input is required: that
+needs a new major version. Mere additions need a new minor one.
 """
 
 from collections.abc import Iterator, Mapping

@@ -17,7 +17,7 @@ from pipeline.connection import Connection, line, remedy
 from pipeline.profile import Cluster
 
 ATTEMPTS = 3
-"""How often something is looked for that was made, or that another made at the same time."""
+"""How often something that we made, or that another made at the same time, is looked for."""
 GOING = ("PENDING", "RUNNING", "PAUSED", "CANCELING")
 SUCCEEDED = "SUCCEEDED"
 
@@ -29,7 +29,7 @@ class Run:
     id: str
     state: str
     faults: tuple[str, ...] = ()
-    """what its tasks met, each with a remedy where one is known"""
+    """its tasks' errors, each with a remedy if one is known"""
 
     @property
     def going(self) -> bool:
@@ -48,7 +48,7 @@ class Kubeflow(Connection):
         self._experiments = api.ExperimentServiceApi(self._client)
 
     def upload(self, text: str, name: str) -> tuple[str, str]:
-        """The ids of the pipeline ``name`` and of its version whose text this is; what is not there is uploaded."""
+        """The ids of the pipeline ``name`` and of its version with this text; what is not there is uploaded."""
         version = f"{__version__}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         pipeline = self._pipeline(name)
 
@@ -78,7 +78,7 @@ class Kubeflow(Connection):
         return self._made(f"the pipeline '{name}'", find, make)
 
     def _made(self, what: str, find: Callable[[], str | None], make: Callable[..., Any]) -> str:
-        """The id that ``find`` finds; what is not there is made, by us or by another at the same time."""
+        """The id that ``find`` returns; if it finds nothing, we, or another at the same time, ``make`` it."""
         for _ in range(ATTEMPTS):
             if found := find():
                 return found
@@ -87,7 +87,7 @@ class Kubeflow(Connection):
         raise DvqError(f"{self} took {what} and does not show it: may you list what is there{where}?")
 
     def _all(self, ask: Callable[..., Any], what: str, *arguments: Any, **named: Any) -> Iterator[Any]:
-        """What all pages of a list have."""
+        """The items on all pages of a list."""
         token: str | None = None
         while True:
             page = self._ask(ask, *arguments, page_token=token, page_size=100, **named)
@@ -133,8 +133,8 @@ class Kubeflow(Connection):
         found = self._ask(self._runs.run_service_get_run, run)
         tasks = (found.run_details and found.run_details.task_details) or ()
         errors = [found.error, *(task.error for task in tasks if task.state == "FAILED")]
-        told = dict.fromkeys(line(error.message) for error in errors if error and error.message)
-        return Run(run, found.state or "PENDING", tuple(f"{one}{remedy(one)}" for one in told))
+        messages = dict.fromkeys(line(error.message) for error in errors if error and error.message)
+        return Run(run, found.state or "PENDING", tuple(f"{one}{remedy(one)}" for one in messages))
 
     def begun(self, run: str) -> float:
         """When the run was made, by the cluster's clock [seconds since 1970]."""

@@ -1,9 +1,9 @@
 """The pipeline on this machine, in a process group of its own: by kfp's SubprocessRunner, or its DockerRunner.
 
 The launcher (:mod:`pipeline.submit`) starts ``python -m pipeline.local``, which runs the pipeline; every task
-is a process below it, in the same group, or a container with the launch's label. The launcher holds the write
-end of this process's standard input and never closes it while it lives: when it is closed, by whatever death,
-the group and the containers end.
+is a process below it, in the same group, or a container with the launch's label. The launcher keeps the write end of
+this process's standard input open for as long as it lives: when that is closed, however the launcher died, the group
+and the containers end.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ TRACKING = "from components import tracking; tracking.ensure()"
 
 
 def check(folder: Path, arguments: Mapping[str, str]) -> None:
-    """DvqError if kfp cannot run from where this is, or would change ``arguments`` or lose a large one."""
+    """DvqError if kfp cannot run from this folder, or would silently change ``arguments``, or lose a large one."""
     if " " in sys.executable:
         raise DvqError(
             f"kfp's local runner breaks on the space in Python's path '{sys.executable}'; "
@@ -117,7 +117,7 @@ def running(
 def end(process: "subprocess.Popen[bytes]") -> None:
     """End ``process`` and all that it started, with GRACE seconds for the tasks; a second Ctrl-C cuts them short.
 
-    kfp goes first: it would take a task's death for a failure and start the next.
+    kfp is killed first: it would take a task's death for a failure and start the next task.
     """
     try:
         process.kill()
@@ -133,7 +133,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _signal_group(group: int, number: int) -> bool:
-    """Whether there was a process in the group to send the signal to."""
+    """Send a signal to the process group; returns whether there was a process in it."""
     try:
         os.killpg(group, number)
     except (ProcessLookupError, PermissionError):  # macOS says the latter when only zombies are left
@@ -142,7 +142,7 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 def main() -> None:
-    """The child's side: one line of JSON says what to run, and the end of standard input that the launcher died."""
+    """The child's side: a line of JSON on standard input says what to run; its end means that the launcher died."""
     lifeline = os.fdopen(os.dup(0), "rb")
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)  # the tasks get no standard input

@@ -1,4 +1,4 @@
-"""What a profile gives the pods of each task on a cluster."""
+"""A profile's settings for the pods of each task on a cluster."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +13,11 @@ LABEL = ("app.kubernetes.io/part-of", "dvq")
 
 
 def settle(task: Any, name: str, profile: Profile, environment: Mapping[str, str]) -> Any:
-    """Give the task of the component ``name`` what ``profile`` says, and the variables of ``environment``."""
+    """Apply ``profile`` and the variables of ``environment`` to the task of the component ``name``."""
     cluster = profile.cluster
     assert cluster
     _limits(task, profile, cluster, name in TRAINS)
-    if name != "report":  # which fails where a trial is missing, each time
+    if name != "report":  # a retry would fail again: it fails if a trial is missing
         task.set_retry(num_retries=cluster.retries, backoff_duration="30s", backoff_factor=2.0)
     # Unbuffered: what a pod says is in its log at once, and not lost with it.
     for variable, value in {**ONE_THREAD, "PYTHONUNBUFFERED": "1", **environment}.items():

@@ -1,4 +1,4 @@
-"""What is looked at before any work: each wrong input is one sentence on standard error and exit status 2."""
+"""Checks before any work: each wrong input is one sentence on standard error and exit status 2."""
 
 import contextlib
 import errno
@@ -22,14 +22,14 @@ from dvq.sweep import LONGEST, Sweep, load_sweep
 
 SWEEPS = Path(__file__).parent / "sweeps"
 SIGNED = re.compile(r"[?&][^=&]*(signature|sig|token|secret)=", re.IGNORECASE)
-"""an address that lets in whoever has it"""
+"""in an address that lets in whoever has it"""
 SweepName = Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")]
 ProfileName = Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")]
 PROFILE = {"docker": "docker", "kfp": "nvidia"}
 """The profile of each place that has one, unless another is named."""
 
 REFUSED = (errno.EACCES, errno.ENAMETOOLONG)
-"""What the system says of a file that was named; all else, but of a full disk, is a bug."""
+"""Errors of the system about a file that the user named; any others, except of a full disk, are bugs."""
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def one_sentence() -> Iterator[None]:
     """Turn a DvqError, and a disk that is full or cannot be written, into a sentence and exit status 2."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see pipeline/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # which may have no ±; standard error has another way
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack ±; standard error escapes it
         sys.stdout.reconfigure(errors="replace")
     try:
         yield
@@ -56,7 +56,7 @@ def one_sentence() -> Iterator[None]:
 
 
 def application(*commands: Callable[..., None]) -> typer.Typer:
-    """The program of these commands, of which every DvqError is its sentence."""
+    """A program of these commands, which prints every DvqError as its sentence."""
     made = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     for command in commands:
         made.command()(one_sentence()(command))
@@ -80,7 +80,7 @@ def find_sweep(name: str) -> Sweep:
             raise DvqError(
                 f"no sweep is called '{name}'; known: {', '.join(known)}; or give a file, SWEEP=path.yaml"
             )
-    sweep = again(path) if path.suffix == ".json" else load_sweep(path)
+    sweep = sweep_of_results(path) if path.suffix == ".json" else load_sweep(path)
     trials = sweep.trials()
     for what in ("data", "split"):
         found = sorted({str(getattr(trial, what)) for trial in trials.values()})
@@ -92,7 +92,7 @@ def find_sweep(name: str) -> Sweep:
     return sweep
 
 
-def again(path: Path) -> Sweep:
+def sweep_of_results(path: Path) -> Sweep:
     """A sweep of the one trial whose results ``path`` keeps."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))["trial"]
@@ -109,7 +109,8 @@ def again(path: Path) -> Sweep:
 
 
 def find_store() -> Store:
-    """Where tasks keep and track what they do, unless the environment says so already; the store."""
+    """The store. The environment variables that lead tasks to it and to MLflow are set, unless they are set
+    already."""
     from pipeline.stack import Stack  # whose commands are made here
 
     home = outputs()
@@ -134,7 +135,7 @@ def _absolute(folder: str) -> str:
 
 
 def check_begun(sweep: Sweep, store: Store, name: str) -> None:
-    """DvqError if the store has nothing of the sweep, which one typed as ``name``: there is nothing to tell."""
+    """DvqError if the store has nothing of the sweep, which the user called ``name``: there is nothing to report."""
     keys = [trial.key() for trial in sweep.trials().values()]
     store.look(keys)
     if all(store.state(key).name == "new" for key in keys):
@@ -169,7 +170,8 @@ def check_place(place: str) -> None:
 
 
 def find_source(source: str, name: str) -> str:
-    """Where the dataset is to come from: DATA, a path from here on absolute; the sample needs none, which is said."""
+    """Where the dataset is to come from: DATA, as an absolute path if it is one; a warning if it is given for the
+    sample, which needs none."""
     if tracking.redacted(source) != source or SIGNED.search(source):
         raise DvqError(
             "DATA has a password or signature in its address, which logs would show; fetch it, and give the file"

@@ -26,7 +26,7 @@ class _Strict(BaseModel):
 
 
 class Toleration(_Strict):
-    """A taint that a pod puts up with."""
+    """A taint that a pod tolerates."""
 
     key: str = ""
     """empty: every taint"""
@@ -35,7 +35,7 @@ class Toleration(_Strict):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute", ""] = ""
     """empty: every effect"""
     seconds: Annotated[int, Field(ge=0)] | None = None
-    """for which NoExecute is put up with"""
+    """for which NoExecute is tolerated"""
 
 
 class Light(_Strict):

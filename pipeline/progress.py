@@ -25,7 +25,8 @@ STYLES = {WAITING: "dim", FINISHED: "green", FAILED: "red"}
 LOOK = 0.5
 """Seconds between two looks at the events."""
 MARGIN = 3
-"""Columns that the live table leaves free: the terminal's own ^C there would break a line and spoil the drawing."""
+"""Columns that the live table leaves free: otherwise the ^C that a terminal prints would break a line and spoil
+it."""
 REASONS, LONGEST = 2, 120
 """Failures whose reasons stand under the live table, and characters of each."""
 NUMBERS = 45
@@ -71,7 +72,7 @@ class Row:
             self._measure(event["step"], event["values"], event["time"])
 
     def _measure(self, step: int, values: dict[str, float], at: float) -> None:
-        if self.state == WAITING or step < self.base:  # it was under way before anybody looked
+        if self.state == WAITING or step < self.base:  # it was under way before we looked
             self.state, self.began, self.base = "training", at, step
         self.step, self.at = step, at
         self.images_per_second = values.get("images_per_second", self.images_per_second)
@@ -142,8 +143,8 @@ class PlainLines:
 
 
 def table(rows: list[Row], note: str, jobs: int, elapsed: float, height: int, width: int) -> Table:
-    """The rows as a table of at most ``height`` lines: those in motion first, then the failed ones, and under it why.
-    What is too wide for ``width`` is cut out of the names' middles: numbers stay whole."""
+    """The rows as a table of at most ``height`` lines: running trials first, then failed ones, whose reasons stand
+    under it. If it is too wide for ``width``, names lose their middles; numbers stay whole."""
     made = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", caption_style="")
     made.add_column("trial", no_wrap=True)
     made.add_column("state")  # the one that gives way
@@ -169,8 +170,8 @@ def _urgency(row: Row) -> int:
 
 
 def shorten(name: str, width: int) -> str:
-    """``name`` without its middle if it is longer than ``width``, or 16: the ends tell trials apart, and the seed, if
-    something stands behind it."""
+    """``name`` without its middle if it is longer than ``width`` (at least 16): the ends tell trials apart, and so
+    does the seed if something follows it."""
     width = max(width, 16)
     if len(name) <= width:
         return name
@@ -202,7 +203,7 @@ def _caption(rows: list[Row], note: str, jobs: int, elapsed: float, now: float) 
 
 
 def sweep_seconds_left(rows: list[Row], jobs: int, now: float) -> float | None:
-    """A guess from the trials in motion: those that wait will take as long a step as the mean of these."""
+    """A guess from the running trials: waiting ones will take as long per step as the mean of these."""
     moving = [(row, left) for row in rows if (left := row.seconds_left(now)) is not None]
     if not moving:
         return None

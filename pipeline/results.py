@@ -37,7 +37,7 @@ def keep(sweep: preflight.SweepName) -> None:
         print(f"kept {kept.write(result, analyses.get(result['name']), found.name, ROOT / FOLDER).name}")
     for name, reason in missing.items():
         print(f"not kept: {name}: {reason}")
-    tell(ROOT)
+    write_pages(ROOT)
 
 
 def uncommitted(result: Mapping[str, Any]) -> str:
@@ -54,7 +54,7 @@ def uncommitted(result: Mapping[str, Any]) -> str:
     return ""
 
 
-def tell(root: Path) -> None:
+def write_pages(root: Path) -> None:
     """Write the tables and figures, and the README's section, from the results that are kept."""
     folder = root / FOLDER
     results = kept.load(folder)

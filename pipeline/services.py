@@ -1,4 +1,4 @@
-"""The servers of the stack: what each is started with, and how to see that it answers. All listen on loopback."""
+"""The servers of the stack: how each is started, and how to see that it answers. All listen on loopback."""
 
 import importlib.util
 import os
@@ -27,22 +27,22 @@ QUIET = [
 BUCKETS = "dvq,mlflow"
 """The store's, and that of MLflow's artifacts."""
 
-# PostgreSQL refuses root. Started by root it is the user nobody, who may pass through root's folders: so neither has
-# a user to be made nor a folder to be opened.
+# PostgreSQL refuses to run as root. Started by root it runs as the user nobody, allowed to enter root's folders: so
+# no user has to be created, and no folder's permissions changed.
 NOBODY = "setpriv --reuid=nobody --regid=nogroup --clear-groups --inh-caps=+dac_override --ambient-caps=+dac_override"
 AS_NOBODY = [*NOBODY.split(), "--securebits=+no_setuid_fixup", "--"]
 
 
 @dataclass(frozen=True)
 class Service:
-    """A server: whatever holds a password is in its environment, for everyone can read a command line."""
+    """A server. Passwords are in its environment, because everyone can read a command line."""
 
     command: list[str]
     environment: Mapping[str, str]
     ready: Callable[[], bool]
     """whether it answers"""
     end: signal.Signals = signal.SIGTERM
-    """what ends it in good order"""
+    """the signal that ends it in good order"""
 
 
 def services(folder: Path, ports: Mapping[str, int], secret: Mapping[str, str]) -> dict[str, Service]:
@@ -72,7 +72,7 @@ def endpoint(ports: Mapping[str, int]) -> str:
 
 
 def keys(secret: Mapping[str, str]) -> dict[str, str]:
-    """What lets one into S3."""
+    """The credentials for S3."""
     return {
         "AWS_ACCESS_KEY_ID": secret["access_key"],
         "AWS_SECRET_ACCESS_KEY": secret["secret_key"],
@@ -93,7 +93,7 @@ def create_database(data: Path, secret: Mapping[str, str]) -> None:
     """Make PostgreSQL's data with the user mlflow and its password, unless it is there."""
     if (data / "PG_VERSION").exists():
         return
-    shutil.rmtree(data, ignore_errors=True)  # what was interrupted
+    shutil.rmtree(data, ignore_errors=True)  # left by an interrupted attempt
     data.mkdir(parents=True, mode=0o700)
     if os.geteuid() == 0:
         shutil.chown(data, "nobody")
@@ -121,9 +121,8 @@ def mlflow(ports: Mapping[str, int], secret: Mapping[str, str]) -> Service:
     """MLflow's server: it alone reaches PostgreSQL and the artifacts' bucket."""
     port = ports["mlflow"]
     command = [sys.executable, "-m", "mlflow", "server", f"--host={HOST}", f"--port={port}", "--workers=1"]
-    command += [
-        f"--allowed-hosts={HOST}:*,localhost:*"
-    ]  # another Host header is another site's page, rebound
+    # another Host header is that of another site's page, by DNS rebinding
+    command += [f"--allowed-hosts={HOST}:*,localhost:*"]
     environment = {
         **keys(secret),
         "MLFLOW_S3_ENDPOINT_URL": endpoint(ports),

@@ -24,7 +24,7 @@ START, STOP = 180, 20
 """Seconds for a service to answer, and to end."""
 STORE = "s3://dvq/store"
 MARK = "DVQ_STACK"
-"""What tells a service's process: this variable of its environment names the stack's folder."""
+"""A service's processes are known by this variable of their environment, which names the stack's folder."""
 
 
 class Stack:
@@ -45,11 +45,11 @@ class Stack:
 
     @property
     def address(self) -> str:
-        """MLflow's."""
+        """MLflow's address."""
         return f"http://{HOST}:{self.ports['mlflow']}"
 
     def environment(self) -> dict[str, str]:
-        """What leads a sweep to the stack; empty if it is down.
+        """The environment variables that lead a sweep to the stack; empty if it is down.
 
         Raises:
             DvqError: it was started, and something of it does not run any more.
@@ -63,10 +63,10 @@ class Stack:
         if not self.pids:
             return {}
         store = {"DVQ_STORE": STORE, "AWS_ENDPOINT_URL": endpoint(self.ports), **keys(self.secret)}
-        # A store of the user's is left alone, and so is S3 of the user's, which the images may come from; a region
+        # The user's own store is kept, and so are the user's own S3 settings, which the data may come from; a region
         # alone is neither.
-        told = (store.keys() - {"AWS_DEFAULT_REGION"}) & os.environ.keys()
-        return {"MLFLOW_TRACKING_URI": self.address} | ({} if told else store)
+        users = (store.keys() - {"AWS_DEFAULT_REGION"}) & os.environ.keys()
+        return {"MLFLOW_TRACKING_URI": self.address} | ({} if users else store)
 
     def whole(self) -> bool:
         """Whether all services run and answer."""
@@ -121,7 +121,7 @@ class Stack:
             time.sleep(0.2)
 
     def _stop(self, name: str, end: signal.Signals) -> None:
-        """End a service in good order by asking its group, and what is left then by force."""
+        """Ask a service's process group to end, then end by force what is left."""
         import psutil
 
         def signal_to(processes: list[psutil.Process], number: signal.Signals) -> None:
@@ -139,12 +139,12 @@ class Stack:
     def _processes(self, name: str) -> list[Any]:
         """The service's processes: its group, and PostgreSQL's children, which leave it.
 
-        Those outlive a killed parent by what they are at, and let no other start till then: they are known by the
-        folder that they work in.
+        The children finish what they are doing even if their parent was killed, and until then no other PostgreSQL
+        can start: they are recognized by the folder that they work in.
         """
         try:
             import psutil
-        except ImportError:  # make clean, and the folder is left
+        except ImportError:  # after make clean, which leaves the folder
             raise DvqError(
                 f"{self.folder} is a stack's, and what it needs is not installed: make stack-up"
             ) from None
@@ -159,7 +159,7 @@ class Stack:
         return found
 
     def _grouped(self, name: str, process: Any) -> bool:
-        """Whether it is of the service's group, if that number is not another's by now."""
+        """Whether the process is in the service's group, and the group's number was not reused by another."""
         import psutil
 
         with contextlib.suppress(psutil.Error, ProcessLookupError):
@@ -195,7 +195,7 @@ def _free_ports() -> dict[str, int]:
 
 @contextlib.contextmanager
 def _here() -> Iterator[Stack]:
-    """The stack of the current folder, for this process alone."""
+    """The stack of the current folder, locked for this process."""
     folder = preflight.outputs() / "stack"
     with disk.locked(folder / "lock"):
         yield Stack(folder)

@@ -1,4 +1,4 @@
-"""Run a sweep: look at everything first, start the pipeline, show how it goes, print the results.
+"""Run a sweep: check everything first, start the pipeline, show its progress, print the results.
 
 python -m pipeline.submit SWEEP [--on local|docker|kfp] [--jobs 2] [--profile NAME] [--data SOURCE] [--fresh] …
 """
@@ -27,9 +27,9 @@ from pipeline.progress import FAILED, FINISHED, Row
 from pipeline.watch import Job, remove, rows, watch
 
 ERROR = re.compile(r"([\w.]*(Error|Exception)|error): (?!\d+ of \d+ trials failed: )")
-"""begins a line that says why; the report's own end only repeats the reasons"""
+"""begins a line that says why something failed; the report's last line only repeats the trials' reasons"""
 KFPS = "finished with status FAILURE"
-"""is in kfp's own last error, which does not say why"""
+"""marks kfp's own last error, which does not say why"""
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 DOWNLOAD = re.compile(r"downloading: .*")
 
@@ -78,8 +78,8 @@ def submit(
 
 
 def look_at(name: str, jobs: str, source: str, profile: Profile | None, fresh: bool = False) -> Job:
-    """The sweep, with what the store has of it; DvqError for what is wrong, of results too unless they are computed
-    anew."""
+    """The sweep, checked, with what the store has of it; DvqError for anything wrong, also with existing results
+    unless all is computed anew (``fresh``)."""
     number = preflight.whole_number("JOBS", jobs or str(profile.parallelism if profile else 2), JOBS)
     sweep = preflight.find_sweep(name)
     trials = sweep.trials()
@@ -115,7 +115,7 @@ def _print_plan(job: Job, cap: float | None, on: str, fresh: bool) -> None:
 
 
 def prepare(job: Job) -> Job:
-    """The job, with the image of its containers, as it can run on this machine; DvqError for what is missing."""
+    """The job, ready to run on this machine, with the image of its containers; DvqError for what is missing."""
     if job.profile:
         name = image.name(job.profile, pushed=False)
         containers.check_image(name)
@@ -134,9 +134,10 @@ def prepare(job: Job) -> Job:
 
 
 def run(job: Job, console: Console, fresh: bool = False) -> int:
-    """Run the pipeline on this machine and say how it goes; the exit status. ``fresh``: it began with nothing."""
+    """Run the pipeline on this machine and show its progress; returns the exit status. ``fresh``: it began with
+    nothing."""
     for number in ENDING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
     shown, began = rows(job), time.time()
     count, on = f"{len(shown)} trial{'s' * (len(shown) > 1)}", fingerprints.label(job.data)
@@ -165,15 +166,15 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _note(shown: list[Row], job: Job) -> str:
-    """What goes on beside the trials."""
+    """What is going on apart from the trials."""
     if not (job.store.data(job.data) / "data.json").exists():
-        told = DOWNLOAD.findall((job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace"))
-        return f"preparing {job.data}" + (f": {told[-1]}" if told else "")
+        downloads = DOWNLOAD.findall((job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace"))
+        return f"preparing {job.data}" + (f": {downloads[-1]}" if downloads else "")
     return "writing the report" if all(row.state in (FINISHED, FAILED) for row in shown) else ""
 
 
 def conclude(job: Job, code: int, console: Console) -> int:
-    """Print what the sweep came to; 0 if every trial finished and the pipeline succeeded, else 1."""
+    """Print the sweep's outcome; 0 if every trial finished and the pipeline succeeded, else 1."""
     failures = conclusion.show(job.sweep, job.trials, job.store, console)
     for line in _because(code, failures, job.folder / "kfp.log"):
         conclusion.say(console, line)
@@ -185,7 +186,7 @@ def conclude(job: Job, code: int, console: Console) -> int:
             f"MLflow lacks {len(behind)} of the finished trials: the log says why; once that is mended, make replay "
             "sends a sweep's",
         )
-    elif finished and not _crowned(job):
+    elif finished and not _has_champion(job):
         conclusion.say(console, "MLflow lacks the champion: make replay names it; the log says why")
     conclusion.where(job.sweep, job.store, console)
     conclusion.say(console, f"log:    {job.folder / 'kfp.log'}")
@@ -193,12 +194,12 @@ def conclude(job: Job, code: int, console: Console) -> int:
 
 
 def _tracked(job: Job, trial: Trial) -> bool:
-    """Whether MLflow has the trial, as far as this machine knows: a container may call the tracker otherwise."""
+    """Whether MLflow has the trial, as far as this machine knows: a container may use another address for MLflow."""
     return bool(job.profile) or tracking.known(job.store.trial(trial.key()), job.sweep.name)
 
 
-def _crowned(job: Job) -> bool:
-    """Whether MLflow took the sweep's champion, if it was to take one: the report says it in the log alone."""
+def _has_champion(job: Job) -> bool:
+    """Whether MLflow took the sweep's champion, if there was to be one: only the log of the report says so."""
     if not (job.sweep.champion and os.environ.get("MLFLOW_TRACKING_URI")):
         return True
     text = (job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace")
@@ -206,7 +207,7 @@ def _crowned(job: Job) -> bool:
 
 
 def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
-    """What kfp's log tells beyond the trials' own reasons."""
+    """What kfp's log says beyond the trials' own reasons."""
     text = image.COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
     lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
     deaths = [

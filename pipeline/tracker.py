@@ -1,4 +1,4 @@
-"""Whether MLflow, as MLFLOW_TRACKING_URI names it, can be used: asked without importing it, which takes seconds."""
+"""Whether the MLflow that MLFLOW_TRACKING_URI names can be used, without importing MLflow, which takes seconds."""
 
 import base64
 import http.client
@@ -17,14 +17,14 @@ SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databrick
 """What an address of MLflow may begin with."""
 OTHER_LOGINS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
 AUTHORITIES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-"""What names the certificates that MLflow's client trusts."""
+"""The variables that name the certificates that MLflow's client trusts."""
 
 
 def check() -> str:
     """Empty if MLflow's server answers, else a sentence.
 
     Raises:
-        DvqError: it refuses the name and password, a password stands in its address, or MLflow cannot use that.
+        DvqError: it refuses the name and password, or its address holds a password or is one that MLflow cannot use.
     """
     uri = os.environ["MLFLOW_TRACKING_URI"]
     if not uri:  # nothing is tracked
@@ -83,7 +83,7 @@ def _ask(uri: str) -> str:
         if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
             return f"MLflow at {uri} has a certificate that is not trusted; {AUTHORITIES[0]} names the authority's"
         return f"MLflow at {uri} does not answer"
-    except ValueError as error:  # of brackets that are not closed, or of letters that no address has
+    except ValueError as error:  # for example, brackets that are not closed
         raise DvqError(f"MLFLOW_TRACKING_URI is no address ({error}); give http://host:port") from None
     return ""
 

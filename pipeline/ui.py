@@ -1,4 +1,4 @@
-"""MLflow's pages on the sweeps, wherever they are tracked: python -m pipeline.ui [--port 5000]"""
+"""MLflow's pages of the sweeps, wherever they are tracked: python -m pipeline.ui [--port 5000]"""
 
 import os
 import socket
@@ -14,7 +14,7 @@ from pipeline.services import HOST
 from pipeline.stack import Stack
 
 FORM = "?workflowType=machine_learning"
-"""of MLflow's pages: for training rather than for language models"""
+"""asks for MLflow's pages for training rather than for language models"""
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -45,7 +45,8 @@ def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> N
 
 
 def _start() -> str:
-    """The latest sweep's runs: from the list of experiments a click leads to MLflow's pages for language models."""
+    """The page of the latest sweep's runs: a click in the list of experiments would lead to MLflow's pages for
+    language models."""
     found = tracking.newest()
     return f"#/experiments/{found}/runs{FORM}" if found else f"#/experiments{FORM}"
 

@@ -1,4 +1,4 @@
-"""A sweep that starts, or is under way: its rows, from the store, shown until it ends."""
+"""Watching a sweep that starts or is under way: its rows, from the store, are shown until it ends."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from pipeline.progress import FINISHED, LOOK, LiveTable, PlainLines, Row
 
 @dataclass(frozen=True)
 class Job:
-    """A sweep that was looked at and can start."""
+    """A sweep that was checked and can start."""
 
     sweep: Sweep
     trials: Mapping[str, Trial]
@@ -28,7 +28,7 @@ class Job:
     folder: Path
     """of this launch's log"""
     profile: Profile | None
-    """of the containers, where the tasks are some"""
+    """of the containers or pods; None if the tasks are processes"""
 
     @property
     def data(self) -> str:
@@ -41,7 +41,8 @@ class Job:
 
 
 def remove(job: Job) -> None:
-    """Remove the sweep's trials from the store, say which, and begin those that would go on from shorter ones."""
+    """Remove the sweep's trials from the store, say which, and begin anew those that would otherwise go on from
+    shorter ones."""
     removed = [name for name, trial in job.trials.items() if job.store.has(trial.key(), "trial.json")]
     for name in removed:  # while all are there
         with job.store.idle(job.trials[name].key()):
@@ -75,14 +76,14 @@ def _row(name: str, trial: Trial, store: Store) -> Row:
 def watch(
     job: Job, shown: list[Row], since: float, console: Console, look: Callable[[], tuple[bool, str]]
 ) -> None:
-    """Show how the trials go, by what happened after the time ``since``, until ``look`` says that all ended; it
-    also says what goes on beside them."""
+    """Show the trials' progress, from what happened after the time ``since``, until ``look`` returns that all has
+    ended; it also returns a note on what is going on apart from them."""
     screen = LiveTable(console, job.jobs) if console.is_interactive else PlainLines(console)
     with screen:
         while True:
             ended, note = look()
             for row in shown:
-                if row.state != FINISHED:  # of these nothing more is told, and there may be a thousand
+                if row.state != FINISHED:  # finished ones have no more news, and there may be a thousand
                     row.update(since)
             screen.show(shown, "" if ended else note)
             if ended:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dvq.trial import Count, Discrete, Loss, Several, Unkeyed
+from dvq.trial import Count, Discrete, Loss, TwoOrMore, Unkeyed
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from dvq.quantizers import Rounded
     from dvq.trial import Step
 
-Level = Annotated[int, Field(ge=2, le=1000)]  # of more the bound, wider by ε, would round to one too many
+# beyond 1000 levels the bound, which ε widens, would round to one too many
+Level = Annotated[int, Field(ge=2, le=1000)]
 
 
 class FSQ(Discrete):
@@ -33,13 +34,13 @@ class FSQ(Discrete):
     levels: Annotated[tuple[Level, ...], Field(min_length=1)] = (8, 8, 8)
     """L of each dimension; their number is D and their product C. The authors advise 5 or more; with 2, tanh is flat
     where v = 0"""
-    num_codes: Several = Field(default=512, json_schema_extra=Unkeyed)
+    num_codes: TwoOrMore = Field(default=512, json_schema_extra=Unkeyed)
     """C, which the levels decide; there is no need to set it"""
     code_dim: Count = Field(default=3, json_schema_extra=Unkeyed)
     """D, which the levels decide; there is no need to set it"""
 
     @model_validator(mode="after")
-    def _levels_decide(self) -> Self:
+    def _derive_from_levels(self) -> Self:
         made = {"num_codes": (math.prod(self.levels), "codes"), "code_dim": (len(self.levels), "dimensions")}
         levels = ", ".join(map(str, self.levels))
         if math.prod(self.levels) >= 2**31:

@@ -19,9 +19,9 @@ class GSSoft(Stochastic):
 
         surrogate = −log p(x | y·M) + KL(q(z|x) ‖ p(z)),
 
-    with the categorical KL in closed form. The gradient is biased, for the decoder is trained on mixtures of
-    codes; the bias falls with τ, and the variance rises. Nor is what training shows a bound, for a mixture can tell
-    the decoder more than the single codes that evaluation takes.
+    with the categorical KL in closed form. The gradient is biased, because the decoder is trained on mixtures of
+    codes; as τ falls, the bias falls and the variance rises. Nor is the training loss a bound: a mixture can tell the
+    decoder more than the single codes that evaluation takes.
 
     Source: Jang et al. 2017, "Categorical Reparameterization with Gumbel-Softmax", section 2; Maddison et al.
     2017, "The Concrete Distribution".
@@ -45,7 +45,7 @@ class GSSoft(Stochastic):
 
     def latents(self) -> "Categorical":
         latents = super().latents()
-        # the fast form takes exp(l) to the power 1/τ: what underflows there is lost where that is below 1
+        # the fast form raises exp(l) to the power 1/τ: for τ > 1, what underflows in exp(l) would still have counted
         latents.plain = max(self.temperature, self.final_temperature or 0) > 1
         return latents
 

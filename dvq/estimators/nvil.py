@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class NVIL(Stochastic):
     """NVIL: gradients of the ELBO from one sample, unbiased with ``normalization: none`` (see VIMCO) but for a
-    positive scale of the encoder's.
+    positive factor on the encoder's.
 
     w = log p(x, z) − log q(z|x);  signal = w − c − b(x), with the running mean c of w − b(x), and b(x) a small
     network trained by (w − c − b(x))².
@@ -24,8 +24,8 @@ class NVIL(Stochastic):
         surrogate = −stopgrad(signal)·log q(z|x) − log p(x, z) + (stopgrad(w − c) − b(x))²
 
     The encoder's gradient is divided by max(1, σ), σ² the running variance of w − b(x) within a minibatch. The paper
-    divides the signal, where no parameter is both q's and p's; here the codebooks are, and of them a divided signal
-    would scale one part of the gradient and not the other.
+    divides the signal, but there q and p share no parameters. Here they share the codebooks, and a divided signal
+    would scale only one of the two parts of the codebooks' gradient.
 
     Source: Mnih & Gregor 2014, "Neural Variational Inference and Learning in Belief Networks", section 2.3
     and algorithm 1.

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from dvq.trial import Loss, Several, Stochastic
+from dvq.trial import Loss, Stochastic, TwoOrMore
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -24,7 +24,7 @@ class RLOO(Stochastic):
     """
 
     estimator: Literal["rloo"] = "rloo"
-    samples: Several = 4
+    samples: TwoOrMore = 4
     """S; each costs a pass through the decoder"""
 
     def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:

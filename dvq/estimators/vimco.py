@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from dvq.trial import Loss, Several, Stochastic
+from dvq.trial import Loss, Stochastic, TwoOrMore
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class VIMCO(Stochastic):
     """VIMCO: gradients of the S-sample bound L_S = E log (1/S) Σ_s exp w_s, unbiased with ``normalization: none``.
 
-    Batch normalization makes an image's likelihood in training depend on the z of the other images and samples, which
-    its signal does not see; not so once its statistics are fixed (``normalization_until``).
+    In training, batch normalization makes an image's likelihood depend on the z of the other images and samples,
+    which its learning signal does not account for; that ends once the statistics are fixed (``normalization_until``).
 
     w_s = log p(x, z_s) − log q(z_s|x);  L̂ = logsumexp(w) − log S;  L̂_{−s} is L̂ with w_s replaced by the
     mean of the other w. With w̃ = softmax(w),
@@ -29,12 +29,12 @@ class VIMCO(Stochastic):
     """
 
     estimator: Literal["vimco"] = "vimco"
-    samples: Several = 4
+    samples: TwoOrMore = 4
     """S; each costs a pass through the decoder"""
     backward: Literal["all", "one"] = "all"
-    """which samples' decoder gradients are taken: all of them, weighed by w̃, as in the paper; or one, drawn in
-    proportion to w̃, which is as unbiased (but for batch normalization, whose statistics are then that
-    sample's), noisier, and a good third less work at S = 4"""
+    """which samples' decoder gradients are taken: all, weighted by w̃, as in the paper; or one, drawn in proportion
+    to w̃, which is just as unbiased (but for batch normalization, whose statistics are then that sample's), noisier,
+    and a good third less work at S = 4"""
 
     def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:
         import torch

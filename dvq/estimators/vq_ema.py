@@ -38,8 +38,8 @@ class VQEMA(LearnedCodes):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
     """γ; also of the usage counts that revival looks at"""
     revive_below: NonNegative = 0.0
-    """codes whose moving count of uses a minibatch is under this move to random encodings of the minibatch;
-    0: never, as in the papers. Used codes never move."""
+    """codes whose moving average of uses per minibatch is below this move to random encodings of the minibatch; 0:
+    never, as in the papers. Codes that the minibatch uses never move."""
     gradient: Literal["straight-through", "rotation"] = "straight-through"
     """the decoder's as it is; or turned back from M[i]'s direction to v's, and scaled by ‖M[i]‖/‖v‖"""
 
@@ -49,7 +49,7 @@ class VQEMA(LearnedCodes):
         return Nearest(self, self.ema_decay, trained=False)
 
     def codebook_loss(self, v: "Tensor", latents: "Nearest", codes: "Tensor") -> "Tensor | float":
-        """A term of the surrogate that trains the codebooks; here an average trains them."""
+        """A term of the surrogate that trains the codebooks; here there is none, for they are moving averages."""
         return 0.0
 
     def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:

@@ -188,7 +188,7 @@ def test_link_shares_the_files_or_copies_them(links, prepared, tmp_path, monkeyp
 def test_progress_is_printed_every_few_seconds_and_at_the_end(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
-    line = data.print_progress(every=5)
+    line = data.print_progress()
     for megabytes, now[0] in [(1, 100.0), (2, 104.0), (3, 106.0), (4, 107.0)]:
         line(megabytes * 1_000_000, 4_000_000)
     expected = [f"downloading: {megabytes} of 4 MB" for megabytes in (1, 3, 4)]

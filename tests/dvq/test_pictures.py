@@ -68,7 +68,7 @@ def test_trials_without_pictures_are_left_out():
 def test_a_mosaic_holds_each_image_above_its_reconstruction(tmp_path):
     rng = np.random.default_rng(0)
     images, reconstructed = rng.integers(0, 256, (2, 5, 32, 28, 3), dtype=np.uint8)
-    mosaic = pictures.mosaic(images, reconstructed, scale=3)
+    mosaic = pictures.mosaic(images, reconstructed)
     assert mosaic.shape == (3 * (2 * 33 - 1), 3 * (5 * 29 - 1), 3)
     small = mosaic[1::3, 1::3]
     np.testing.assert_array_equal(mosaic, small.repeat(3, 0).repeat(3, 1))

@@ -129,7 +129,7 @@ def test_rows_are_sorted_by_bits_per_dim_and_failures_come_last(sweep):
     assert (best["bits_per_dim"], best["bits_per_dim_se"], best["rate"]) == (6.9, 0.0123, 0.25)
     assert (best["perplexity"], best["dead_codes"], best["images_per_second"]) == (7.5, 3, 101.4)
     assert best["components_95"] == sweep[0][1]["analysis"]["components_95_mean"]
-    assert [tables.shown(best, key) for key in ("bits_per_dim", "rate", "dead_codes")] == [
+    assert [tables.formatted(best, key) for key in ("bits_per_dim", "rate", "dead_codes")] == [
         "6.900 ± 0.012",
         "0.250",
         "3/1024",
@@ -171,7 +171,7 @@ def test_settings_are_means_over_seeds_with_the_error_of_trainings(sweep):
     assert best["bits_per_dim"] == pytest.approx(7.05)
     assert best["bits_per_dim_se"] == pytest.approx(0.05)
     assert worst["bits_per_dim_se"] == pytest.approx(0.2 / 3**0.5)
-    assert [tables.shown(worst, key) for key in tables.filled([best, worst], tables.SETTINGS)] == [
+    assert [tables.formatted(worst, key) for key in tables.filled([best, worst], tables.SETTINGS)] == [
         "gs-soft-c16-k4",
         "3",
         "7.400 ± 0.115",
@@ -216,18 +216,18 @@ def test_the_lowest_mean_over_seeds_is_chosen_and_not_the_lowest_of_all_training
 
 
 def test_held_out_images_choose_a_line_for_a_sweep_on_test_images(sweep, tmp_path):
-    assert choices.then(sweep[0]) == ""
+    assert choices.chosen_line(sweep[0]) == ""
     made = copy.deepcopy(sweep[0])
     for one, rate in zip(made, (5e-4, 5e-5, 5e-4), strict=True):
         one["trial"] |= {"split": "tune", "learning_rate": rate, "log_every": 7, "a_field_that_is_gone": 1}
         one["evaluation"]["split"] = "tune"
     line = "{estimator: gs-soft, num_latents: 4, steps: 200, learning_rate: 5.0e-05, num_codes: 256}"
-    assert choices.then(made) == line
-    assert choices.then([*made, *seeds(sweep[0][:1], (1.0, 1.0))]) == line, (
+    assert choices.chosen_line(made) == line
+    assert choices.chosen_line([*made, *seeds(sweep[0][:1], (1.0, 1.0))]) == line, (
         "those on test images choose nothing"
     )
     gone = {**made[0], "trial": {**made[0]["trial"], "estimator": "gone"}}
-    assert choices.then([gone]) == ""
+    assert choices.chosen_line([gone]) == ""
     (tmp_path / "then.yaml").write_text(f"include:\n  - {line}\n")
     (one,) = load_sweep(tmp_path / "then.yaml").trials().values()
     assert (one.split, one.learning_rate, one.num_codes) == ("test", 5e-5, 256)

@@ -214,7 +214,7 @@ def test_tables_and_figures_come_from_the_files_alone(
     code, out, error = run("sweep.yaml", capsys)
     assert (code, out) == (2, "")
     assert "nothing to keep" in error
-    results.tell(root)
+    results.write_pages(root)
     assert {path: path.read_bytes() for path in (root / results.FOLDER).rglob("*.*")} == before
 
 
@@ -226,7 +226,7 @@ def test_figures_leave_partial_training_out_or_say_it(
     run("sweep.yaml", capsys)
     for name in FULL:
         (root / results.FOLDER / f"{name}.json").unlink()
-    results.tell(root)
+    results.write_pages(root)
     there = kept.load(root / results.FOLDER)
     assert "partial" in notice([one for one in there if one["name"] in PARTIAL])
     assert drawn == [
@@ -238,7 +238,7 @@ def test_figures_leave_partial_training_out_or_say_it(
     assert {name for name in files(root) if name in text} == set(PARTIAL)
     for name in (*PARTIAL, *TUNE):
         (root / results.FOLDER / f"{name}.json").unlink()
-    results.tell(root)
+    results.write_pages(root)
     assert "None of our models has been trained in full yet.\n<!--" in (root / "README.md").read_text()
 
 
@@ -273,11 +273,11 @@ def test_codebooks_trained_without_the_held_out_images_are_drawn_for_lack_of_oth
     )
     run("sweep.yaml", capsys)
     (root / results.FOLDER / f"{FULL[0]}.json").unlink()
-    results.tell(root)
+    results.write_pages(root)
     assert drawn == [["gs-soft"], ["vq-ema"]]
     assert "figures/figure_2.png" in (root / "README.md").read_text()
     (root / results.FOLDER / f"{TUNE[0]}.json").unlink()
-    results.tell(root)
+    results.write_pages(root)
     assert len(drawn) == 2
     assert "figures/figure_2.png" not in (root / "README.md").read_text()
 
