@@ -22,6 +22,10 @@ class DvqError(Exception):
     Any other exception is a bug and keeps its traceback."""
 
 
+def __dir__() -> list[str]:
+    return [*globals(), "load"]
+
+
 def __getattr__(name: str) -> Any:
     if name == "load":
         from dvq.saved import load

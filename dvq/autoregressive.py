@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
-from dvq import DvqError, inputs
+from dvq import inputs
 from dvq.model import Model, in_evaluation
 from dvq.randomness import minibatch, noise, seeded
 
@@ -81,9 +81,8 @@ class Autoregressive(nn.Module):
         """``n`` draws z ~ r(z), (n, H/4, W/4, K), for the model's ``decode``."""
         device = self.place.device
         generator = inputs.generator(generator, device)
-        codes = torch.zeros(
-            inputs.count(n), self.trial.positions, self.trial.num_latents, dtype=torch.long, device=device
-        )
+        shape = inputs.count(n, "sample: n"), self.trial.positions, self.trial.num_latents
+        codes = torch.zeros(shape, dtype=torch.long, device=device)
         for p in range(codes.shape[1]):
             context = self.context(codes[:, : p + 1])[:, -1:]
             for k in range(codes.shape[2]):
@@ -112,8 +111,7 @@ def fit(
     Raises:
         DvqError: images of another shape, fewer than one step, or a model whose latent variables are continuous.
     """
-    if not hasattr(steps, "__index__") or steps < 1:
-        raise DvqError(f"steps = {steps!r}: give a whole number of at least 1")
+    steps, batch_size = inputs.count(steps, "steps"), inputs.count(batch_size, "batch_size")
     training = inputs.arrays(training, model.trial, "the training images")
     full = torch.autocast(model.generator(0).device.type, enabled=False)  # for the backward pass too
     with torch.inference_mode(False), torch.enable_grad(), full:

@@ -63,6 +63,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The single-sample ELBO with hard samples z ~ q(z|x), on all ``images`` (N, H, W, 3) uint8.
 
+    The draws are a function of ``seed`` and ``batch_size`` (None: the trial's ``images_at_once``).
+
     distortion = −log p(x|z), rate = KL(q(z|x) ‖ p(z)), bits_per_dim = distortion + rate, of one draw an image.
     With ``bound_samples`` S > 1 also the importance-weighted bound
 
@@ -85,18 +87,20 @@ def evaluate(
         ``perplexity`` (mean over k of exp H(usage_k)) and ``dead_codes``.
 
     Raises:
-        DvqError: no images, or others.
+        DvqError: no images, or others; a number below 1; a ``prior`` of codes for continuous latent variables.
     """
     images = inputs.arrays(images, model.trial, "the images to evaluate")
-    if bound_samples < 1:
-        raise DvqError(f"bound_samples = {bound_samples}: give 1 or more")
+    bound_samples = inputs.count(bound_samples, "bound_samples")
+    at_once = model.trial.images_at_once if batch_size is None else inputs.count(batch_size, "batch_size")
+    if prior is not None:
+        inputs.discrete(model.trial)
     first, more = model.generator(2 * seed), model.generator(2 * seed + 1)
     device = first.device
     gathered = _Pass()
     if isinstance(model.latents, Codebooks):
         gathered.usage = torch.zeros(model.latents.codebook.shape[:2], dtype=torch.long, device=device)
     draws = 1 if isinstance(model.latents, Deterministic) else bound_samples
-    for batch in batches(images, batch_size or model.trial.images_at_once, device):
+    for batch in batches(images, at_once, device):
         v = model.encoder(batch)
         elbos, weights = [], []
         for draw in range(draws):

@@ -47,11 +47,11 @@ def arrays(given: ArrayLike, trial: Trial, what: str) -> NDArray[np.uint8]:
     return found
 
 
-def count(n: Any) -> int:
-    """How many samples; DvqError if that is no whole number of at least 1."""
-    if not hasattr(n, "__index__") or n < 1:
-        raise DvqError(f"sample: n = {n!r}; give a whole number of at least 1")
-    return operator.index(n)
+def count(given: Any, what: str) -> int:
+    """How many samples, steps or images; a DvqError that names ``what`` unless a whole number of at least 1."""
+    if not hasattr(given, "__index__") or given < 1:
+        raise DvqError(f"{what} = {given!r}: give a whole number of at least 1")
+    return operator.index(given)
 
 
 def discrete(trial: Trial) -> Discrete:

@@ -147,7 +147,7 @@ class Model(nn.Module):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """The mean of p(x|z) for ``n`` ≥ 1 draws z ~ p(z), rounded: uint8 (n, H, W, 3)."""
         generator = inputs.generator(generator, self._device())
-        vectors = self.latents.prior_sample(inputs.count(n) * self.trial.positions, generator)
+        vectors = self.latents.prior_sample(inputs.count(n, "sample: n") * self.trial.positions, generator)
         return self._mean_image(vectors)
 
     @in_evaluation

@@ -17,8 +17,9 @@ from dvq.randomness import seeded
 from dvq.trial import Trial, values
 
 
-def save(model: Model, folder: Path) -> None:
+def save(model: Model, folder: Path | str) -> None:
     """Write the weights (model.safetensors, their SHA-256 in it) and the trial (trial.json) to ``folder``."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trial.json").write_text(json.dumps(values(model.trial), indent=1) + "\n", encoding="utf-8")
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

@@ -140,8 +140,9 @@ def read_sweep(text: str) -> Sweep:
         raise sentence(error, "sweep") from None
 
 
-def load_sweep(path: Path) -> Sweep:
+def load_sweep(path: Path | str) -> Sweep:
     """The sweep in a YAML file, its name the file's; DvqError for what is wrong with it."""
+    path = Path(path)
     content = _content(path)
     if not NAME.match(path.stem):
         better = plain_name(path.stem, "my-sweep")[:LONGEST] + path.suffix.lower()

@@ -16,12 +16,13 @@ import pytest
 import torch
 
 import dvq
-from dvq import DvqError, autoregressive, config, data, disk, events
+from dvq import DvqError, autoregressive, config, data, disk, events, saved
 from dvq.estimators import ESTIMATORS
 from dvq.estimators.gs_soft import GSSoft
 from dvq.evaluate import evaluate, fit
 from dvq.model import Model
 from dvq.randomness import seeded
+from dvq.sweep import load_sweep
 from dvq.train import main, train
 from dvq.trainer import Trainer
 from dvq.training import Training
@@ -348,8 +349,30 @@ def test_draws_of_neighbouring_seeds_are_others() -> None:
     first, second = (evaluate(model, some, seed=seed, bound_samples=2) for seed in (0, 1))
     draws = abs(first["bits_per_dim"] - second["bits_per_dim"]) / 2**0.5
     assert draws != pytest.approx(first["draws_se"], rel=1e-6)
-    with pytest.raises(DvqError, match="bound_samples = 0: give 1 or more"):
-        evaluate(model, some, bound_samples=0)
+
+
+@pytest.mark.parametrize("wrong", [{"bound_samples": 0}, {"bound_samples": 2.0}, {"batch_size": -1}])
+def test_numbers_of_draws_and_images_are_whole(wrong: dict[str, Any]) -> None:
+    model, some = Model(config.trial(TINY)), np.zeros((2, 32, 32, 3), np.uint8)
+    ((name, value),) = wrong.items()
+    with pytest.raises(DvqError, match=f"{name} = {value}: give a whole number of at least 1"):
+        evaluate(model, some, **wrong)
+
+
+def test_a_prior_of_codes_is_not_one_of_continuous_latent_variables() -> None:
+    codes, some = Model(config.trial(TINY)), np.zeros((2, 32, 32, 3), np.uint8)
+    gaussian = {key: value for key, value in TINY.items() if key != "num_codes"} | {"estimator": "gaussian"}
+    model = Model(config.trial(gaussian))
+    with pytest.raises(DvqError, match="a gaussian model has no codes"):
+        evaluate(model, some, prior=autoregressive.Autoregressive(codes))
+
+
+def test_paths_may_be_text_and_load_is_among_the_names(tmp_path: Path) -> None:
+    saved.save(Model(config.trial(TINY)), str(tmp_path / "model"))
+    assert "load" in dir(dvq)
+    assert dvq.load(str(tmp_path / "model")).trial == config.trial(TINY)
+    (tmp_path / "one.yaml").write_text("base: {estimator: gs-soft}\n")
+    assert load_sweep(str(tmp_path / "one.yaml")).name == "one"
 
 
 def test_a_generator_is_one() -> None:
