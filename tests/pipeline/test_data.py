@@ -54,10 +54,10 @@ def test_test_images_among_the_training_images_are_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
-    images = np.zeros((30, 32, 32, 3), np.uint8)
-    np.savez(tmp_path / "black.npz", train_images=images, test_images=images[:3])
-    said, warned = prepared(str(tmp_path / "black.npz"), capsys)
-    assert "data: black@" in said
+    images = np.full((30, 32, 32, 3), 255, np.uint8)
+    np.savez(tmp_path / "white.npz", train_images=images, test_images=images[:3])
+    said, warned = prepared(str(tmp_path / "white.npz"), capsys)
+    assert "data: white@" in said
     assert warned.startswith("warning: 3 of the 3 test images are training images too")
 
 
