@@ -368,6 +368,24 @@ def test_numbers_of_draws_and_images_are_whole(function: Any, name: str, value: 
         function(model, some, **{name: value})
 
 
+def test_a_model_may_be_loaded_while_another_is_made(tmp_path: Path) -> None:
+    """As by an estimator that begins with another's codebooks: it waited for itself."""
+    saved.save(Model(config.trial(TINY)), tmp_path)
+
+    def load() -> None:
+        with seeded(1):
+            dvq.load(tmp_path)
+            drawn.append(torch.rand(()))
+
+    drawn: list[torch.Tensor] = []
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    with seeded(1):
+        assert drawn == [torch.rand(())], "and of the other's random numbers it takes none"
+
+
 def test_a_prior_of_codes_is_not_one_of_continuous_latent_variables() -> None:
     codes, some = Model(config.trial(TINY)), np.zeros((2, 32, 32, 3), np.uint8)
     gaussian = {key: value for key, value in TINY.items() if key != "num_codes"} | {"estimator": "gaussian"}
