@@ -147,9 +147,8 @@ def _train_in_child(work: Work, data: Path, run: TrialRun) -> str:
     if code == failures.UNUSABLE:
         run.finish()
         sys.exit(code)
-    silent = (
-        sizes(work.folder).keys() == before
-    )  # it died before its first event: the last reason is an older one
+    # it died before its first event: the last reason is an older one
+    silent = sizes(work.folder).keys() == before
     if code != 0 and (silent or state(work.folder).name != "failed"):
         Events(work.folder).failure(failures.death(code))
     run.finish()

@@ -150,15 +150,16 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int | None = None
         the model.
 
     Raises:
-        DvqError: no images, or others.
+        DvqError: no images, or others; a ``batch_size`` below 1.
     """
     training = inputs.arrays(training, model.trial, "the training images")
+    at_once = model.trial.images_at_once if batch_size is None else inputs.count(batch_size, "batch_size")
     generator = model.generator(seed)
     model.eval()
     with torch.autocast(generator.device.type, enabled=False):
         _fit_normalization(model, training, generator)
         if isinstance(getattr(model.latents, "prior_logits", None), nn.Parameter):
-            _fit_prior(model, training, batch_size or model.trial.images_at_once, generator)
+            _fit_prior(model, training, at_once, generator)
     return model
 
 

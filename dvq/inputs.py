@@ -49,9 +49,13 @@ def arrays(given: ArrayLike, trial: Trial, what: str) -> NDArray[np.uint8]:
 
 def count(given: Any, what: str) -> int:
     """How many samples, steps or images; a DvqError that names ``what`` unless a whole number of at least 1."""
-    if not hasattr(given, "__index__") or given < 1:
+    try:
+        found = operator.index(given)
+    except TypeError:  # of tensors and arrays too
+        found = 0
+    if found < 1:
         raise DvqError(f"{what} = {given!r}: give a whole number of at least 1")
-    return operator.index(given)
+    return found
 
 
 def discrete(trial: Trial) -> Discrete:

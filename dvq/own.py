@@ -120,11 +120,6 @@ def _half(half: str, found: dict[str, npt.NDArray[Any]], source: str) -> dict[st
             f"DATA={source}: {half}_images is {images.dtype} {images.shape}; give uint8 (N, height, width, 3), "
             f"or 1 in gray, values from 0 to 255, at least {LEAST[half]} of them{gray}"
         )
-    if images.max() <= 1:
-        raise DvqError(
-            f"DATA={source}: {half}_images has no value above 1; give values from 0 to 255, "
-            f"{half}_images * np.uint8(255) if they are binary"
-        )
     channels = fingerprints.CHANNELS
     if images.shape[1] in channels and images.shape[3] not in channels:
         raise DvqError(
@@ -135,6 +130,11 @@ def _half(half: str, found: dict[str, npt.NDArray[Any]], source: str) -> dict[st
         fingerprints.check_shape(images.shape[1:])
     except ValueError as error:
         raise DvqError(f"DATA={source}: {half}_images is {images.dtype} {images.shape}, {error}") from None
+    if images.max() <= 1:
+        raise DvqError(
+            f"DATA={source}: {half}_images has no value above 1; give values from 0 to 255, "
+            f"{half}_images * np.uint8(255) if they are binary"
+        )
     labels = found.get(f"{half}_labels", np.zeros(len(images), np.uint8))
     fits = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
     if not fits or labels.min() < 0 or labels.max() > 255:

@@ -32,7 +32,7 @@ def minibatch(step: int, batch_size: int, images: int, seed: int) -> NDArray[np.
     return np.concatenate(parts)
 
 
-_SEEDED = threading.Lock()
+_SEEDED = threading.RLock()  # an estimator may load a model while its own is made
 
 
 @contextmanager

@@ -351,12 +351,39 @@ def test_draws_of_neighbouring_seeds_are_others() -> None:
     assert draws != pytest.approx(first["draws_se"], rel=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"bound_samples": 0}, {"bound_samples": 2.0}, {"batch_size": -1}])
-def test_numbers_of_draws_and_images_are_whole(wrong: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("function", "name", "value"),
+    [
+        (evaluate, "bound_samples", 0),
+        (evaluate, "bound_samples", 2.0),
+        (evaluate, "bound_samples", torch.tensor(2.0)),
+        (evaluate, "batch_size", -1),
+        (evaluate, "batch_size", np.array([1, 2])),
+        (fit, "batch_size", -1),
+    ],
+)
+def test_numbers_of_draws_and_images_are_whole(function: Any, name: str, value: Any) -> None:
     model, some = Model(config.trial(TINY)), np.zeros((2, 32, 32, 3), np.uint8)
-    ((name, value),) = wrong.items()
-    with pytest.raises(DvqError, match=f"{name} = {value}: give a whole number of at least 1"):
-        evaluate(model, some, **wrong)
+    with pytest.raises(DvqError, match=re.escape(f"{name} = {value!r}: give a whole number of at least 1")):
+        function(model, some, **{name: value})
+
+
+def test_a_model_may_be_loaded_while_another_is_made(tmp_path: Path) -> None:
+    """As by an estimator that begins with another's codebooks: it waited for itself."""
+    saved.save(Model(config.trial(TINY)), tmp_path)
+
+    def load() -> None:
+        with seeded(1):
+            dvq.load(tmp_path)
+            drawn.append(torch.rand(()))
+
+    drawn: list[torch.Tensor] = []
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    with seeded(1):
+        assert drawn == [torch.rand(())], "and of the other's random numbers it takes none"
 
 
 def test_a_prior_of_codes_is_not_one_of_continuous_latent_variables() -> None:

@@ -168,6 +168,10 @@ def test_a_sweep_with_another_name_says_how_to_get_one(wrong):
             r"train_images is uint8 \(20, 32, 32\).*; for gray images without channels: train_images\[..., None\]",
         ),
         (
+            {"train_images": images(20)[:, :0], "test_images": images(2)[:, :0]},
+            r"train_images is uint8 \(20, 0, 32, 3\), ",
+        ),
+        (
             {"train_images": images(20) // 128, "test_images": images(2)},
             r"train_images has no value above 1; .* train_images \* np\.uint8\(255\) if they are binary",
         ),

@@ -475,6 +475,20 @@ def test_a_report_in_a_folder_that_was_moved_moves_its_database_first(
     assert done == ["ensure", "write"]
 
 
+def test_a_report_is_written_where_mlflows_file_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").touch()
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/taken/mlflow.db")
+    monkeypatch.setattr(preflight, "check_begun", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        report.app(["smoke"])
+    assert ended.value.code == 1, "its trials are not finished"
+    assert (tmp_path / "store/reports/smoke/report.html").exists()
+    assert "the report of smoke is not up to date in MLflow" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", [report, replay, stack])
 def test_a_full_disk_is_one_sentence(
     command: Any,
