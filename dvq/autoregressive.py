@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
 from dvq import inputs
+from dvq.device import exact
 from dvq.model import Model, in_evaluation
 from dvq.randomness import minibatch, noise, seeded
 
@@ -114,7 +115,7 @@ def fit(
     steps, batch_size = inputs.count(steps, "steps"), inputs.count(batch_size, "batch_size")
     training = inputs.arrays(training, model.trial, "the training images")
     full = torch.autocast(model.generator(0).device.type, enabled=False)  # for the backward pass too
-    with torch.inference_mode(False), torch.enable_grad(), full:
+    with exact(), torch.inference_mode(False), torch.enable_grad(), full:
         with seeded(seed):
             prior = Autoregressive(model)
         optimizer = torch.optim.Adam(prior.parameters(), lr=learning_rate)

@@ -5,9 +5,9 @@ import fcntl
 import itertools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -44,7 +44,6 @@ def pick() -> torch.device:
                 "folder of the driver's libcuda.so.1 in LD_LIBRARY_PATH?"
             )
         return torch.device("cpu")
-    exact()
     device = torch.device("cuda", take(count, disk.locks()))
     try:
         torch.cuda.set_device(device)
@@ -75,11 +74,33 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "").rstrip(".")
 
 
-def exact() -> None:
-    """Make GPUs deterministic, and their float32 exact: no TF32."""
+@contextmanager
+def exact() -> Iterator[None]:
+    """In this block what is computed repeats bit for bit, and float32 is float32: GPUs do not round the factors of
+    convolutions (as PyTorch lets them by default) or products (``torch.set_float32_matmul_precision``) to TF32, nor
+    CPUs to bfloat16. These settings are the whole process's; afterwards they are as before."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    backends: Any = torch.backends  # of which the type checker does not know all
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    operations = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv)
+    precisions = [operation.fp32_precision for operation in operations]
+    deterministic, products, convolutions = cudnn.deterministic, "highest", False
+    # PyTorch has these settings twice, and cannot read the older ones where the newer ones disagree with them
+    with suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        convolutions = cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32, cudnn.deterministic = False, True
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        cudnn.allow_tf32, cudnn.deterministic = convolutions, deterministic
+        for operation, precision in zip(operations, precisions, strict=True):
+            operation.fp32_precision = precision
 
 
 @contextmanager

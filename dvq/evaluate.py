@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dvq import DvqError, inputs
 from dvq.autoregressive import Autoregressive
+from dvq.device import exact
 from dvq.latents import Codebooks, Sample, per_image
 from dvq.model import Model, in_evaluation
 from dvq.quantizers import Deterministic
@@ -156,7 +157,7 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int | None = None
     at_once = model.trial.images_at_once if batch_size is None else inputs.count(batch_size, "batch_size")
     generator = model.generator(seed)
     model.eval()
-    with torch.autocast(generator.device.type, enabled=False):
+    with exact(), torch.autocast(generator.device.type, enabled=False):
         _fit_normalization(model, training, generator)
         if isinstance(getattr(model.latents, "prior_logits", None), nn.Parameter):
             _fit_prior(model, training, at_once, generator)

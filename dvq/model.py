@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dvq import inputs
+from dvq.device import exact
 from dvq.latents import per_image
 from dvq.likelihood import VALUES
 from dvq.network import BatchNorm, Decoder, Encoder, Weigh
@@ -22,8 +23,8 @@ Images = Tensor | NDArray[np.uint8]
 
 def in_evaluation(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator: the function of a model runs in evaluation mode, without gradients, and in the model's own
-    precision, not an autocast's. Afterwards, whatever it raises, the model and its parts are in the modes they were
-    in before."""
+    precision: no autocast, and :func:`dvq.device.exact`. Afterwards, whatever it raises, the model and its parts are
+    in the modes they were in before."""
 
     @wraps(function)
     def judged(*args: P.args, **named: P.kwargs) -> R:
@@ -32,7 +33,8 @@ def in_evaluation(function: Callable[P, R]) -> Callable[P, R]:
         modes = {part: part.training for part in model.modules()}
         model.eval()
         try:
-            with torch.no_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False):
+            kind = next(model.parameters()).device.type
+            with exact(), torch.no_grad(), torch.autocast(kind, enabled=False):
                 return function(*args, **named)
         finally:
             for part, mode in modes.items():

@@ -27,15 +27,15 @@ from dvq.trial import Trial
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    """Restore torch's process-wide settings after this block; in it gradients are on, and an autocast of the caller's
-    is off."""
+    """Restore torch's process-wide settings after this block; in it gradients are on, an autocast of the caller's is
+    off, and :func:`dvq.device.exact` holds."""
     denormal = torch.tensor(1e-40, dtype=torch.float32, device="cpu")
     threads, kept = torch.get_num_threads(), bool(denormal * 1)
     # a denormal number, below 1e-38, as a hopeless code's weight is, costs a CPU as much as 100 others
     torch.set_flush_denormal(True)
     full = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
     try:
-        with torch.inference_mode(False), torch.enable_grad(), next(full), next(full):
+        with exact(), torch.inference_mode(False), torch.enable_grad(), next(full), next(full):
             yield
     finally:
         torch.set_num_threads(threads)
@@ -70,8 +70,6 @@ def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: 
             f"'{trial.estimator}' is not in the list of estimators, and its models could not be loaded: "
             f"dvq.estimators.ESTIMATORS.append({type(trial).__name__})"
         )
-    if str(device).startswith("cuda"):
-        exact()
     with _as_before(), disk.alone(folder):
         if (done := _done(trial, folder)) is not None:
             return done

@@ -29,7 +29,7 @@ from plain import LIBRARY, PLAIN, Library, Plain
 from torch.utils.flop_counter import FlopCounterMode
 
 from dvq.config import trial
-from dvq.device import pick
+from dvq.device import exact, pick
 from dvq.trainer import Trainer
 from dvq.trial import Trial
 
@@ -247,11 +247,12 @@ def device_name(device: torch.device) -> str:
 
 
 def chosen_device(device: torch.device) -> torch.device:
-    """The device as training has it: one thread of a CPU, or the GPU's settings."""
+    """The device as training has it: one thread of a CPU, or a GPU that few hold."""
     torch.set_num_threads(1)
     return pick() if device.type == "cuda" else device
 
 
+@exact()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", type=torch.device, default="cpu")

@@ -18,6 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from training import SIZES, USUAL, case, ceiling, chosen_device, device_name, flops, seconds
 
+from dvq.device import exact
 from dvq.randomness import noise
 from dvq.trainer import Trainer
 
@@ -132,6 +133,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@exact()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", type=torch.device, default="cpu")

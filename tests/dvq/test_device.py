@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,6 @@ def test_the_places_are_in_one_folder_for_all_launches(
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)  # the first kernel
     monkeypatch.setattr(device, "take", lambda _, folder: asked.append(folder) or 1)
-    for flag in ("deterministic", "allow_tf32"):
-        monkeypatch.setattr(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.setenv("TMPDIR", "/elsewhere")
     monkeypatch.delenv("DVQ_LOCKS", raising=False)
     if named:
@@ -205,10 +203,7 @@ def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch: pytest.MonkeyPat
     def old(_: object) -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nUpdate it.")
 
-    for flag in ("deterministic", "allow_tf32"):
-        monkeypatch.setattr(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag))
     monkeypatch.setenv("DVQ_LOCKS", str(tmp_path))
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", old)
     with pytest.raises(
@@ -223,6 +218,53 @@ def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "zeros", full)
     with pytest.raises(UnusableError, match=r"2\.00 MiB\); is it free, and whole"):
         pick()
+
+
+ROUNDING: dict[str, Any] = {
+    "PyTorch's own": lambda: None,
+    "for products": lambda: torch.set_float32_matmul_precision("medium"),
+    "by the older settings": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "by the newer settings": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "on a GPU alone": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+}
+
+
+def settings() -> list[object]:
+    """How PyTorch rounds the factors of float32's products; None where it cannot tell, its settings at odds."""
+    cuda, cudnn, mkldnn = (getattr(torch.backends, name) for name in ("cuda", "cudnn", "mkldnn"))
+    newer = [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv]
+    found: list[object] = [operation.fp32_precision for operation in newer]
+    older: list[Callable[[], object]] = [
+        lambda: cuda.matmul.allow_tf32,
+        lambda: cudnn.allow_tf32,
+        torch.get_float32_matmul_precision,
+    ]
+    for setting in older:
+        try:
+            found.append(setting())
+        except RuntimeError:
+            found.append(None)
+    return [*found, cudnn.deterministic]
+
+
+@pytest.mark.parametrize("rounding", ROUNDING)
+def test_what_is_computed_exactly_is_not_rounded(rounding: str) -> None:
+    """The settings, since no CPU rounds to TF32; in a process of their own, which PyTorch cannot put back."""
+    program = f"""if True:
+        import torch
+        from dvq import config
+        from dvq.model import Model
+        from tests.dvq.test_device import ROUNDING, settings
+        small = {{"features": 32, "num_latents": 2, "num_codes": 8, "code_dim": 4}}
+        model, seen = Model(config.trial({{"estimator": "vq-ema", "data": "cifar10-sample", **small}})), []
+        model.decoder.register_forward_pre_hook(lambda *_: seen.append(settings()))
+        ROUNDING[{rounding!r}]()
+        before = settings()
+        model.sample(1)
+        assert seen == [["ieee"] * 5 + [False, False, "highest", True]], seen
+        assert settings() == before, (settings(), before)
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")

@@ -254,7 +254,13 @@ def test_what_is_round_it_changes_no_number(images: data.Data, tmp_path: Path) -
         torch.set_default_dtype(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = numbers(tmp_path / "mixed")
-    for found in (double, mixed):
+    torch.set_float32_matmul_precision("medium")  # bfloat16 on a CPU that has it, TF32 on a GPU
+    try:
+        rounded = numbers(tmp_path / "rounded")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for found in (double, mixed, rounded):
         assert [torch.equal(x.double(), y.double()) for x, y in zip(found, right, strict=True)] == [True] * 6
     with torch.device("meta"), seeded(1):
         assert torch.empty(0).device.type == "cpu", "a GPU's numbers would have another seed"

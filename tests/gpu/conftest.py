@@ -1,5 +1,7 @@
 """These tests fail where there is no GPU: they are run to prove something, and a skip would read as a proof."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ def pytest_sessionstart() -> None:
 
 
 @pytest.fixture(scope="session")
-def gpu() -> torch.device:
+def gpu() -> Iterator[torch.device]:
     """As a trial takes it."""
-    return device.pick()
+    with device.exact():
+        yield device.pick()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dvq import data, events, fused
 from dvq.config import estimators, trial
+from dvq.device import exact
 from dvq.estimators.gs_soft import GSSoft
 from dvq.evaluate import evaluate
 from dvq.latents import Categorical
@@ -47,6 +48,17 @@ def trainer(one: Trial, gpu: torch.device, dtype: torch.dtype = torch.float32) -
 def assert_same(one: Trainer, other: Trainer) -> None:
     for (name, found), (_, right) in zip(one.tensors(), other.tensors(), strict=True):
         assert torch.equal(found, right), name
+
+
+def test_a_model_does_not_round_to_tf32(gpu: torch.device) -> None:
+    """Convolutions on a GPU do by default, which would be an error of about 5e-4 here."""
+    model, images = Model(make("gs-soft")).to(gpu), IMAGES["test_images"][:64]
+    with exact():  # which puts back what is set in it
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
+        found = model.log_posterior(images)
+        right = model.double().log_posterior(images)
+    assert (found - right).norm() < 5e-5 * (right - right.mean(-1, keepdim=True)).norm()
 
 
 @pytest.mark.parametrize("estimator", sorted(estimators()))
