@@ -67,12 +67,12 @@ def sentence(error: ValidationError, where: str, several: str = "") -> DvqError:
     that was given for a single value."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
-    told = KINDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    advice = KINDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     if first["loc"] == ("include",):
-        told = TRIALS
+        advice = TRIALS
     if several and isinstance(first["input"], list) and first["type"] in SINGLE:
-        told = several
-    message = told[0].lower() + told[1:]
+        advice = several
+    message = advice[0].lower() + advice[1:]
     if first["type"].startswith("int_") and _exponent(first["input"]):
         message += f", {float(first['input']):.0f}; YAML takes 1e3 for a word"
     if not field:  # it is about several fields, which the message names
@@ -80,7 +80,7 @@ def sentence(error: ValidationError, where: str, several: str = "") -> DvqError:
     return DvqError(f"{where}: {field} = {first['input']!r}: {message}")
 
 
-def _exponent(given: object) -> bool:
+def _exponent(value: object) -> bool:
     """Whether it is a text that denotes a whole number, like 1e3."""
-    form = re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d\d?", given) if isinstance(given, str) else None
+    form = re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d\d?", value) if isinstance(value, str) else None
     return form is not None and float(form[0]).is_integer()

@@ -55,17 +55,19 @@ class Autoregressive(nn.Module):
 
     def context(self, codes: Tensor) -> Tensor:
         """What each position sees of the earlier ones: (B, p, K) → (B, p, WIDTH)."""
-        seen = self.before(codes + self.first).sum(2)
-        seen = torch.cat([torch.zeros_like(seen[:, :1]), seen[:, :-1]], 1) + self.place[: codes.shape[1]]
-        mask = nn.Transformer.generate_square_subsequent_mask(codes.shape[1], seen.device, seen.dtype)
-        found: Tensor = self.body(seen, mask=mask, is_causal=True)
-        return found
+        embedded = self.before(codes + self.first).sum(2)
+        embedded = (
+            torch.cat([torch.zeros_like(embedded[:, :1]), embedded[:, :-1]], 1) + self.place[: codes.shape[1]]
+        )
+        mask = nn.Transformer.generate_square_subsequent_mask(codes.shape[1], embedded.device, embedded.dtype)
+        context: Tensor = self.body(embedded, mask=mask, is_causal=True)
+        return context
 
     def logits(self, context: Tensor, codes: Tensor) -> Tensor:
         """The logits of every latent variable, given those before it: (B, p, WIDTH), (B, p, K) → (K, B·p, C)."""
         beside = self.beside(codes + self.first)
-        seen = beside.cumsum(2) - beside
-        hidden = nn.functional.gelu(self.hidden(context).unflatten(-1, seen.shape[2:]) + seen)
+        before = beside.cumsum(2) - beside
+        hidden = nn.functional.gelu(self.hidden(context).unflatten(-1, before.shape[2:]) + before)
         return torch.baddbmm(self.bias, hidden.flatten(0, 1).transpose(0, 1), self.out)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -73,8 +75,8 @@ class Autoregressive(nn.Module):
         codes = codes.flatten(1, 2)
         with torch.autocast(codes.device.type, enabled=False):
             logits = self.logits(self.context(codes), codes)
-        wanted = codes.flatten(0, 1).T.flatten()  # (K·B·P,)
-        nats = nn.functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="none")
+        targets = codes.flatten(0, 1).T.flatten()  # (K·B·P,)
+        nats = nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
         return -nats.unflatten(0, (-1, *codes.shape[:2])).sum((0, 2))
 
     @in_evaluation

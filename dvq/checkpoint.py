@@ -53,8 +53,8 @@ def write(folder: Path, step: int, tensors: "dict[str, Tensor]", about: dict[str
             f"checkpoint of step {step} cannot be written to {path.parent} ({error.strerror}); the last one "
             "is kept, and training goes on from it when there is room"
         ) from None
-    left = path.parent.glob(".*")  # partial ones, of processes that were killed
-    for old in (*left, *(path.with_name(f"{step:09d}") for step in steps(folder)[:-KEPT])):
+    leftovers = path.parent.glob(".*")  # partial ones, of processes that were killed
+    for old in (*leftovers, *(path.with_name(f"{step:09d}") for step in steps(folder)[:-KEPT])):
         shutil.rmtree(old, ignore_errors=True)
     return path
 

@@ -24,11 +24,11 @@ def chosen(results: Sequence[Result]) -> list[Result]:
 
 
 def _order(group: Sequence[Result]) -> tuple[int, float]:
-    return -len(group), float(np.mean([_bits(one) for one in group])) if group else math.inf
+    return -len(group), float(np.mean([_bits(result) for result in group])) if group else math.inf
 
 
 def _finite(group: Sequence[Result]) -> list[Result]:
-    return sorted((one for one in group if math.isfinite(_bits(one))), key=_bits)
+    return sorted((result for result in group if math.isfinite(_bits(result))), key=_bits)
 
 
 def _bits(result: Result) -> float:
@@ -39,19 +39,21 @@ def chosen_line(results: Sequence[Result]) -> str:
     """The setting chosen on held-out images, as a line of YAML for a sweep on test images: the estimator, and what
     differs from the defaults, except split and seed. Empty if nothing was chosen, or these are results on test
     images."""
-    known = estimators()
+    classes = estimators()
     tuned = (
-        one for one in results if one["trial"].get("split") == "tune" and one["trial"]["estimator"] in known
+        result
+        for result in results
+        if result["trial"].get("split") == "tune" and result["trial"]["estimator"] in classes
     )
-    found = chosen(list(tuned))
-    if not found:
+    lowest = chosen(list(tuned))
+    if not lowest:
         return ""
-    fields = found[0]["trial"]
-    names = known[fields["estimator"]].model_fields.keys()
+    fields = lowest[0]["trial"]
+    names = classes[fields["estimator"]].model_fields.keys()
     one = trial({name: fields[name] for name in fields if name in names})
     line = {"estimator": one.estimator, **one.changed()}
-    kept = {name: value for name, value in line.items() if name not in ("split", "seed")}
-    return yaml.safe_dump(kept, sort_keys=False, default_flow_style=True, width=math.inf).strip()
+    setting = {name: value for name, value in line.items() if name not in ("split", "seed")}
+    return yaml.safe_dump(setting, sort_keys=False, default_flow_style=True, width=math.inf).strip()
 
 
 def warning(trials: Iterable[Mapping[str, Any]]) -> str:
@@ -75,8 +77,8 @@ def warning(trials: Iterable[Mapping[str, Any]]) -> str:
     if not names:
         return ""
     *before, last = names
-    told = f"{', '.join(before)} and {last}" if before else last
+    listed = f"{', '.join(before)} and {last}" if before else last
     return (
-        f"its trials differ in {told}: a choice among them by test images is no longer a test; split: tune holds out "
-        "training images"
+        f"its trials differ in {listed}: a choice among them by test images is no longer a test; split: tune holds "
+        "out training images"
     )

@@ -153,14 +153,14 @@ def _members(place: Path) -> Iterator[tuple[str, bytes]]:
 
 def _verify_archive(path: Path, named: str) -> None:
     with _reading(path), path.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    _verify(found, ARCHIVE_MD5, named)
+        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    _verify(digest, ARCHIVE_MD5, named)
 
 
-def _verify(found: str, expected: str, named: str) -> None:
-    if found != expected:
+def _verify(digest: str, expected: str, named: str) -> None:
+    if digest != expected:
         raise DvqError(
-            f"{named}: the MD5 is {found}, the official file's is {expected}: it is damaged, cut short or "
+            f"{named}: the MD5 is {digest}, the official file's is {expected}: it is damaged, cut short or "
             f"another file; get it again from {ADDRESS}"
         )
 

@@ -46,8 +46,8 @@ class _LookUp(torch.autograd.Function):
 
 def look_up(table: Tensor, codes: Tensor) -> Tensor:
     """table[k, codes]: (K, C, D), (K, N) → (K, N, D); its gradient is :func:`code_sums`."""
-    found: Tensor = _LookUp.apply(table, codes)  # type: ignore[no-untyped-call]
-    return found
+    vectors: Tensor = _LookUp.apply(table, codes)  # type: ignore[no-untyped-call]
+    return vectors
 
 
 class _Rotated(torch.autograd.Function):

@@ -22,19 +22,19 @@ Point = dict[str, Any]
 
 def estimators() -> dict[str, type[Trial]]:
     """Every estimator's configuration by its name; DvqError for a class that has none of its own."""
-    found: dict[str, type[Trial]] = {}
+    classes: dict[str, type[Trial]] = {}
     for cls in ESTIMATORS:
         _check(cls)
         name = next(iter(get_args(cls.model_fields["estimator"].annotation)), None)
-        again = name in found and _place(found[name]) == _place(cls)  # a notebook's cell, run once more
-        if name is None or (name in found and not again):
-            taken = f", and '{name}' is {found[name].__name__}'s" if name else ""
+        again = name in classes and _place(classes[name]) == _place(cls)  # a notebook's cell, run once more
+        if name is None or (name in classes and not again):
+            taken = f", and '{name}' is {classes[name].__name__}'s" if name else ""
             raise DvqError(
                 f"{cls.__module__}: {cls.__name__} has no name of its own{taken}; give it one, "
                 'estimator: Literal["name"] = "name"'
             )
-        found[name] = cls
-    return found
+        classes[name] = cls
+    return classes
 
 
 def _place(cls: type[Trial]) -> tuple[str, str]:
@@ -56,7 +56,7 @@ def _elsewhere(key: str, cls: type[Trial]) -> str:
     """A hint for an unknown ``key``: the estimators that have such a field, or else the field of ``cls`` that was
     meant."""
     field = meant(key)
-    owners = [name for name, one in estimators().items() if field in one.model_fields]
+    owners = [name for name, owner in estimators().items() if field in owner.model_fields]
     if not owners or field in cls.model_fields:
         return nearest(key, list(cls.model_fields))
     which = "which" if field == key else f"{field}, which"
@@ -76,16 +76,16 @@ def _not_in_the_list(name: str) -> str:
 
 def trial(values: Mapping[str, Any], where: str = "trial") -> Trial:
     """The validated trial for ``values``; ``where`` begins the message of a DvqError."""
-    known = estimators()
+    classes = estimators()
     name = values.get("estimator")
     if name is None:
-        raise DvqError(f"{where}: no estimator is named; known: {', '.join(sorted(known))}")
+        raise DvqError(f"{where}: no estimator is named; known: {', '.join(sorted(classes))}")
     if isinstance(name, list):
         raise DvqError(f"{where}: estimator = {name}: {SEVERAL}")
-    if not isinstance(name, str) or name not in known:
-        hint = _not_in_the_list(str(name)) or nearest(str(name), list(known))
+    if not isinstance(name, str) or name not in classes:
+        hint = _not_in_the_list(str(name)) or nearest(str(name), list(classes))
         raise DvqError(f"{where}: unknown estimator '{name}'{hint}")
-    cls = known[name]
+    cls = classes[name]
     for key, value in values.items():
         if key not in cls.model_fields:
             raise DvqError(f"{where}: {name} has no '{key}'{_elsewhere(str(key), cls)}")

@@ -29,12 +29,12 @@ class Curve(NamedTuple):
 def curves(results: Sequence[Result]) -> list[Curve]:
     """A curve for each setting and K. If there are more than six settings, those of one estimator (of VQ-VAE: of one
     gradient) look the same, and their label says how many they are: none is picked, least of all by test images."""
-    found = [(_setting(trials), trials) for trials in _along(results)]
-    if len({(trials[0]["trial"]["estimator"], setting) for setting, trials in found}) > MOST_GROUPS:
-        found = _methods([trials for _, trials in found])
+    settings = [(_setting(trials), trials) for trials in _along(results)]
+    if len({(trials[0]["trial"]["estimator"], setting) for setting, trials in settings}) > MOST_GROUPS:
+        settings = _methods([trials for _, trials in settings])
     looks: dict[str, list[str]] = {}
-    made = []
-    for name, trials in found:
+    drawn = []
+    for name, trials in settings:
         trial = trials[0]["trial"]
         label, colour, marker = style(trial["estimator"])
         names = looks.setdefault(trial["estimator"], [])
@@ -42,8 +42,8 @@ def curves(results: Sequence[Result]) -> list[Curve]:
         at = names.index(name) % MOST_GROUPS
         label = wrapped(f"{label}, {name}".rstrip(", "))
         look = label, colour, marker, DASHES[at], FILLS[at]
-        made.append(Curve(trial["num_latents"], _points(trials), *look))
-    return made
+        drawn.append(Curve(trial["num_latents"], _points(trials), *look))
+    return drawn
 
 
 def _methods(along: Sequence[list[Result]]) -> list[tuple[str, list[Result]]]:
@@ -51,23 +51,23 @@ def _methods(along: Sequence[list[Result]]) -> list[tuple[str, list[Result]]]:
     methods: dict[tuple[str, str | None], list[list[Result]]] = {}
     for trials in along:
         methods.setdefault(method(trials[0]), []).append(trials)
-    made = []
-    for some in methods.values():
-        settings = len({_setting(trials) for trials in some})
-        shared = _setting([one for trials in some for one in trials])
+    named = []
+    for lines in methods.values():
+        settings = len({_setting(trials) for trials in lines})
+        shared = _setting([trial for trials in lines for trial in trials])
         name = ", ".join(filter(None, (shared, f"{settings} settings" if settings > 1 else "")))
-        made += [(name, trials) for trials in some]
-    return made
+        named += [(name, trials) for trials in lines]
+    return named
 
 
 def mean(seeds: Sequence[Result]) -> float:
     """The mean bits/dim over seeds."""
-    return float(np.mean([one["bits_per_dim"] for one in seeds]))
+    return float(np.mean([evaluation["bits_per_dim"] for evaluation in seeds]))
 
 
 def spread(seeds: Sequence[Result]) -> tuple[float, float]:
     """The range of bits/dim over seeds; for a single seed ± its standard error over images."""
-    bits = [one["bits_per_dim"] for one in seeds]
+    bits = [evaluation["bits_per_dim"] for evaluation in seeds]
     error = 0.0 if len(bits) > 1 else seeds[0].get("bits_per_dim_se", 0.0)
     return min(bits) - error, max(bits) + error
 
@@ -75,19 +75,21 @@ def spread(seeds: Sequence[Result]) -> tuple[float, float]:
 def _along(results: Sequence[Result]) -> list[list[Result]]:
     """The results in lists within which only C and the seed differ. FSQ's levels decide C, so different levels are
     one curve too, unless some of them have the same C."""
-    made = {(str(t["levels"]), t["num_codes"]) for t in (one["trial"] for one in results) if "levels" in t}
-    one_each = len({codes for _, codes in made}) == len(made)
-    return alike(results, "seed", "num_codes", *(["levels"] if one_each else []))
+    levels = {
+        (str(t["levels"]), t["num_codes"]) for t in (result["trial"] for result in results) if "levels" in t
+    }
+    distinct = len({codes for _, codes in levels}) == len(levels)
+    return alike(results, "seed", "num_codes", *(["levels"] if distinct else []))
 
 
 def _setting(trials: Sequence[Result]) -> str:
     """What the names of all of a curve's trials say of their setting: FSQ's levels may differ along it."""
-    said = [varied(one).split(", ") for one in trials]
-    return ", ".join(part for part in said[0] if all(part in other for other in said))
+    names = [varied(result).split(", ") for result in trials]
+    return ", ".join(part for part in names[0] if all(part in other for other in names))
 
 
 def _points(trials: Sequence[Result]) -> dict[int, list[Result]]:
     points: dict[int, list[Result]] = {}
-    for one in sorted(trials, key=lambda one: int(one["trial"].get("num_codes", 0))):  # stable
-        points.setdefault(one["trial"].get("num_codes", 0), []).append(one["evaluation"])
+    for result in sorted(trials, key=lambda result: int(result["trial"].get("num_codes", 0))):  # stable
+        points.setdefault(result["trial"].get("num_codes", 0), []).append(result["evaluation"])
     return points

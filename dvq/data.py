@@ -98,10 +98,10 @@ def load(folder: Path) -> Data:
 def is_prepared(name: str, folder: Path) -> bool:
     """Whether ``folder`` holds all of the dataset ``name``, by sizes and data.json; pixels are not read."""
     try:
-        found = load(folder)
+        data = load(folder)
     except DvqError:
         return False
-    return fingerprints.fits(name, str(found.info.get("fingerprint")), found.arrays)
+    return fingerprints.fits(name, str(data.info.get("fingerprint")), data.arrays)
 
 
 def check_source(name: str, source: str) -> None:
@@ -223,19 +223,19 @@ def _read(name: str, source: str, scratch: Path, progress: Progress | None) -> d
 
 
 def _write(name: str, arrays: dict[str, Images], work: Path) -> None:
-    found = fingerprint(arrays)
-    if not fingerprints.fits(name, found, arrays):
+    digest = fingerprint(arrays)
+    if not fingerprints.fits(name, digest, arrays):
         if name not in fingerprints.FINGERPRINTS:
             actual = fingerprints.own(name.partition("@")[0], arrays)
             raise DvqError(f"{name}: the images are {actual}; give the file that make data was given")
         right = fingerprints.of(name)
-        raise DvqError(f"{name}: the images have the fingerprint {found} instead of {right}; reinstall dvq")
+        raise DvqError(f"{name}: the images have the fingerprint {digest} instead of {right}; reinstall dvq")
     mean, std = statistics(arrays["train_images"])
     train, test = len(arrays["train_images"]), len(arrays["test_images"])
     info = {
         "format": FORMAT,
         "name": name,
-        "fingerprint": found,
+        "fingerprint": digest,
         "label": fingerprints.label(name),
         "train": train,
     }

@@ -49,11 +49,11 @@ def pick() -> torch.device:
         torch.cuda.set_device(device)
         torch.zeros((), device=device)
     except RuntimeError as error:
-        told = _first_line(error)
-        remedy = "is its driver new enough?" if "driver" in told else "is it free, and whole?"
+        reason = _first_line(error)
+        remedy = "is its driver new enough?" if "driver" in reason else "is it free, and whole?"
         raise UnusableError(
             f"torch {torch.__version__}, which is built for CUDA {torch.version.cuda}, cannot use the GPU "
-            f"({told}); {remedy}"
+            f"({reason}); {remedy}"
         ) from None
     return device
 

@@ -26,9 +26,9 @@ def inverse_draw(weights: Tensor, count: int, generator: Generator) -> Tensor:
     """
     below = (weights.double() if weights.is_cuda else weights).cumsum(-1)
     u = below.new_empty(*weights.shape[:2], count).uniform_(SMALLEST, 1, generator=generator)
-    found = torch.searchsorted(below, u.mul_(below[..., -1:]))
+    codes = torch.searchsorted(below, u.mul_(below[..., -1:]))
     # weights that are not finite must not raise an error here: the check of the loss reports them
-    return found.clamp_(max=weights.shape[-1] - 1)
+    return codes.clamp_(max=weights.shape[-1] - 1)
 
 
 def plain_score(
@@ -126,8 +126,8 @@ def plain_reinmax(
     log_q_z, mean = log_q.gather(-1, codes), torch.bmm(q, codebook.detach())
     chosen = look_up(codebook, codes.squeeze(-1))
     away = (chosen - mean).detach()
-    seen = chosen + 0.5 * (mean - mean.detach()) + 0.5 * away * (log_q_z - log_q_z.detach())
-    return seen, categorical_kl(logits, log_prior).sum()
+    vectors = chosen + 0.5 * (mean - mean.detach()) + 0.5 * away * (log_q_z - log_q_z.detach())
+    return vectors, categorical_kl(logits, log_prior).sum()
 
 
 class _ReinMax(torch.autograd.Function):
@@ -145,36 +145,36 @@ class _ReinMax(torch.autograd.Function):
             weights, total, log_sum[at], kl[at] = weigh(make[at], log_prior[at[0]])
             codes[at] = inverse_draw(weights, 1, generator)
             mean[at] = torch.bmm(weights, codebook[at[0]]).div_(total.unsqueeze(-1))
-        seen = look_up(codebook, codes.squeeze(-1))
-        ctx.save_for_backward(v, codebook, log_prior, log_sum, kl, codes, mean, seen)
+        vectors = look_up(codebook, codes.squeeze(-1))
+        ctx.save_for_backward(v, codebook, log_prior, log_sum, kl, codes, mean, vectors)
         ctx.scale = scale
-        return seen, kl.sum()
+        return vectors, kl.sum()
 
     @staticmethod
     @differentiated_once
-    def backward(ctx: Any, g_seen: Tensor, g_kl: Tensor) -> tuple[Tensor | None, ...]:
-        """With g_c = g_seen·M[c]: g_s = ½ q (g_c − g_z) + ½ onehot(z) (g_z − Σ q g)."""
-        v, codebook, log_prior, log_sum, kl, codes, mean, seen = ctx.saved_tensors
-        g_z = (g_seen * seen).sum(-1, keepdim=True)
-        g_left = torch.cat([g_seen, -g_z], -1) / 2
+    def backward(ctx: Any, g_vectors: Tensor, g_kl: Tensor) -> tuple[Tensor | None, ...]:
+        """With g_c = g_vectors·M[c]: g_s = ½ q (g_c − g_z) + ½ onehot(z) (g_z − Σ q g)."""
+        v, codebook, log_prior, log_sum, kl, codes, mean, vectors = ctx.saved_tensors
+        g_z = (g_vectors * vectors).sum(-1, keepdim=True)
+        g_left = torch.cat([g_vectors, -g_z], -1) / 2
         g_right = torch.cat([codebook, torch.ones_like(codebook[..., :1])], -1).mT
-        away = (g_z - (g_seen * mean).sum(-1, keepdim=True)) / 2
+        away = (g_z - (g_vectors * mean).sum(-1, keepdim=True)) / 2
 
         def sample_gradient(at: tuple[slice, slice], q: Tensor, _: Tensor) -> Tensor:
             return torch.bmm(g_left[at], g_right[at[0]]).mul_(q).scatter_add_(-1, codes[at], away[at])
 
-        g_codes = code_sums(g_seen, codes.squeeze(-1), codebook.shape[1])
-        found = posterior_gradients(
+        g_codes = code_sums(g_vectors, codes.squeeze(-1), codebook.shape[1])
+        gradients = posterior_gradients(
             v, codebook, log_prior, log_sum, kl, ctx.scale, g_kl, g_codes, sample_gradient
         )
-        return *found, None, None
+        return *gradients, None, None
 
 
 def fast_reinmax(
     v: Tensor, codebook: Tensor, prior_logits: Tensor, scale: float, generator: Generator
 ) -> tuple[Tensor, Tensor]:
     """The same as :func:`dvq.posterior.logits_of` and :func:`plain_reinmax`, from the same random numbers."""
-    found: tuple[Tensor, Tensor] = _ReinMax.apply(  # type: ignore[no-untyped-call]
+    drawn: tuple[Tensor, Tensor] = _ReinMax.apply(  # type: ignore[no-untyped-call]
         v, codebook, prior_logits, scale, generator
     )
-    return found
+    return drawn

@@ -24,8 +24,10 @@ def reason(error: Exception) -> str:
     if isinstance(error, DvqError):
         return first
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in first:
-        told = first.partition("can't allocate memory: ")[2] or first[:160]
-        return f"out of memory: {told}; use a smaller batch_size, num_codes or features, or a larger machine"
+        memory = first.partition("can't allocate memory: ")[2] or first[:160]
+        return (
+            f"out of memory: {memory}; use a smaller batch_size, num_codes or features, or a larger machine"
+        )
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)]
     estimators = [frame for frame in ours if Path(frame.filename).parent.name == "estimators"]
@@ -37,8 +39,8 @@ def reason(error: Exception) -> str:
 def death(code: int) -> str:
     """One sentence for how a process ended that could not report it itself."""
     if code == -signal.SIGKILL:
-        told = _memory_limit() or "most often the machine or container was out of memory"
-        return f"training was killed by SIGKILL: {told}"
+        cause = _memory_limit() or "most often the machine or container was out of memory"
+        return f"training was killed by SIGKILL: {cause}"
     if code < 0:
         known = -code in set(signal.Signals)  # most of the real-time ones have no name
         return f"training was killed by {signal.Signals(-code).name if known else f'signal {-code}'}"

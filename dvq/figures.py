@@ -36,7 +36,9 @@ MOST_COLUMNS = 8
 
 def papers(results: Sequence[Result]) -> dict[str, float]:
     """The paper's numbers beside results on the test images of all of CIFAR-10; beside others none."""
-    same = all(one["data"]["name"] == "cifar10" and one["trial"]["split"] == "test" for one in results)
+    same = all(
+        result["data"]["name"] == "cifar10" and result["trial"]["split"] == "test" for result in results
+    )
     return PAPER if same else {}
 
 
@@ -46,16 +48,16 @@ def figure_1a(results: Sequence[Result]) -> Figure:
     numbers as marks, where they are of the same images. Marks at the same C stand side by side."""
     trials = [result["trial"] for result in results]
     paper = papers(results)
-    found = curves(results)
-    sizes = sorted({curve.num_latents for curve in found})
+    settings = curves(results)
+    sizes = sorted({curve.num_latents for curve in settings})
     least = min(result["evaluation"]["bits_per_dim"] for result in results)
     apart = least > max(paper.values(), default=least) + APART
     figure = new_figure("Bits/dim against codebook size", results, max(10, 4.8 + 2.6 * len(sizes)), 4.6)
     rows: dict[str, Any] = {"nrows": 2, "height_ratios": [3, 1]} if apart else {}
     panels = figure.subplots(ncols=len(sizes), squeeze=False, sharex=True, sharey="row", **rows)
-    apart_by = _codes_axis(panels[0, 0], found, [PAPER_CODES] * bool(paper))
+    apart_by = _codes_axis(panels[0, 0], settings, [PAPER_CODES] * bool(paper))
     for column, latents in zip(panels.T, sizes, strict=True):
-        _sizes(column[0], [curve for curve in found if curve.num_latents == latents], apart_by)
+        _sizes(column[0], [curve for curve in settings if curve.num_latents == latents], apart_by)
         if paper:
             _paper(column[-1])
         column[0].set_title(f"K = {latents}")
@@ -70,21 +72,21 @@ def figure_1a(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _codes_axis(axes: Axes, found: Sequence[Curve], others: Sequence[int]) -> float:
+def _codes_axis(axes: Axes, settings: Sequence[Curve], others: Sequence[int]) -> float:
     """Make the axis of C for the curves and for ``others``; returns how many octaves apart marks at the same C are to
     be drawn, so that all their bars are seen."""
-    ticks = sorted({*others, *(codes for curve in found for codes in curve.points if codes)})
+    ticks = sorted({*others, *(codes for curve in settings for codes in curve.points if codes)})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(ticks[0] / math.sqrt(2), ticks[-1] * math.sqrt(2))
-    return min(0.02 * (math.log2(ticks[-1] / ticks[0]) + 1), 0.4 / len(found))
+    return min(0.02 * (math.log2(ticks[-1] / ticks[0]) + 1), 0.4 / len(settings))
 
 
-def _sizes(axes: Axes, found: Sequence[Curve], apart_by: float) -> None:
-    there = Counter(codes for curve in found for codes in curve.points)
-    seen: Counter[int] = Counter()
-    for curve in found:
+def _sizes(axes: Axes, settings: Sequence[Curve], apart_by: float) -> None:
+    total = Counter(codes for curve in settings for codes in curve.points)
+    before: Counter[int] = Counter()
+    for curve in settings:
         means = [mean(seeds) for seeds in curve.points.values()]
         low, high = zip(*map(spread, curve.points.values()), strict=True)
         drawn: dict[str, Any] = {"color": curve.colour, "ls": curve.dashes, "lw": 1.8, "label": curve.label}
@@ -92,8 +94,8 @@ def _sizes(axes: Axes, found: Sequence[Curve], apart_by: float) -> None:
             axes.axhline(means[0], **drawn)
             axes.axhspan(low[0], high[0], color=curve.colour, alpha=0.12, lw=0)
             continue
-        at = [codes * 2 ** (apart_by * (seen[codes] - (there[codes] - 1) / 2)) for codes in curve.points]
-        seen.update(curve.points.keys())
+        at = [codes * 2 ** (apart_by * (before[codes] - (total[codes] - 1) / 2)) for codes in curve.points]
+        before.update(curve.points.keys())
         drawn |= {"mfc": "white"} if curve.fill == "none" else {"fillstyle": curve.fill, "mfcalt": "white"}
         axes.plot(at, means, marker=curve.marker, **drawn)
         axes.vlines(at, low, high, color=curve.colour, lw=3, alpha=0.4, zorder=1.9)
@@ -117,11 +119,13 @@ def figure_1b(results: Sequence[Result], analyses: Analyses) -> Figure:
     figure = new_figure(title, results, 10, 4.2)
     panels = figure.subplots(1, 2, sharey=True)
     widths = np.linspace(3.0, 1.2, max(2, len(groups)))  # so that curves that coincide are all seen
-    for (group, found), width in zip(groups, widths, strict=False):
+    for (group, group_analyses), width in zip(groups, widths, strict=False):
         drawn = {"color": group.colour, "ls": group.dashes, "marker": group.marker, "label": group.label}
         drawn["lw"] = width
-        _explained(panels[0], np.concatenate([analysis.explained for analysis in found]), **drawn)
-        _explained(panels[1], np.concatenate([analysis.explained_weighted for analysis in found]), **drawn)
+        _explained(panels[0], np.concatenate([analysis.explained for analysis in group_analyses]), **drawn)
+        _explained(
+            panels[1], np.concatenate([analysis.explained_weighted for analysis in group_analyses]), **drawn
+        )
     _explained_axes(panels)
     legend(figure, panels[0].get_legend_handles_labels()[0])
     return figure
@@ -224,16 +228,16 @@ def figure_2(results: Sequence[Result], analyses: Analyses) -> Figure:
     """The codes of each latent variable (columns) of a trial a row, on the first three principal components,
     coloured by their norm; rings are codes that were never used. Of several seeds the first is drawn."""
     rows = _analyzed(results, analyses)
-    columns = min(MOST_COLUMNS, max((len(found[0].norms) for _, found in rows), default=1))
+    columns = min(MOST_COLUMNS, max((len(group_analyses[0].norms) for _, group_analyses in rows), default=1))
     size = min(2.25, 11 / columns)  # inches a panel
     drawn, height = 1 + size * columns, 0.6 + (size + 0.2) * len(rows)
     title = counted("The codes on their first three principal components", len(rows), _discrete(results))
-    most = max((len(found[0].norms) for _, found in rows), default=1)
+    most = max((len(group_analyses[0].norms) for _, group_analyses in rows), default=1)
     title += f"; the first {columns} of {most} codebooks" if most > columns else ""
     figure = new_figure(title, results, max(10, drawn), height)
     panels = figure.subplots(max(1, len(rows)), columns, squeeze=False, subplot_kw={"projection": "3d"})
-    for row, (group, found) in zip(panels, rows, strict=False):
-        _codebooks(figure, row, found[0], drawn)
+    for row, (group, group_analyses) in zip(panels, rows, strict=False):
+        _codebooks(figure, row, group_analyses[0], drawn)
         row[0].set_title(group.label, loc="left", pad=18)
     return figure
 

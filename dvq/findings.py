@@ -63,9 +63,11 @@ class Claim(NamedTuple):
         """A difference speaks for or against the paper only beyond two standard errors: with three seeds chance alone
         goes beyond them, in each direction, 4 times in 100 where four means are compared, 6 where two, 9 where it is
         one. Seeds are not paired."""
-        if any(one.mean < -2 * one.error for one in self.differences):
+        if any(difference.mean < -2 * difference.error for difference in self.differences):
             return DISAGREES
-        return AGREES if all(one.mean > 2 * one.error for one in self.differences) else OPEN
+        return (
+            AGREES if all(difference.mean > 2 * difference.error for difference in self.differences) else OPEN
+        )
 
 
 class Setting(NamedTuple):
@@ -89,9 +91,11 @@ class Miniature:
     def along(self, estimator: str, field: str) -> dict[int, list[Result]]:
         """The results that are off the center in ``field`` at most, by its rising values."""
         line = self.center._replace(estimator=estimator)
-        values = sorted(getattr(one, field) for one in self.settings if one.estimator == estimator)
+        values = sorted(
+            getattr(setting, field) for setting in self.settings if setting.estimator == estimator
+        )
         on_it = {value: line._replace(**{field: value}) for value in values}
-        return {value: self.settings[one] for value, one in on_it.items() if one in self.settings}
+        return {value: self.settings[setting] for value, setting in on_it.items() if setting in self.settings}
 
     def central(self, estimator: str) -> list[Result]:
         return self.settings[self.center._replace(estimator=estimator)]
@@ -108,8 +112,7 @@ def over(results: Sequence[Result], measure: Measure) -> Estimate:
 def bits_per_dim(result: Result) -> float:
     """With normalization and prior fitted to the training images: in so few steps both lag behind, the prior the more
     the fewer codes are used, and estimators would differ by that lag alone."""
-    lacks = "has no fitted_bits_per_dim, for an earlier version evaluated it;"
-    return _number(result, result["evaluation"].get("fitted_bits_per_dim"), lacks)
+    return float(result["evaluation"]["fitted_bits_per_dim"])
 
 
 def as_evaluated(result: Result) -> float:
@@ -120,16 +123,13 @@ def as_evaluated(result: Result) -> float:
 def signal(result: Result) -> float:
     """‖E g‖² / E‖g − E g‖² of the gradient after training, 1/variance: unlike the variance, this has a mean over
     seeds where the draws hardly tell E g from 0. The probe cuts it off at 0, so there it is a little too high."""
-    lacks = "was computed without a look at its gradient, for another sweep; with probe_draws in this one,"
     *_, last = result.get("probe") or [{}]
-    return 1 / _number(result, last.get("variance"), lacks)
-
-
-def _number(result: Result, found: float | None, lacks: str) -> float:
-    """The number; DvqError if the trial ``lacks`` it."""
-    if found is None:
-        raise DvqError(f"trial '{result['name']}' {lacks} compute it anew: FRESH=1")
-    return float(found)
+    if "variance" not in last:
+        raise DvqError(
+            f"trial '{result['name']}' was computed without a look at its gradient, for another sweep; with "
+            "probe_draws in this one, compute it anew: FRESH=1"
+        )
+    return 1 / float(last["variance"])
 
 
 def claims(mini: Miniature) -> list[Claim]:
@@ -145,9 +145,9 @@ def codebook_size(mini: Miniature) -> Iterator[Claim]:
         return over(sizes[max(sizes)], measure) - over(sizes[mini.center.num_codes], measure)
 
     def shown(name: str) -> str:
-        return f"{told}{loss[name]}, not fitted {lost(name, as_evaluated)}"
+        return f"{compared}{loss[name]}, not fitted {lost(name, as_evaluated)}"
 
-    told = (
+    compared = (
         f"bits/dim at C = {max(mini.along('vq-ema', 'num_codes'))} less that at C = {mini.center.num_codes}: "
     )
     loss = {name: lost(name) for name in ESTIMATORS}
@@ -171,10 +171,12 @@ def score_function(mini: Miniature) -> Iterator[Claim]:
 def noise(mini: Miniature) -> Iterator[Claim]:
     power = {}  # a in variance ∝ L^a, from the smallest and the largest L
     for name, grows in (("vimco", True), ("gs-soft", False)):
-        found = {at: over(some, signal) for at, some in mini.along(name, "num_latents").items()}
-        base = max(found) / min(found)
-        power[name] = found[min(found)].log(base) - found[max(found)].log(base)
-        shown = ", ".join(f"{1 / one.mean:.3g} at L = {POSITIONS * at}" for at, one in found.items())
+        signals = {at: over(some, signal) for at, some in mini.along(name, "num_latents").items()}
+        base = max(signals) / min(signals)
+        power[name] = signals[min(signals)].log(base) - signals[max(signals)].log(base)
+        shown = ", ".join(
+            f"{1 / estimate.mean:.3g} at L = {POSITIONS * at}" for at, estimate in signals.items()
+        )
         says = f"the variance of {label(name)}'s gradient {'grows' if grows else 'does not grow'} with L"
         evidence = power[name] if grows else -power[name]
         yield Claim(2, says, f"variance/‖E g‖² {shown}; as L to the power {power[name]}", (evidence,))
@@ -182,17 +184,12 @@ def noise(mini: Miniature) -> Iterator[Claim]:
     yield Claim(2, "VIMCO's grows faster than GS-Soft's", f"difference of the powers: {more}", (more,))
 
 
-def _at(result: Result, point: int, term: str) -> float:
-    lacks = f"has no {term} along training, for an earlier version trained it;"
-    return _number(result, result["curves"][point].get(term), lacks)
-
-
 def rates(mini: Miniature) -> Iterator[Claim]:
     """By the rate under the best prior: under the trained one it falls as long as that still learns the codes'
     frequencies."""
 
     def moved(name: str, term: str) -> Estimate:
-        return over(mini.central(name), lambda result: _at(result, -1, term) - _at(result, 0, term))
+        return over(mini.central(name), lambda result: result["curves"][-1][term] - result["curves"][0][term])
 
     rate = {name: moved(name, "rate_least") for name in ESTIMATORS}
     shown = {}
@@ -222,13 +219,13 @@ def components(mini: Miniature) -> Iterator[Claim]:
     for name in ESTIMATORS:
         some = mini.central(name)
         for key, which in (("components_95_mean", "all"), ("components_95_weighted_mean", "used")):
-            found = Estimate.over([result["analysis"][key] for result in some])
+            estimate = Estimate.over([result["analysis"][key] for result in some])
             says = f"fewer than {FEW} components explain {label(name)}'s codes ({which})"
-            shown = f"95% of the variance in {found.mean:.1f} ± {found.error:.1f} components"
-            untrained = which == "all" and abs(found.mean - (begun := fresh(some[0]["trial"]))) < 0.5
+            shown = f"95% of the variance in {estimate.mean:.1f} ± {estimate.error:.1f} components"
+            untrained = which == "all" and abs(estimate.mean - (begun := fresh(some[0]["trial"]))) < 0.5
             if untrained:  # that is how they began, whatever training would make of them
                 shown += f", as before training ({begun:.1f})"
-            yield Claim(4, says, shown, (Estimate(0, math.inf) if untrained else Estimate(FEW) - found,))
+            yield Claim(4, says, shown, (Estimate(0, math.inf) if untrained else Estimate(FEW) - estimate,))
 
 
 @look
@@ -254,13 +251,13 @@ def draw(mini: Miniature, path: Path) -> None:
             along, {at[0]["step"]: Estimate.over([one["rate_least"] for one in at]) for at in points}, **drawn
         )
         if name != "vq-ema":
-            found = {POSITIONS * at: some for at, some in mini.along(name, "num_latents").items()}
-            variances.plot(list(found), [1 / over(some, signal).mean for some in found.values()], **drawn)
-            dots = [(at, 1 / signal(one)) for at, some in found.items() for one in some]
+            by_size = {POSITIONS * at: some for at, some in mini.along(name, "num_latents").items()}
+            variances.plot(list(by_size), [1 / over(some, signal).mean for some in by_size.values()], **drawn)
+            dots = [(at, 1 / signal(one)) for at, some in by_size.items() for one in some]
             variances.plot(
                 *zip(*(dot for dot in dots if dot[1] < DROWNED), strict=True), "o", ms=2, color=colour
             )
-            variances.set_xticks(list(found), labels=map(str, found))
+            variances.set_xticks(list(by_size), labels=map(str, by_size))
             variances.set_xticks([], minor=True)
     variances.set(xlabel="L, latent variables", ylabel="variance / ‖mean gradient‖²")
     sizes.set(xlabel="C, codes in a codebook", ylabel="bits/dim, fitted")
@@ -271,5 +268,6 @@ def draw(mini: Miniature, path: Path) -> None:
 
 
 def _curve(axes: Any, points: dict[int, Estimate], **drawn: Any) -> None:
-    means, errors = [one.mean for one in points.values()], [one.error for one in points.values()]
+    means = [estimate.mean for estimate in points.values()]
+    errors = [estimate.error for estimate in points.values()]
     axes.errorbar(list(points), means, errors, capsize=3, **drawn)

@@ -89,9 +89,9 @@ def check_shape(shape: tuple[int, ...]) -> None:
         raise ValueError(f"images of {channels} channels: make them 1 (gray) or 3 (red, green, blue)")
 
 
-def fits(name: str, found: str, arrays: Mapping[str, npt.NDArray[np.uint8]]) -> bool:
+def fits(name: str, digest: str, arrays: Mapping[str, npt.NDArray[np.uint8]]) -> bool:
     """Whether ``arrays`` of the fingerprint ``found`` are the images called ``name``."""
-    return found.startswith(of(name)) and shape_of(arrays) == shape(name)
+    return digest.startswith(of(name)) and shape_of(arrays) == shape(name)
 
 
 def label(name: str) -> str:

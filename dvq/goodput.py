@@ -13,23 +13,23 @@ def read(folder: Path) -> dict[str, Any]:
     Lost work is inferred from the events, so what was lost after the last point of the curves is not counted.
     """
     try:
-        found: dict[str, Any] = json.loads((folder / "goodput.json").read_text(encoding="utf-8"))
+        recorded: dict[str, Any] = json.loads((folder / "goodput.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {"attempts": 0, "steps_lost": 0, "seconds_lost": 0.0}
-    return found
+    return recorded
 
 
 def begin(folder: Path, step: int) -> None:
     """Record an attempt that resumes from ``step``; later steps that the events tell of were computed in vain."""
-    found = read(folder)
+    totals = read(folder)
     history = list(events.read(folder))
     points = [event for event in history if event["kind"] == "metrics"]
     lost = [event for event in points if event["step"] > step]
     if lost:
-        kept = [event["time"] for event in points if event["step"] <= step]
-        found["steps_lost"] += lost[-1]["step"] - step
+        useful = [event["time"] for event in points if event["step"] <= step]
+        totals["steps_lost"] += lost[-1]["step"] - step
         # not the time when nothing ran
         began = [event["time"] for event in history if event.get("state") == "training"]
-        found["seconds_lost"] += max(0.0, lost[-1]["time"] - max([*kept, *began], default=lost[0]["time"]))
-    found["attempts"] += 1
-    disk.replace(folder / "goodput.json", json.dumps(found))
+        totals["seconds_lost"] += max(0.0, lost[-1]["time"] - max([*useful, *began], default=lost[0]["time"]))
+    totals["attempts"] += 1
+    disk.replace(folder / "goodput.json", json.dumps(totals))

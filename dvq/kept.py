@@ -41,12 +41,12 @@ def write(result: Mapping[str, Any], analysis: Analysis | None, sweep: str, fold
     """Write the results to their file in ``folder``; its path."""
     one = trial(result["trial"])
     judged = {key: value for key, value in result["evaluation"].items() if key != "samples"}
-    made = {**result, "evaluation": judged, "name": name(one), "sweep": sweep, "numerics": NUMERICS}
-    if analysis and PAPERS_SIZE.items() <= made["trial"].items():
-        made["codebooks"] = {part: _rounded(getattr(analysis, part).tolist()) for part in CODEBOOKS}
-    path = folder / f"{made['name']}.json"
+    document = {**result, "evaluation": judged, "name": name(one), "sweep": sweep, "numerics": NUMERICS}
+    if analysis and PAPERS_SIZE.items() <= document["trial"].items():
+        document["codebooks"] = {part: _rounded(getattr(analysis, part).tolist()) for part in CODEBOOKS}
+    path = folder / f"{document['name']}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in made.items())
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in document.items())
     disk.replace(path, f"{{\n{lines}\n}}\n")
     return path
 
@@ -82,11 +82,11 @@ def load(folder: Path) -> list[Result]:
 
 def _read(path: Path) -> Result:
     try:
-        found: Result = json.loads(path.read_text(encoding="utf-8"))
-        found["evaluation"]["bits_per_dim"], trial(found["trial"])
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+        result["evaluation"]["bits_per_dim"], trial(result["trial"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DvqError) as error:
         raise DvqError(f"{path}: no results of a trial ({error}); remove it, or make results anew") from None
-    return found
+    return result
 
 
 def draw(folder: Path, results: Sequence[Result]) -> None:
@@ -96,7 +96,7 @@ def draw(folder: Path, results: Sequence[Result]) -> None:
     shown, coded = _shown(results)
     report.draw(folder, _named(shown), {}, {}, {})
     named = _named(coded)
-    analyses = {one["name"]: _analysis(one) for one in named}
+    analyses = {result["name"]: _analysis(result) for result in named}
     if named:
         save_png(figures.figure_1b(named, analyses), folder / "figure_1b.png")
         save_png(figures.figure_2(named, analyses), folder / "figure_2.png")
@@ -112,13 +112,17 @@ def _shown(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
 def _named(results: Sequence[Result]) -> list[Result]:
     trials = [trial(one["trial"]) for one in results]
     common = _shared([one.changed() for one in trials])
-    return [{**one, "name": _told_apart(made, *common)} for one, made in zip(results, trials, strict=True)]
+    return [{**one, "name": _told_apart(shown, *common)} for one, shown in zip(results, trials, strict=True)]
 
 
 def _shared(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The fields that have the same value in all of ``changes``."""
     first = changes[0] if changes else {}
-    return {field: value for field, value in first.items() if all(one.get(field) == value for one in changes)}
+    return {
+        field: value
+        for field, value in first.items()
+        if all(fields.get(field) == value for fields in changes)
+    }
 
 
 def _analysis(result: Result) -> Analysis:
@@ -128,10 +132,10 @@ def _analysis(result: Result) -> Analysis:
 
 def _kinds(results: Sequence[Result]) -> dict[str, list[Result]]:
     kinds: dict[str, list[Result]] = {"full": [], "partial": [], "tune": []}
-    for one in results:
-        fields = one["trial"]
+    for result in results:
+        fields = result["trial"]
         kind = "tune" if fields["split"] == "tune" else "partial" if partly_trained(fields) else "full"
-        kinds[kind].append(one)
+        kinds[kind].append(result)
     return kinds
 
 
@@ -139,15 +143,15 @@ def section(results: Sequence[Result], place: Path) -> str:
     """What the project's README shows: the paper's numbers, ours beside them, of partial training only where there
     are no others, and the figures, with links to the folder ``place``."""
     kinds = _kinds(results)
-    shown, told = kinds["full"], "Ours, all 10,000 test images:"
+    shown, text = kinds["full"], "Ours, all 10,000 test images:"
     if not shown:
-        shown, told = kinds["partial"], "None of our models has been trained in full yet."
+        shown, text = kinds["partial"], "None of our models has been trained in full yet."
     if shown and not kinds["full"]:
-        told += f" In partial training, all 10,000 test images ({PARTIAL}):"
+        text += f" In partial training, all 10,000 test images ({PARTIAL}):"
     if shown:
-        told += f"\n\n{table(shown, f'{place}/', DETAILS)}"
+        text += f"\n\n{table(shown, f'{place}/', DETAILS)}"
     pictures = "\n".join(f"![{title}]({place}/figures/{name}.png)" for name, title in _titles(results))
-    return f"{PUBLISHED}\n\n{told}\n\n{pictures}".strip()
+    return f"{PUBLISHED}\n\n{text}\n\n{pictures}".strip()
 
 
 def page(results: Sequence[Result], place: Path) -> str:
@@ -167,36 +171,36 @@ def page(results: Sequence[Result], place: Path) -> str:
     if kinds["full"]:
         parts.append(f"## Trained in full: all 10,000 test images\n\n{table(kinds['full'], '')}")
     if kinds["partial"]:
-        told = f"## Partial training: all 10,000 test images\n\n{PARTIAL.capitalize()}."
-        parts.append(f"{told}\n\n{table(kinds['partial'], '')}")
+        text = f"## Partial training: all 10,000 test images\n\n{PARTIAL.capitalize()}."
+        parts.append(f"{text}\n\n{table(kinds['partial'], '')}")
     if kinds["tune"]:
-        told = "Training without 5,000 training images, evaluated on those: what the choices were made by."
-        parts.append(f"## Held-out training images\n\n{told}\n\n{table(kinds['tune'], '')}")
+        text = "Training without 5,000 training images, evaluated on those: what the choices were made by."
+        parts.append(f"## Held-out training images\n\n{text}\n\n{table(kinds['tune'], '')}")
     parts += [f"![{title}](figures/{name}.png)" for name, title in _titles(results)]
     return "\n\n".join(parts) + "\n"
 
 
 def _titles(results: Sequence[Result]) -> list[tuple[str, str]]:
     shown, coded = _shown(results)
-    there = {"figure_1a", "figure_1c"} if shown else set()
-    there |= {"figure_1b", "figure_2"} if coded else set()
-    return [(name, title) for name, (title, _) in FIGURES.items() if name in there]
+    drawn = {"figure_1a", "figure_1c"} if shown else set()
+    drawn |= {"figure_1b", "figure_2"} if coded else set()
+    return [(name, title) for name, (title, _) in FIGURES.items() if name in drawn]
 
 
 def table(results: Sequence[Result], place: str, without: Collection[str] = ()) -> str:
     """What all trials share in a sentence, then a row a trial, as Markdown, with links to the files in ``place``;
     the columns ``without`` and those that would be empty are left out."""
-    changes = [_changed(one) for one in results]
+    changes = [_changed(result) for result in results]
     shared = _shared(changes) if len(results) > 1 else {}
     rows = [
-        _row(one, place, {field: changed[field] for field in changed if field not in shared})
-        for one, changed in zip(results, changes, strict=True)
+        _row(result, place, {field: changed[field] for field in changed if field not in shared})
+        for result, changed in zip(results, changes, strict=True)
     ]
     kept = [column for column in rows[0] if column not in without]
     columns = [column for column in kept if any(row[column] not in ("–", "") for row in rows)]
     lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
-    told = f"All with {_told(shared)}.\n\n" if shared else ""
-    return told + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    above = f"All with {_told(shared)}.\n\n" if shared else ""
+    return above + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _changed(result: Result) -> dict[str, Any]:

@@ -177,12 +177,12 @@ class Baselined(Categorical):
         """
         x = v.unflatten(1, (len(w), -1)).mean(2).transpose(0, 1).flatten(1)  # (B, K·D)
         baseline = self.baseline(x).squeeze(-1)
-        rest = w - baseline.detach()
-        signal = (rest - self.mean) * (self.begun if update else 1)
+        residual = w - baseline.detach()
+        signal = (residual - self.mean) * (self.begun if update else 1)
         if update:
             weight = torch.where(self.begun > 0, 1 - self.decay, 1.0)
-            self.mean.lerp_(rest.mean(), weight)
-            self.variance.lerp_(rest.var(correction=0), weight)
+            self.mean.lerp_(residual.mean(), weight)
+            self.variance.lerp_(residual.var(correction=0), weight)
             self.begun.fill_(1)
         return signal, (w - self.mean - baseline).square()
 

@@ -77,18 +77,20 @@ class _TiledNLL(torch.autograd.Function):
 
         wide = WIDE if rows.dtype != weight.dtype and not rows.is_cuda else size
         for start in range(0, len(rows), wide):
-            seen = rows[start : start + wide]
+            piece = rows[start : start + wide]
             if wide == size:
-                grad = gradient(_product(seen, transposed, buffer), slice(start, start + size)).to(rows.dtype)
+                grad = gradient(_product(piece, transposed, buffer), slice(start, start + size)).to(
+                    rows.dtype
+                )
             else:
-                grad = seen @ transposed
+                grad = piece @ transposed
                 for at in range(0, len(grad), size):
                     tile = grad[at : at + size]
                     at += start
                     tile.copy_(gradient(buffer[: len(tile)].copy_(tile), slice(at, at + size)))
             if learning:
                 torch.mm(grad, factor, out=grad_rows[start : start + wide])
-                _add_product(grad_weight, seen.T, grad)
+                _add_product(grad_weight, piece.T, grad)
         nll = nll.unflatten(0, (images, per_image)).sum(1)
         ctx.save_for_backward(grad_rows.view_as(hidden), grad_weight.T, grad_bias)
         ctx.mark_non_differentiable(nll)

@@ -34,8 +34,8 @@ def read(source: str) -> dict[str, Images]:
     Raises:
         DvqError: there is no such file, or it holds something else.
     """
-    found = _arrays(source)
-    arrays = _half("train", found, source) | _half("test", found, source)
+    given = _arrays(source)
+    arrays = _half("train", given, source) | _half("test", given, source)
     train, test = (arrays[f"{half}_images"].shape[1:] for half in ("train", "test"))
     if train != test:
         raise DvqError(
@@ -73,8 +73,8 @@ def check(name: str, source: str) -> None:
 
 def shared(train: Images, test: Images) -> int:
     """How many of the test images are training images too, pixel for pixel."""
-    known = {image.tobytes() for image in test}
-    both = known.intersection(image.tobytes() for image in train)
+    test_pixels = {image.tobytes() for image in test}
+    both = test_pixels.intersection(image.tobytes() for image in train)
     return sum(image.tobytes() in both for image in test)
 
 
@@ -94,7 +94,7 @@ def _arrays(source: str) -> dict[str, npt.NDArray[Any]]:
         if path.is_fifo():  # which would wait for ever
             raise OSError(errno.EINVAL, "it is a pipe; give a file")
         with np.load(path) as file:
-            found = {key: file[key] for key in file.files}
+            arrays = {key: file[key] for key in file.files}
     except OSError as error:
         raise DvqError(f"DATA={source}: cannot be read ({error.strerror or error})") from None
     except MemoryError:
@@ -103,15 +103,15 @@ def _arrays(source: str) -> dict[str, npt.NDArray[Any]]:
         raise DvqError(
             f"DATA={source}: this is no whole file that numpy.savez writes; give one with {WANTED}"
         ) from None
-    for key, array in found.items():
+    for key, array in arrays.items():
         if key not in fingerprints.ARRAYS or not isinstance(array, np.ndarray):
             raise DvqError(f"DATA={source}: '{key}' is none of its arrays; give {WANTED}")
-    return found
+    return arrays
 
 
-def _half(half: str, found: dict[str, npt.NDArray[Any]], source: str) -> dict[str, Images]:
+def _half(half: str, given: dict[str, npt.NDArray[Any]], source: str) -> dict[str, Images]:
     """The training or the test half, checked."""
-    images = found.get(f"{half}_images")
+    images = given.get(f"{half}_images")
     if images is None:
         raise DvqError(f"DATA={source}: there is no {half}_images in it; give {WANTED}")
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) < LEAST[half]:
@@ -135,7 +135,7 @@ def _half(half: str, found: dict[str, npt.NDArray[Any]], source: str) -> dict[st
             f"DATA={source}: {half}_images has no value above 1; give values from 0 to 255, "
             f"{half}_images * np.uint8(255) if they are binary"
         )
-    labels = found.get(f"{half}_labels", np.zeros(len(images), np.uint8))
+    labels = given.get(f"{half}_labels", np.zeros(len(images), np.uint8))
     fits = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
     if not fits or labels.min() < 0 or labels.max() > 255:
         raise DvqError(

@@ -62,17 +62,17 @@ def take(model: "Model", images: NDArray[np.uint8]) -> Patches:
     images = np.array(images[: -(-PLACES // model.trial.positions)])
     pieces = np.split(images, range(at_once := max(1, model.trial.images_at_once // 5), len(images), at_once))
     generator = model.generator(0)
-    found = [model.encode(piece, generator).cpu().numpy() for piece in pieces]  # each (B, H/4, W/4, K)
-    codes = np.concatenate(found).reshape(-1, model.trial.num_latents).T  # (K, N)
+    pieces_codes = [model.encode(piece, generator).cpu().numpy() for piece in pieces]  # each (B, H/4, W/4, K)
+    codes = np.concatenate(pieces_codes).reshape(-1, model.trial.num_latents).T  # (K, N)
     counts = np.stack([np.bincount(one, minlength=model.latents.codebook.shape[1]) for one in codes])
     most = (-counts).argsort(axis=1, kind="stable")[:, :CODES]
     times = np.take_along_axis(counts, most, axis=1)
-    there = codes[:, None] == most[..., None]  # (K, n, N)
+    occurs = codes[:, None] == most[..., None]  # (K, n, N)
     size = (SIDE, SIDE, images.shape[-1])
     sums, total = np.zeros((*most.shape, math.prod(size))), np.zeros(math.prod(size))
     for start, piece in zip(itertools.count(0, at_once * model.trial.positions), pieces, strict=False):
         patches = _patches(piece)
-        chosen = there[..., start : start + len(patches)].astype(np.float32)
+        chosen = occurs[..., start : start + len(patches)].astype(np.float32)
         sums += chosen @ patches  # whole numbers under 2²⁴: exact
         total += patches.sum(axis=0, dtype=np.float64)
     means = sums / times.clip(min=1)[..., None]

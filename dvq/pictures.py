@@ -64,14 +64,18 @@ def of_trial(pictures: Pictures, title: str) -> Figure:
 def of_sweep(results: Sequence[Result], pictures: Mapping[str, Pictures]) -> Figure:
     """The images; then, of each trial that is shown (its first seed), a row of reconstructions; then the samples."""
     groups = [(group.label, group.results[0]) for group in shown(results)]
-    drawn = [(label, pictures[one["name"]], one) for label, one in groups if one["name"] in pictures]
+    drawn = [
+        (label, pictures[result["name"]], result) for label, result in groups if result["name"] in pictures
+    ]
     title = counted("Reconstructions, and samples of the prior", len(drawn), results)
     figure = new_figure(title, results, 10, 1.2 + 1.2 * len(drawn))
     rows = [("images", drawn[0][1].images)]
-    rows += [(f"{label}\nreconstructions", seen.reconstructions) for label, seen, _ in drawn]
-    for label, seen, one in drawn:
-        prior = ", AR prior" if "samples" in one["evaluation"] else ""
-        rows.append((f"{label}\nsamples{prior}", seen.samples))
+    rows += [
+        (f"{label}\nreconstructions", shown_pictures.reconstructions) for label, shown_pictures, _ in drawn
+    ]
+    for label, shown_pictures, result in drawn:
+        prior = ", AR prior" if "samples" in result["evaluation"] else ""
+        rows.append((f"{label}\nsamples{prior}", shown_pictures.samples))
     _draw(figure, rows)
     return figure
 

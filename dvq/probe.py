@@ -46,18 +46,20 @@ def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: 
     positions = logits.shape[1] // len(images)
     assert isinstance(model.trial, Stochastic)
     weight = model.trial.kl_weight(step)
-    found, right = [], []
+    estimated, reference = [], []
     for i in range(min(LOOKED_AT, len(images))):
         k, p = (
             int(torch.randint(size, (), generator=generator, device=images.device))
             for size in (len(logits), positions)
         )
-        mine = slice(i * positions, (i + 1) * positions)
-        found.append(mean[k, mine][p])
-        right.append(_reference(model, images[i : i + 1], logits[:, mine], k, p, draws, generator, weight))
-    bias = torch.stack(found) - torch.stack(right)
+        image_rows = slice(i * positions, (i + 1) * positions)
+        estimated.append(mean[k, image_rows][p])
+        reference.append(
+            _reference(model, images[i : i + 1], logits[:, image_rows], k, p, draws, generator, weight)
+        )
+    bias = torch.stack(estimated) - torch.stack(reference)
     return {
-        "probe/bias": (bias.norm() / torch.stack(right).norm()).item(),
+        "probe/bias": (bias.norm() / torch.stack(reference).norm()).item(),
         "probe/variance": (variance / signal).item(),
     }
 
@@ -65,16 +67,16 @@ def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: 
 @contextmanager
 def _seen_logits(latents: Categorical) -> Iterator[list[Tensor]]:
     """The logits that the estimator's loss makes, kept for their gradient."""
-    seen: list[Tensor] = []
+    made: list[Tensor] = []
     make, plain = latents.logits, latents.plain
 
     def logits(v: Tensor) -> Tensor:
-        seen.append(make(v))
-        return seen[-1]
+        made.append(make(v))
+        return made[-1]
 
     latents.logits, latents.plain = logits, True  # type: ignore[method-assign]
     try:
-        yield seen
+        yield made
     finally:
         latents.plain = plain
         del latents.logits  # the class's method is seen again

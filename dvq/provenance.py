@@ -40,8 +40,8 @@ def commit() -> str:
     try:
         # an error if this file is not git's: an environment may lie in another repository
         _git("ls-files", "--error-unmatch", Path(__file__).name)
-        told = _git("describe", "--always", "--dirty", "--abbrev=12").decode().strip()
-        return f"{told}-{_changes()}" if told.endswith("-dirty") else told
+        version = _git("describe", "--always", "--dirty", "--abbrev=12").decode().strip()
+        return f"{version}-{_changes()}" if version.endswith("-dirty") else version
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -49,13 +49,13 @@ def commit() -> str:
 def _changes() -> str:
     """8 hexadecimal digits of the SHA-256 over what differs from the commit, and over the modules of dvq and of
     components that git does not know."""
-    found = hashlib.sha256(_git("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv"))
-    others = _git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py", "../components/*.py")
-    for name in sorted(filter(None, others.split(b"\0"))):
+    digest = hashlib.sha256(_git("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv"))
+    untracked = _git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py", "../components/*.py")
+    for name in sorted(filter(None, untracked.split(b"\0"))):
         module = Path(__file__).parent / os.fsdecode(name)
         if module.is_file():  # an editor's lock is a link to nothing: .#config.py
-            found.update(name + b"\0" + module.read_bytes())
-    return found.hexdigest()[:8]
+            digest.update(name + b"\0" + module.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def _git(*arguments: str) -> bytes:

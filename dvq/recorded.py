@@ -76,7 +76,7 @@ class Recorded:
         recorded.
         """
         gc.collect()  # frees trainers out of use: each is in a reference cycle with its recorded step
-        kept = {name: tensor.clone() for name, tensor in self.trainer.tensors()}
+        before = {name: tensor.clone() for name, tensor in self.trainer.tensors()}
         self.feed(step)
         stream = torch.cuda.Stream(self.images.device)
         stream.wait_stream(torch.cuda.current_stream())
@@ -86,7 +86,7 @@ class Recorded:
         torch.cuda.current_stream().wait_stream(stream)
         with torch.no_grad():
             for name, tensor in self.trainer.tensors():  # the optimizer's new ones begin at 0
-                tensor.copy_(kept[name]) if name in kept else tensor.zero_()
+                tensor.copy_(before[name]) if name in before else tensor.zero_()
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         collecting = gc.isenabled()

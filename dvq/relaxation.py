@@ -81,8 +81,8 @@ def relaxed(
     """The same, from its noise (K, N, C)."""
     y = ((logits + noise) / temperature).softmax(-1)
     onehot = torch.zeros_like(y).scatter_(-1, y.argmax(-1, keepdim=True), 1.0)
-    seen = onehot + (y - y.detach()) if hard else y
-    return torch.bmm(seen, codebook), categorical_kl(logits, log_prior).sum()
+    mixture = onehot + (y - y.detach()) if hard else y
+    return torch.bmm(mixture, codebook), categorical_kl(logits, log_prior).sum()
 
 
 @fused.fused
@@ -157,10 +157,10 @@ class _Relaxed(torch.autograd.Function):
             return torch.bmm(g_left[at], g_right[at[0]]).mul_(y[at])
 
         g_codes = code_sums(g_z, codes, codebook.shape[1]) if ctx.hard else 0.0
-        found = posterior_gradients(
+        gradients = posterior_gradients(
             v, codebook, log_prior, log_sum, kl, ctx.scale, g_kl, g_codes, sample_gradient
         )
-        return *found, None, None, None, None
+        return *gradients, None, None, None, None
 
 
 def fast_relax(
@@ -178,7 +178,7 @@ def fast_relax(
         # a Python number would be compiled into the kernels, anew for each τ
         tau = temperature if isinstance(temperature, Tensor) else v.new_full((), temperature)
         return gpu_relax(v, codebook, prior_logits, noise, scale, tau, hard)
-    found: tuple[Tensor, Tensor] = _Relaxed.apply(  # type: ignore[no-untyped-call]
+    relaxed: tuple[Tensor, Tensor] = _Relaxed.apply(  # type: ignore[no-untyped-call]
         v, codebook, prior_logits, scale, temperature, hard, generator
     )
-    return found
+    return relaxed

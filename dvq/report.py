@@ -102,23 +102,23 @@ def _summary(finished: Sequence[Row], several: Sequence[Row], failures: Mapping[
 
 def _choice(results: Sequence[Result]) -> str:
     """The setting that the results choose, as a line for another sweep; or a warning that they must not choose."""
-    told = escape(choices.warning(one["trial"] for one in results))
+    text = escape(choices.warning(result["trial"] for result in results))
     if line := choices.chosen_line(results):
-        told = f"then, on test images: <code>{escape(line)}</code>"
-    return f'<p class="soft">{told[0].upper()}{told[1:]}</p>' if told else ""
+        text = f"then, on test images: <code>{escape(line)}</code>"
+    return f'<p class="soft">{text[0].upper()}{text[1:]}</p>' if text else ""
 
 
-def _table(found: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
+def _table(table: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
     """The columns that have values; sizes that all rows share are in a sentence above instead."""
-    columns = filled(found, columns)
+    columns = filled(table, columns)
     shared = [
-        key for key in SIZES if key in columns and len(found) > 1 and len({row[key] for row in found}) == 1
+        key for key in SIZES if key in columns and len(table) > 1 and len({row[key] for row in table}) == 1
     ]
-    told = ", ".join(f"{columns.pop(key)[0]} {formatted(found[0], key)}" for key in shared)
+    shared_sizes = ", ".join(f"{columns.pop(key)[0]} {formatted(table[0], key)}" for key in shared)
     head = "".join(_heading(key, *column) for key, column in columns.items())
-    body = "\n".join("<tr>" + "".join(_cell(row, key) for key in columns) + "</tr>" for row in found)
+    body = "\n".join("<tr>" + "".join(_cell(row, key) for key in columns) + "</tr>" for row in table)
     return (
-        f'<p class="soft">All with {escape(told)}.</p>' if told else ""
+        f'<p class="soft">All with {escape(shared_sizes)}.</p>' if shared_sizes else ""
     ) + f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
@@ -154,16 +154,20 @@ def _figure(name: str, png: bytes, results: Sequence[Result]) -> str:
 
 def _provenance(results: Sequence[Result]) -> dict[str, str]:
     """What the results were made from and on: each thing with the values that occur."""
-    said: dict[str, dict[str, None]] = {}
+    values_by_key: dict[str, dict[str, None]] = {}
     for result in results:
         data = result["data"]
         about = {"data": f"{data['label']}, fingerprint {data['fingerprint'][:12]}", **result["provenance"]}
         for key, value in about.items():
-            said.setdefault(key, {})[str(value)] = None
-    found = {
-        key: "; ".join(list(values)[:4]) + ("; …" if len(values) > 4 else "") for key, values in said.items()
+            values_by_key.setdefault(key, {})[str(value)] = None
+    listed = {
+        key: "; ".join(list(values)[:4]) + ("; …" if len(values) > 4 else "")
+        for key, values in values_by_key.items()
     }
-    return {**found, "certificate": f"{certificate(results)} (equal when every number is equal, bit for bit)"}
+    return {
+        **listed,
+        "certificate": f"{certificate(results)} (equal when every number is equal, bit for bit)",
+    }
 
 
 def write(

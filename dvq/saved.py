@@ -102,8 +102,8 @@ def _network(trial: Trial, folder: Path) -> Model:
         with seeded(0):  # whatever torch's defaults are, and of its random numbers takes none
             return Model(trial)
     except (MemoryError, RuntimeError) as error:
-        told = (str(error).splitlines() or ["out of memory"])[0]
-        raise DvqError(f"{folder}: the network of trial.json cannot be made: {told}") from None
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+        raise DvqError(f"{folder}: the network of trial.json cannot be made: {reason}") from None
 
 
 def _kinds(weights: dict[str, Tensor]) -> dict[str, tuple[Size, dtype]]:
@@ -112,20 +112,20 @@ def _kinds(weights: dict[str, Tensor]) -> dict[str, tuple[Size, dtype]]:
 
 def _digest(weights: dict[str, Tensor]) -> str:
     """SHA-256 over the tensors' names, types, shapes and bytes."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         array: Any = tensor.cpu().numpy()
-        found.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
-    return found.hexdigest()
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def _fetch(scheme: str, address: str) -> str:
-    for found in entry_points(group="dvq.load", name=scheme):
+    for loader in entry_points(group="dvq.load", name=scheme):
         try:
-            fetch = found.load()
+            fetch = loader.load()
         except ImportError as error:
             raise DvqError(
-                f"{address}: what knows such addresses, {found.value}, does not load ({error})"
+                f"{address}: what knows such addresses, {loader.value}, does not load ({error})"
             ) from None
         return str(fetch(address))
     raise DvqError(f"{address}: nothing here knows addresses that begin with '{scheme}:/'; give a folder")

@@ -91,8 +91,8 @@ def notice(results: Sequence[Result]) -> str:
         "held-out training images": any(result["trial"]["split"] != "test" for result in results),
         "partial training, or a small network": any(partly_trained(result["trial"]) for result in results),
     }
-    found = "; ".join(limit for limit, applies in limits.items() if applies)
-    return f"{found}: not comparable with the paper's numbers" if found else ""
+    limited = "; ".join(limit for limit, applies in limits.items() if applies)
+    return f"{limited}: not comparable with the paper's numbers" if limited else ""
 
 
 class Group(NamedTuple):
@@ -112,31 +112,31 @@ def shown(results: Sequence[Result]) -> list[Group]:
     groups = alike(results, "seed")
     if len(groups) > MOST_GROUPS:
         groups = _chosen(groups)
-    seen: Counter[str] = Counter()
+    count: Counter[str] = Counter()
     drawn = []
     for group in groups:
         trial = group[0]["trial"]
         label, colour, marker = style(trial["estimator"])
         codes = f", C = {trial['num_codes']}" if "num_codes" in trial else ""
-        rest = varied(group[0])
-        label += f"{codes}, K = {trial['num_latents']}" + (f", {rest}" if rest else "")
+        setting = varied(group[0])
+        label += f"{codes}, K = {trial['num_latents']}" + (f", {setting}" if setting else "")
         drawn.append(
-            Group(group, wrapped(label), colour, marker, DASHES[seen[trial["estimator"]] % len(DASHES)])
+            Group(group, wrapped(label), colour, marker, DASHES[count[trial["estimator"]] % len(DASHES)])
         )
-        seen[trial["estimator"]] += 1
+        count[trial["estimator"]] += 1
     return drawn
 
 
 def _chosen(groups: Sequence[list[Result]]) -> list[list[Result]]:
     """Those of many groups that :func:`shown` names; which they are does not depend on their order."""
-    lowest = sorted(groups, key=lambda group: (_bits(group), min(one["name"] for one in group)))
+    lowest = sorted(groups, key=lambda group: (_bits(group), min(result["name"] for result in group)))
     papers = [group for group in lowest if PAPERS_SIZE.items() <= group[0]["trial"].items()]
     first: dict[tuple[str, str | None], list[Result]] = {}
     for group in [*papers, *lowest]:
         first.setdefault(method(group[0]), group)
     chosen = {id(group) for group in first.values()}
-    rest = [id(group) for group in lowest if id(group) not in chosen]
-    chosen.update(rest[: max(0, MOST_GROUPS - len(chosen))])
+    others = [id(group) for group in lowest if id(group) not in chosen]
+    chosen.update(others[: max(0, MOST_GROUPS - len(chosen))])
     return [group for group in groups if id(group) in chosen]
 
 
@@ -147,8 +147,8 @@ def method(result: Result) -> tuple[str, str | None]:
 
 def _bits(group: Sequence[Result]) -> float:
     """The mean bits/dim over the seeds where it is finite; infinity if it nowhere is."""
-    bits = [float(one["evaluation"]["bits_per_dim"]) for one in group]
-    finite = [one for one in bits if math.isfinite(one)]
+    bits = [float(value["evaluation"]["bits_per_dim"]) for value in group]
+    finite = [value for value in bits if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.inf
 
 
@@ -161,23 +161,23 @@ def counted(title: str, drawn: int, results: Sequence[Result]) -> str:
 def varied(result: Result) -> str:
     """What a result's name tells of its setting beyond estimator, C, K and seed: ``code_dim 4, kl_warmup 3000``, with
     spaces at which no line is broken between fields and values."""
-    rest = result["name"].partition(f"-s{result['trial']['seed']}-")[2]
+    settings = result["name"].partition(f"-s{result['trial']['seed']}-")[2]
     slugs = sorted((field.replace("_", "-") for field in result["trial"]), key=len, reverse=True)
     # the longest of those that begin at a place
-    found = list(re.finditer(f"(?:^|-)({'|'.join(slugs)})-", rest))
-    if not found or found[0].start():
-        return rest
-    ends = [*(one.start() for one in found[1:]), len(rest)]
+    fields = list(re.finditer(f"(?:^|-)({'|'.join(slugs)})-", settings))
+    if not fields or fields[0].start():
+        return settings
+    ends = [*(one.start() for one in fields[1:]), len(settings)]
     return ", ".join(
-        f"{one[1].replace('-', '_')}\N{NO-BREAK SPACE}{rest[one.end() : end]}"
-        for one, end in zip(found, ends, strict=True)
+        f"{one[1].replace('-', '_')}\N{NO-BREAK SPACE}{settings[one.end() : end]}"
+        for one, end in zip(fields, ends, strict=True)
     )
 
 
 def tint(estimator: str, name: str) -> str:
     """The estimator's colour, made lighter by up to a half, depending on the trial's name: for runs side by side."""
     lighter = hashlib.sha256(name.encode()).digest()[0] % 6 / 10
-    red, green, blue = (one + (1 - one) * lighter for one in to_rgb(style(estimator)[1]))
+    red, green, blue = (part + (1 - part) * lighter for part in to_rgb(style(estimator)[1]))
     return to_hex((red, green, blue))
 
 

@@ -112,20 +112,20 @@ class Sweep(BaseModel):
 
     def idle(self) -> list[tuple[str, str]]:
         """The fields that are set and change nothing in any trial, each with the field that it needs."""
-        found: dict[tuple[str, str], list[bool]] = {}
+        ineffective: dict[tuple[str, str], list[bool]] = {}
         for one in self.trials().values():
             for name in one.changed():
                 extra = type(one).model_fields[name].json_schema_extra
                 if isinstance(extra, dict) and (need := extra.get(NEEDS)):
-                    found.setdefault((name, str(need)), []).append(getattr(one, str(need)) is None)
-        return [pair for pair, idle in found.items() if all(idle)]
+                    ineffective.setdefault((name, str(need)), []).append(getattr(one, str(need)) is None)
+        return [pair for pair, idle in ineffective.items() if all(idle)]
 
 
 def short_name(one: Trial, at: Point) -> str:
     """``gs-soft-c512-k16-s0``, followed by every other field of its key that this point of the sweep sets."""
     described = {"estimator", "num_codes", "num_latents", "seed", *one.unkeyed()}
-    rest = "".join(f"-{key.replace('_', '-')}-{_plain(x)}" for key, x in at.items() if key not in described)
-    return re.sub(r"[^A-Za-z0-9.+-]", "-", one.describe() + rest)
+    others = "".join(f"-{key.replace('_', '-')}-{_plain(x)}" for key, x in at.items() if key not in described)
+    return re.sub(r"[^A-Za-z0-9.+-]", "-", one.describe() + others)
 
 
 def _plain(value: Any) -> str:
@@ -196,7 +196,7 @@ def _content(path: Path) -> Any:
 def _unknown(key: str, value: Any) -> str:
     """What to do about a key that stands beside 'base' and 'grid' and is none of a sweep's."""
     field = meant(key)
-    if field != "seed" and any(field in one.model_fields for one in estimators().values()):
+    if field != "seed" and any(field in cls.model_fields for cls in estimators().values()):
         return f"; put '{field}' under '{'grid' if isinstance(value, list) else 'base'}'"
     return nearest(key, [name for name in Sweep.model_fields if name != "name"])
 

@@ -146,11 +146,14 @@ def _above(group: Sequence[Result], lowest: Sequence[Result]) -> Row:
     return row
 
 
-def _mean(name: str, found: Sequence[float]) -> Row:
+def _mean(name: str, values: Sequence[float]) -> Row:
     """The mean, and its standard error; of fewer than two numbers None."""
-    if len(found) < 2:
+    if len(values) < 2:
         return {name: None, f"{name}_se": None}
-    return {name: float(np.mean(found)), f"{name}_se": float(np.std(found, ddof=1)) / math.sqrt(len(found))}
+    return {
+        name: float(np.mean(values)),
+        f"{name}_se": float(np.std(values, ddof=1)) / math.sqrt(len(values)),
+    }
 
 
 def told_apart(row: Row) -> bool:
@@ -160,9 +163,9 @@ def told_apart(row: Row) -> bool:
     return bool(row["above"] > INTERVAL[min(row["pairs"], 10) - 2] * row["above_se"])
 
 
-def filled(found: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+def filled(table: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
     """The columns in which some row has something."""
-    return {key: one for key, one in columns.items() if any(row[key] is not None for row in found)}
+    return {key: column for key, column in columns.items() if any(row[key] is not None for row in table)}
 
 
 def formatted(row: Row, key: str) -> str:
@@ -181,8 +184,8 @@ def formatted(row: Row, key: str) -> str:
 
 def complete(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a result, which may be older than some fields: those get their defaults."""
-    known = estimators().get(fields["estimator"], Trial).model_fields.items()
-    return {**{name: field.default for name, field in known if not field.is_required()}, **fields}
+    defaults = estimators().get(fields["estimator"], Trial).model_fields.items()
+    return {**{name: field.default for name, field in defaults if not field.is_required()}, **fields}
 
 
 def alike(results: Sequence[Result], *but: str) -> list[list[Result]]:

@@ -30,7 +30,7 @@ def _as_before() -> Iterator[None]:
     """Restore torch's process-wide settings after this block; in it gradients are on, an autocast of the caller's is
     off, and :func:`dvq.device.exact` holds."""
     denormal = torch.tensor(1e-40, dtype=torch.float32, device="cpu")
-    threads, kept = torch.get_num_threads(), bool(denormal * 1)
+    threads, denormals_kept = torch.get_num_threads(), bool(denormal * 1)
     # a denormal number, below 1e-38, as a hopeless code's weight is, costs a CPU as much as 100 others
     torch.set_flush_denormal(True)
     full = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
@@ -39,7 +39,7 @@ def _as_before() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-        torch.set_flush_denormal(not kept)
+        torch.set_flush_denormal(not denormals_kept)
 
 
 def train(trial: Trial, data: Data, folder: Path, device: str = "cpu", threads: int = 1) -> dict[str, Any]:

@@ -32,9 +32,9 @@ def checked(loss: object, estimator: str) -> Loss:
         )
     for name, term in zip(Loss._fields[:3], loss, strict=False):
         if not isinstance(term, Tensor) or term.ndim:
-            found = f"{tuple(term.shape)} tensor" if isinstance(term, Tensor) else type(term).__name__
+            actual = f"{tuple(term.shape)} tensor" if isinstance(term, Tensor) else type(term).__name__
             raise DvqError(
-                f"{estimator}: its loss returned a {found} as the {name}; return a tensor without dimensions "
+                f"{estimator}: its loss returned a {actual} as the {name}; return a tensor without dimensions "
                 "[nats an image]"
             )
     if not loss.surrogate.requires_grad:
@@ -42,10 +42,10 @@ def checked(loss: object, estimator: str) -> Loss:
             f"{estimator}: its loss returned a surrogate that hangs on no parameter; do not detach it"
         )
     for name, number in loss.logged.items():
-        found = _unlogged(number, loss.surrogate.device)
-        if found or name in CURVES or not re.fullmatch(r"\w[\w.-]*", name):
+        actual = _unlogged(number, loss.surrogate.device)
+        if actual or name in CURVES or not re.fullmatch(r"\w[\w.-]*", name):
             raise DvqError(
-                f"{estimator}: its loss logs {found or 'a number'} as '{name}'; log a number, on the loss's device, "
+                f"{estimator}: its loss logs {actual or 'a number'} as '{name}'; log a number, on the loss's device, "
                 f"by a name of letters, digits, '_', '-' and '.' that is not {', '.join(CURVES[:-1])} or {CURVES[-1]}"
             )
     return loss

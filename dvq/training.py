@@ -43,9 +43,9 @@ def curve_point(terms: Tensor, last_step: int, trial: Trial, logged: Sequence[st
             f"training diverged: at step {step} the {name} is {terms[row, column].item()}; "
             "lower the learning rate or look at the options that differ from the defaults"
         )
-    _, distortion, rate, *others = terms.double().mean(0).tolist()
+    _, distortion, rate, *own_terms = terms.double().mean(0).tolist()
     distortion, rate = distortion * trial.bits_per_nat, rate * trial.bits_per_nat
-    own = {name: mean for name, mean in zip(logged, others, strict=True) if math.isfinite(mean)}
+    own = {name: mean for name, mean in zip(logged, own_terms, strict=True) if math.isfinite(mean)}
     return {"bits_per_dim": distortion + rate, "distortion": distortion, "rate": rate} | own
 
 
@@ -62,14 +62,14 @@ class Training:
         self.trial, self.folder = trial, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.provenance = provenance(device)  # when training ends, git may be at another version
-        found = checkpoint.latest(folder, trial.family())
-        if found and found.step > trial.steps:
+        last = checkpoint.latest(folder, trial.family())
+        if last and last.step > trial.steps:
             raise DvqError(
-                f"{folder} has a checkpoint of step {found.step}, and the trial ends at {trial.steps}; give it a "
+                f"{folder} has a checkpoint of step {last.step}, and the trial ends at {trial.steps}; give it a "
                 "folder of its own"
             )
-        goodput.begin(folder, found.step if found else 0)
-        events.truncate(folder, found.about["events"] if found else {})
+        goodput.begin(folder, last.step if last else 0)
+        events.truncate(folder, last.about["events"] if last else {})
         self.events = Events(folder)
         self.events.state("training")
         self.judged, _ = data.evaluation(trial.split)
@@ -79,18 +79,18 @@ class Training:
         self.seconds = self.seconds_at_point = 0.0  # spent in training steps
         self.stopping: int | None = None  # by which signal
         self.looking = False
-        if found:
-            self._go_on(found)
+        if last:
+            self._go_on(last)
         self.events_before = events.sizes(folder)
-        self.saved = self.done if found else None
+        self.saved = self.done if last else None
         self.saved_at = self.said_at = self.since = time.perf_counter()
 
-    def _go_on(self, found: checkpoint.Checkpoint) -> None:
-        self.trainer.restore(found.tensors)
-        self.terms = [terms.to(self.trainer.device) for terms in found.tensors["terms"]]
-        self.trainer.logged = found.about.get("logged", [])  # earlier versions logged nothing
-        self.done, self.seconds = found.step, found.about["seconds"]
-        self.seconds_at_point = found.about["seconds_at_point"]
+    def _go_on(self, last: checkpoint.Checkpoint) -> None:
+        self.trainer.restore(last.tensors)
+        self.terms = [terms.to(self.trainer.device) for terms in last.tensors["terms"]]
+        self.trainer.logged = last.about.get("logged", [])  # earlier versions logged nothing
+        self.done, self.seconds = last.step, last.about["seconds"]
+        self.seconds_at_point = last.about["seconds_at_point"]
         print(f"going on from step {self.done}", flush=True)
 
     def stop(self, number: int = signal.SIGTERM, *_: object) -> None:
@@ -213,5 +213,5 @@ class Training:
         draws, step = getattr(self.trial, "probe_draws", 0), self.done - 1
         if draws:
             generator = torch.Generator(self.trainer.device).manual_seed(noise_seed(self.trial.seed, step, 1))
-            found = probe(self.trainer.model, self.trainer.minibatch(step), draws, generator, step)
-            self.events.metrics(self.done, found)
+            numbers = probe(self.trainer.model, self.trainer.minibatch(step), draws, generator, step)
+            self.events.metrics(self.done, numbers)

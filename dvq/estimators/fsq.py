@@ -41,15 +41,18 @@ class FSQ(Discrete):
 
     @model_validator(mode="after")
     def _derive_from_levels(self) -> Self:
-        made = {"num_codes": (math.prod(self.levels), "codes"), "code_dim": (len(self.levels), "dimensions")}
+        derived = {
+            "num_codes": (math.prod(self.levels), "codes"),
+            "code_dim": (len(self.levels), "dimensions"),
+        }
         levels = ", ".join(map(str, self.levels))
         if math.prod(self.levels) >= 2**31:
             raise ValueError(f"the levels {levels} make 2147483648 codes or more; give fewer")
-        for name, (right, what) in made.items():
-            given = getattr(self, name)
-            if name in self.model_fields_set and given != right:
+        for name, (right, unit) in derived.items():
+            value = getattr(self, name)
+            if name in self.model_fields_set and value != right:
                 raise ValueError(
-                    f"{name} = {given}: the levels {levels} make {right} {what}; set levels to others, "
+                    f"{name} = {value}: the levels {levels} make {right} {unit}; set levels to others, "
                     f"or {name} to {right}"
                 )
             self.__dict__[name] = right  # the configuration is frozen from here on

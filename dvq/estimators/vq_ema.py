@@ -59,8 +59,8 @@ class VQEMA(LearnedCodes):
         v = model.encoder(images)  # (K, N, D)
         codes = latents.codes(v.detach())
         vectors = latents.vectors(codes).detach()
-        seen = rotated(v, vectors) if self.gradient == "rotation" else v + (vectors - v).detach()
-        distortion = model.distortion(seen, images)[0] / len(images)
+        decoded = rotated(v, vectors) if self.gradient == "rotation" else v + (vectors - v).detach()
+        distortion = model.distortion(decoded, images)[0] / len(images)
         rate = latents.rate(codes).sum() / len(images)
         scale = images[0].numel()  # 3072
         commitment = self.commitment * scale * (v - vectors).square().mean()
