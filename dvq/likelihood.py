@@ -28,6 +28,53 @@ def plain_nll(logits: Tensor, pixels: Tensor) -> Tensor:
     return -log_p.gather(-1, pixels.long().unsqueeze(-1)).sum((1, 3))
 
 
+class _Tiles:
+    """The likelihood of logits, tile by tile, and the gradients by them; here is what adds up over the tiles."""
+
+    def __init__(
+        self, bias: Tensor, targets: Tensor, weights: Tensor | None, rows: Tensor, learning: bool
+    ) -> None:
+        self.bias, self.targets, self.weights, self.learning = bias, targets, weights, learning
+        self.dtype, self.size = rows.dtype, min(TILE[rows.device.type], len(rows))
+        self.nll = bias.new_empty(targets.shape[:2])
+        self.grad_bias = torch.zeros_like(bias)
+        self.buffer = bias.new_empty(self.size, len(bias))  # one for all tiles: it stays in the cache
+
+    def gradient(self, rows: Tensor, weight: Tensor, start: int) -> Tensor:
+        """d(weighted nll)/d(logits) of the rows from ``start`` on: (R, F), (F, 3·256) → (R, 3·256)."""
+        if len(rows) <= self.size:
+            logits = _product(rows, weight, self.buffer)
+            return self._gradient(logits, slice(start, start + len(rows))).to(self.dtype)
+        grad = rows @ weight
+        for at in range(0, len(grad), self.size):
+            tile = grad[at : at + self.size]
+            logits = self.buffer[: len(tile)].copy_(tile)
+            tile.copy_(self._gradient(logits, slice(start + at, start + at + len(tile))))
+        return grad
+
+    def _gradient(self, logits: Tensor, tile: slice) -> Tensor:
+        """weight · (softmax − onehot), on a CPU in place of the logits; also stores the nll."""
+        weights, targets = None if self.weights is None else self.weights[tile, None], self.targets[tile]
+        if logits.is_cuda:
+            if not self.learning:
+                self.nll[tile] = gpu_nll(logits, self.bias, targets)
+                return logits
+            self.nll[tile], grad = gpu_gradient(logits, self.bias, targets, weights, self.dtype)
+            # the sum over rows as a product, which reads them once
+            self.grad_bias.add_(_product(grad.new_ones(8, len(grad)), grad, self.buffer)[0])
+            return grad
+        logits += self.bias
+        self.nll[tile], p = _softmax(logits.unflatten(-1, (-1, VALUES)), targets, self.learning)
+        if not self.learning:
+            return logits
+        p.scatter_add_(-1, targets, p.new_full((), -1).expand_as(targets))
+        grad = p.flatten(1)
+        if weights is not None:
+            grad *= weights
+        self.grad_bias.add_(grad.sum(0))
+        return grad
+
+
 class _TiledNLL(torch.autograd.Function):
     """Forward and backward in one pass over tiles of rows, so that the logits never exist whole."""
 
@@ -43,56 +90,20 @@ class _TiledNLL(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         images, per_image, features = hidden.shape
         rows, targets = hidden.reshape(-1, features), pixels.flatten(0, 1).long().unsqueeze(-1)
-        nll = weight.new_empty(targets.shape[:2])
-        grad_rows = torch.empty_like(rows) if learning else rows
+        row_weights = None if image_weights is None else image_weights.repeat_interleave(per_image)
+        tiles = _Tiles(bias, targets, row_weights, rows, learning)
         factor = weight.to(rows.dtype)
         transposed = factor.T.contiguous()  # (F, 3·256), as the products want it, and so is its gradient
-        grad_weight, grad_bias = torch.zeros_like(weight.T), torch.zeros_like(bias)
-        row_weights = None if image_weights is None else image_weights.repeat_interleave(per_image)
-        size = min(TILE[rows.device.type], len(rows))
-        buffer = weight.new_empty(size, len(bias))  # one for all tiles: it stays in the cache
-
-        def gradient(logits: Tensor, tile: slice) -> Tensor:
-            """d(weighted nll)/d(logits) = weight · (softmax − onehot), on a CPU in place of the logits; also stores
-            the nll."""
-            weights = None if row_weights is None else row_weights[tile, None]
-            if logits.is_cuda:
-                if not learning:
-                    nll[tile] = gpu_nll(logits, bias, targets[tile])
-                    return logits
-                nll[tile], grad = gpu_gradient(logits, bias, targets[tile], weights, rows.dtype)
-                # the sum over rows as a product, which reads them once
-                grad_bias.add_(_product(grad.new_ones(8, len(grad)), grad, buffer)[0])
-                return grad
-            logits += bias
-            nll[tile], p = _softmax(logits.unflatten(-1, (-1, VALUES)), targets[tile], learning)
-            if not learning:
-                return logits
-            p.scatter_add_(-1, targets[tile], p.new_full((), -1).expand_as(targets[tile]))
-            grad = p.flatten(1)
-            if weights is not None:
-                grad *= weights
-            grad_bias.add_(grad.sum(0))
-            return grad
-
-        wide = WIDE if rows.dtype != weight.dtype and not rows.is_cuda else size
+        grad_rows, grad_weight = torch.empty_like(rows) if learning else rows, torch.zeros_like(weight.T)
+        wide = WIDE if rows.dtype != weight.dtype and not rows.is_cuda else tiles.size
         for start in range(0, len(rows), wide):
             piece = rows[start : start + wide]
-            if wide == size:
-                grad = gradient(_product(piece, transposed, buffer), slice(start, start + size)).to(
-                    rows.dtype
-                )
-            else:
-                grad = piece @ transposed
-                for at in range(0, len(grad), size):
-                    tile = grad[at : at + size]
-                    at += start
-                    tile.copy_(gradient(buffer[: len(tile)].copy_(tile), slice(at, at + size)))
+            grad = tiles.gradient(piece, transposed, start)
             if learning:
                 torch.mm(grad, factor, out=grad_rows[start : start + wide])
                 _add_product(grad_weight, piece.T, grad)
-        nll = nll.unflatten(0, (images, per_image)).sum(1)
-        ctx.save_for_backward(grad_rows.view_as(hidden), grad_weight.T, grad_bias)
+        nll = tiles.nll.unflatten(0, (images, per_image)).sum(1)
+        ctx.save_for_backward(grad_rows.view_as(hidden), grad_weight.T, tiles.grad_bias)
         ctx.mark_non_differentiable(nll)
         ctx.spent = False
         total = nll.sum() if image_weights is None else (nll.sum(1) * image_weights).sum()
