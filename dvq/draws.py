@@ -9,6 +9,7 @@ from dvq.codes import code_sums, look_up
 from dvq.posterior import (
     SMALLEST,
     Logits,
+    above_underflow,
     categorical_kl,
     differentiated_once,
     posterior_gradients,
@@ -85,7 +86,7 @@ class _Scored(torch.autograd.Function):
         make = Logits(v, codebook, ctx.scale, log_sum)
         for at in tiles(v, codebook.shape[1]):
             m, g = codebook[at[0]], g_log_q[at]
-            g_l = make[at].exp_()  # q
+            g_l = above_underflow(make[at]).exp_()  # q
             g_l *= -g.sum(-1, keepdim=True)
             for s in range(g.shape[-1]):  # one at a time: draws of one code would add in no fixed order
                 g_l.scatter_add_(-1, codes[at][..., s : s + 1], g[..., s : s + 1])

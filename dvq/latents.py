@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from dvq.codes import look_up
 from dvq.draws import fast_reinmax, fast_score, inverse_draw, plain_reinmax, plain_score
-from dvq.posterior import categorical_kl, logits_of
+from dvq.posterior import LOWEST, categorical_kl, logits_of
 from dvq.relaxation import fast_relax, plain_relax
 from dvq.trial import Discrete, LearnedCodes, Stochastic, Trial
 
@@ -142,6 +142,8 @@ class Categorical(Codebooks):
 
     def sample(self, v: Tensor, generator: Generator) -> Sample:
         logits = self.logits(v)
+        if not logits.is_cuda:  # as in above_underflow
+            logits = torch.maximum(logits, logits.amax(-1, keepdim=True) + LOWEST)
         q = logits.softmax(-1)
         codes = inverse_draw(q, 1, generator).squeeze(-1)
         log_q = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)

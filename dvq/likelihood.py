@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dvq import DvqError
 from dvq.fused import fused
-from dvq.posterior import differentiated_once
+from dvq.posterior import above_underflow, differentiated_once
 
 VALUES = 256
 TILE = {"cpu": 256, "cuda": 2**16}  # rows of logits (× 768 floats): a cache full; on a GPU a minibatch's
@@ -129,7 +129,7 @@ def _softmax(logits: Tensor, targets: Tensor, learning: bool) -> tuple[Tensor, T
     """
     logits -= logits.amax(-1, keepdim=True)
     picked = logits.gather(-1, targets)
-    total = logits.exp_().sum(-1, keepdim=True)
+    total = above_underflow(logits).exp_().sum(-1, keepdim=True)
     if learning:
         logits *= total.reciprocal()
     return (total.log_() - picked).squeeze(-1), logits

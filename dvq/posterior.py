@@ -14,6 +14,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 TILE = {"cpu": 2**18, "cuda": 2**23}  # logits that stay in the cache (1 MiB; 32 MiB)
+LOWEST = -87.0  # exp of less underflows
 SMALLEST = 1e-30  # the least random number u: its logarithm is finite
 
 
@@ -77,6 +78,15 @@ class Logits:
             return torch.bmm(self.left[at], self.right[at[0]])
 
 
+def above_underflow(logits: Tensor) -> Tensor:
+    """On a CPU, raise logits, less their largest, to ``LOWEST`` in place.
+
+    A trained posterior rules most codes out, and MKL takes 10 to 40 times as long for an exp that underflows. e⁻⁸⁷,
+    1.6·10⁻³⁸, is lost in every sum as 0 would be.
+    """
+    return logits if logits.is_cuda else logits.clamp_(min=LOWEST)
+
+
 def weigh(
     logits: Tensor, log_prior: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -92,7 +102,7 @@ def weigh(
     """
     top = logits.amax(-1, keepdim=True)
     logits -= top
-    weights = torch.exp(logits, out=out)
+    weights = torch.exp(above_underflow(logits), out=out)
     total = weights.sum(-1)
     log_total = total.log()
     mean_log_p = torch.bmm(weights, log_prior.unsqueeze(-1)).squeeze(-1)
@@ -127,7 +137,7 @@ def posterior_gradients(
     make = Logits(v, codebook, scale, log_sum)
     for at in tiles(v, codebook.shape[1]):
         ks = at[0]
-        ratio = make[at]  # log q
+        ratio = above_underflow(make[at])  # log q
         q = ratio.exp()
         q_sums[ks] += q.sum(1)
         ratio -= log_prior[ks].unsqueeze(1)
