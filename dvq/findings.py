@@ -89,7 +89,7 @@ class Miniature:
     def along(self, estimator: str, field: str) -> dict[int, list[Result]]:
         """The results that are off the center in ``field`` at most, by its rising values."""
         line = self.center._replace(estimator=estimator)
-        values = sorted(getattr(one, field) for one in self.settings if one.estimator == estimator)
+        values = sorted(getattr(one, field) for one in self.settings)
         on_it = {value: line._replace(**{field: value}) for value in values}
         return {value: self.settings[one] for value, one in on_it.items() if one in self.settings}
 
