@@ -97,5 +97,5 @@ def kmeans(v: Tensor, codes: int, generator: Generator) -> Tensor:
         nearest = torch.stack([torch.cdist(*pair).argmin(-1) for pair in zip(v, centers, strict=True)])
         sums = code_sums(v, nearest, codes)
         counts = torch.zeros_like(centers[..., 0]).scatter_add_(1, nearest, torch.ones_like(v[..., 0]))
-        centers = torch.where(counts.unsqueeze(-1) > 0, sums / counts.clamp(min=1).unsqueeze(-1), centers)
+        centers = torch.where(counts.unsqueeze(-1) > 0, sums / counts.unsqueeze(-1), centers)
     return centers

@@ -91,9 +91,7 @@ class Miniature:
     def along(self, estimator: str, field: str) -> dict[int, list[Result]]:
         """The results that are off the center in ``field`` at most, by its rising values."""
         line = self.center._replace(estimator=estimator)
-        values = sorted(
-            getattr(setting, field) for setting in self.settings if setting.estimator == estimator
-        )
+        values = sorted(getattr(setting, field) for setting in self.settings)
         on_it = {value: line._replace(**{field: value}) for value in values}
         return {value: self.settings[setting] for value, setting in on_it.items() if setting in self.settings}
 

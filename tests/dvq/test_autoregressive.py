@@ -215,6 +215,9 @@ def test_large_images_are_fitted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny()
     whole = fit(model, images(40), 3)
     monkeypatch.setattr(type(model.trial), "images_at_once", 10)
+    encode, sizes = model.encode, []
+    monkeypatch.setattr(model, "encode", lambda some, noise: sizes.append(len(some)) or encode(some, noise))
     pieces = fit(model, images(40), 3)
+    assert sizes == [10, 10, 10, 10, 10, 10, 4] * 3
     for one, other in zip(whole.parameters(), pieces.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)

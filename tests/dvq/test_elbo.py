@@ -117,6 +117,7 @@ def test_evaluation_is_the_mean_over_every_image_whatever_the_batch(estimator: s
     pieces = evaluate(model, batch, batch_size=3)
     singles = [evaluate(model, batch[i : i + 1])["bits_per_dim"] for i in range(7)]
     assert whole["images"] == 7
+    assert evaluate(model, batch[:1])["bits_per_dim_se"] == 0
     assert whole["bits_per_dim"] == pytest.approx(pieces["bits_per_dim"], rel=1e-12)
     assert whole["bits_per_dim"] == pytest.approx(np.mean(singles), rel=1e-12)
     assert whole["bits_per_dim_se"] == pytest.approx(np.std(singles, ddof=1) / 7**0.5, rel=1e-6)
@@ -129,6 +130,7 @@ def test_the_elbo_is_of_one_draw_with_the_kl_in_closed_form_whatever_the_bounds_
     one, five = (evaluate(model, some, batch_size=2, bound_samples=samples) for samples in (1, 5))
     assert one["rate"] == pytest.approx(kl * model.trial.bits_per_nat, rel=1e-9)
     assert five["bits_per_dim"] == one["bits_per_dim"]
+    assert five.keys() - one.keys() == {"bound", "bound_samples", "draws_se"}
 
 
 @torch.no_grad()
@@ -148,19 +150,20 @@ def test_the_ledger_has_each_latent_variables_rate_and_each_channels_distortion(
         assert found[name] == pytest.approx(bits, rel=1e-9), name
 
 
-def test_the_bound_and_its_spread_are_those_of_several_draws() -> None:
+@pytest.mark.parametrize("draws", [2, 3])
+def test_the_bound_and_its_spread_are_those_of_several_draws(draws: int) -> None:
     """The first as without a bound, the others from noise of their own."""
     model, some = tiny("gs-soft"), images(3)
     v, x = model.encoder(torch.from_numpy(some)), torch.from_numpy(some)
     first, more = (torch.Generator().manual_seed(seed) for seed in range(2))
-    samples = [model.latents.sample(v, noise) for noise in (first, more, more)]
+    samples = [model.latents.sample(v, noise) for noise in (first, more, more)[:draws]]
     nll = torch.stack([model.channel_distortions(one.vectors, x).sum(1) for one in samples])
     rate, ratio = (
         torch.stack([term.unflatten(1, (3, -1)).sum((0, 2)) for term in terms])
         for terms in zip(*((one.rate, one.log_ratio) for one in samples), strict=True)
     )
-    found = evaluate(model, some, bound_samples=3)
-    bound = math.log(3) - (-nll - ratio).logsumexp(0).mean()
+    found = evaluate(model, some, bound_samples=draws)
+    bound = math.log(draws) - (-nll - ratio).logsumexp(0).mean()
     assert found["bound"] == pytest.approx(bound.item() * model.trial.bits_per_nat, rel=1e-9)
     spread = (nll + rate).mean(1).std().item() * model.trial.bits_per_nat
     assert found["draws_se"] == pytest.approx(spread, rel=1e-6)
@@ -223,7 +226,11 @@ def test_the_fitted_statistics_are_those_of_training_minibatches_of_hard_samples
 
 
 def test_the_seed_decides_the_draws_that_a_model_is_fitted_to() -> None:
-    found = [fit(tiny("gs-soft"), images(7), seed=seed).latents.prior_logits for seed in (1, 1, 2)]
+    """0 unless it is given."""
+    found = [
+        fit(tiny("gs-soft"), images(7), **seed).latents.prior_logits
+        for seed in ({}, {"seed": 0}, {"seed": 1})
+    ]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 

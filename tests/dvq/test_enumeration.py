@@ -326,13 +326,13 @@ def test_the_probe_sees_bias_where_there_is_some(
 
 
 def test_the_probe_tells_the_mean_gradient_from_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two draws, 1 and 3: their variance is 2, and ‖E g‖² is 4 less the half of it."""
+    """Three draws, 1, 3 and 5: their variance is 4, and ‖E g‖² is 9 less a third of it."""
     one = options("nvil")
-    toy, draws = Toy(one, seed=1), [torch.full((K, 4, C), value) for value in (1.0, 3.0)]
+    toy, draws = Toy(one, seed=1), [torch.full((K, 4, C), value) for value in (1.0, 3.0, 5.0)]
     monkeypatch.setattr("dvq.probe._gradient", lambda *_: draws.pop())
     monkeypatch.setattr("dvq.probe._reference", lambda *_: torch.ones(C))
-    found = probe(toy, IMAGE.expand(4, -1, -1, -1), 2, torch.Generator(), 0)  # type: ignore[arg-type]
-    assert found == pytest.approx({"probe/bias": 1.0, "probe/variance": 2 / 3})
+    found = probe(toy, IMAGE.expand(4, -1, -1, -1), 3, torch.Generator(), 0)  # type: ignore[arg-type]
+    assert found == pytest.approx({"probe/bias": 2.0, "probe/variance": 12 / 23})
 
 
 def test_the_probes_reference_is_the_elbos_gradient() -> None:

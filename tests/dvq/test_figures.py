@@ -144,11 +144,14 @@ def test_figure_1a_is_the_mean_and_range_over_seeds():
 
 
 def test_a_single_seed_has_its_standard_error_in_figure_1a():
-    one = sweep(estimators=("gs-soft",), seeds=(0,))
-    for each in one:
+    one, two = (sweep(estimators=("gs-soft",), seeds=seeds) for seeds in ((0,), (0, 1)))
+    for each in (*one, *two):
         each["evaluation"]["bits_per_dim_se"] = 0.02
     ranges = figures.figure_1a(one).axes[0].collections[0].get_segments()
     assert ranges[0] == pytest.approx(np.array([[16, 4.996], [16, 5.036]]))
+    bits = [each["evaluation"]["bits_per_dim"] for each in two if each["trial"]["num_codes"] == 16]
+    ranges = figures.figure_1a(two).axes[0].collections[0].get_segments()
+    assert ranges[0][:, 1] == pytest.approx(bits), "two have their range alone"
 
 
 def test_figure_1a_bears_the_papers_numbers():
@@ -206,7 +209,7 @@ def test_of_more_than_six_settings_each_estimators_look_the_same_and_none_is_cho
         for (codes, t), found in bits.items()
         for seed in (0, 1)
     ]
-    assert len(legend(figures.figure_1a(many[: len(many) // 2]))) == 3 + 5, "three are few enough"
+    assert len(legend(figures.figure_1a(many))) == 6 + 5, "six are few enough"
     both = [*many, result("vimco", 16, 4, 0, 5.0)]
     figure = figures.figure_1a(both)
     assert legend(figure)[:3] == [

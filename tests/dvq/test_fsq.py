@@ -140,6 +140,7 @@ def test_levels_decide_the_codes_and_travel_as_a_list() -> None:
     assert one.changed() == {"levels": [8, 6, 5]}
     said = trial({**at, "num_codes": 240, "code_dim": 3})
     assert (said, said.key()) == (one, one.key())
+    assert {"num_codes", "code_dim"} <= one.unkeyed()
     assert short_name(one, at) == "fsq-c240-k8-s0-levels-8-6-5"
     sweep = Sweep(
         name="s", base={"code_dim": 3}, grid={"estimator": ["fsq"], "levels": [[8, 8, 8], [8, 6, 5]]}

@@ -28,8 +28,8 @@ PAPER = {
     "vimco rate": 0.2,
     "vimco distortion": -1.0,
     "vq-ema rate": -0.01,
-    "components": 3.0,
-    "components weighted": 2.0,
+    "components": 4.5,
+    "components weighted": 4.0,
     "scatter": 0.003,
 }
 """a world in which every finding holds"""

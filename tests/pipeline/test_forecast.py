@@ -169,6 +169,9 @@ def test_what_was_spent_counts_from_its_beginning(store: Store) -> None:
     assert forecast.spent(trials, store, GPU, 1e9 + 60) * 3600 == pytest.approx(HELD - 60)
     assert forecast.spent(trials, store, GPU, 1e9 + 7603) * 3600 == pytest.approx(2 + 5)
     assert forecast.spent(trials, store, GPU, 1e9 + 90010) == 0
+    finish(store, whole, "vq-ema-c512-k8-s1")
+    two = GPU.model_copy(update={"gpu": 2})
+    assert forecast.spent(trials, store, two, 0) * 3600 == pytest.approx(2 * 2 * HELD)
 
 
 @pytest.mark.parametrize("damage", ["{", '{"provenance": {"device": "cuda"}, "trial": {}}'])
