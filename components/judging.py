@@ -127,7 +127,7 @@ def analyze(
         fail(f"{evaluation}: there is no evaluation of the model, for training or evaluation failed", record)
         return
     for what, one in _judged(images, model).items():
-        if judged.get("provenance", {}).get(what, one) != one:  # older evaluations do not say
+        if judged.get("provenance", {}).get(what) != one:
             raise DvqError(
                 f"{evaluation}: the evaluation is of other {what}; give those that evaluate was given"
             )

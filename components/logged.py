@@ -112,7 +112,7 @@ def score(server: "MlflowClient", run: "MlflowRun", model: str, results: dict[st
     points += [(f"{split}/{name}", one, at, last) for name, one in final.items() if one is not None]
     about = {"model_id": model, "dataset_name": data["name"], "dataset_digest": data["fingerprint"][:16]}
     metrics = [Metric(*point, **about) for point in dict.fromkeys(points)]
-    if speed := results.get("training", {}).get("images_per_second"):  # of all training, as in the report
+    if speed := results["training"].get("images_per_second"):  # of all training, as in the report
         metrics.append(Metric("images_per_second", speed, at, last))
     server.log_batch(run.info.run_id, metrics=metrics)
 

@@ -91,8 +91,7 @@ def parse(content: bytes, named: str) -> Manifest:
     """The manifest in ``content``; DvqError if it is damaged or of another format."""
     try:
         found = json.loads(content)
-        sha256 = found.pop("sha256", None)  # the first ones had none
-        if sha256 not in (None, _digest(found)):
+        if found.pop("sha256") != _digest(found):
             raise ValueError("its SHA-256 differs")
         if found["format"] == FORMAT:
             files = {path: [Piece(*one) for one in pieces] for path, pieces in found["files"].items()}
@@ -127,7 +126,7 @@ def load_index(folder: Path) -> tuple[Manifest, str, dict[str, Known]]:
             path: Known([Piece(*piece) for piece in pieces], *stamp)
             for path, (pieces, *stamp) in found["files"].items()
         }
-        return Manifest(found["owner"], found["push"]), found.get("claim", ""), known
+        return Manifest(found["owner"], found["push"]), found["claim"], known
     except (OSError, ValueError, KeyError, TypeError):
         return Manifest(), "", {}
 

@@ -112,7 +112,7 @@ class Run:
     def _send_results(self) -> None:
         """The finished trial's results, figures and model."""
         results = read_json(self.folder / "results.json") or {}
-        for name, value in results.get("provenance", {}).items():
+        for name, value in results["provenance"].items():
             self.server.set_tag(self.id, f"dvq.{name}", value)
         for artifact in ("results.json", "evaluation.json", "analysis.npz"):
             if (self.folder / artifact).exists():  # continuous latent variables have no codebooks to analyse

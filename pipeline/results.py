@@ -44,7 +44,7 @@ def uncommitted(result: Mapping[str, Any]) -> str:
     """Why nobody could compute a result again, if its code is in no commit."""
     for what, made_by in (
         ("trained", result["provenance"]),
-        ("evaluated", result["evaluation"].get("provenance", {})),
+        ("evaluated", result["evaluation"]["provenance"]),
     ):
         commit = str(made_by.get("commit", ""))
         if commit == "unknown":

@@ -77,6 +77,9 @@ def test_other_weights_do_not_get_the_trials_numbers(
     (store.trial(one.key()) / "results.json").unlink()
     with pytest.raises(DvqError, match="the evaluation is of other weights"):
         judging.analyze(prepared, tmp_path / "model", tmp_path / "theirs", tmp_path / "analysis", "")
+    write_json(tmp_path / "theirs", numbers)  # which does not say what it is of
+    with pytest.raises(DvqError, match="the evaluation is of other data"):
+        judging.analyze(prepared, tmp_path / "model", tmp_path / "theirs", tmp_path / "analysis", "")
     assert not store.has(one.key(), "results.json")
 
 

@@ -1,6 +1,7 @@
 """A folder store among several processes."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -143,6 +144,13 @@ def test_why_a_shorter_trial_cannot_be_copied(tmp_path: Path, monkeypatch: pytes
 def test_a_manifest_that_no_trial_has_is_damaged(told: dict[str, Any]) -> None:
     with pytest.raises(DvqError, match=r"m is damaged \(.*\); remove it to have all of it made anew"):
         parse(Manifest(**told).content(), "m")
+
+
+def test_a_manifest_without_its_hash_is_damaged() -> None:
+    fields = json.loads(Manifest().content())
+    del fields["sha256"]
+    with pytest.raises(DvqError, match="m is damaged"):
+        parse(json.dumps(fields).encode(), "m")
 
 
 def test_a_manifest_nested_without_end_is_damaged() -> None:

@@ -74,7 +74,7 @@ def finish(folder: Path, diary: Events) -> None:
     evaluation = {"split": "test", "bits_per_dim": 7.5, "bits_per_dim_se": 0.25, "rate": 0.5, "distortion": 7}
     data = {"name": "cifar10-sample", "fingerprint": "f" * 64, "label": "bundled sample"}
     results = {"name": "t", "trial": {"steps": STEPS + 1}, "data": data, "provenance": {"torch": "x"}}
-    write_json(folder / "results.json", {**results, "evaluation": evaluation})
+    write_json(folder / "results.json", {**results, "evaluation": evaluation, "training": {}})
     diary.state("finished")
 
 
