@@ -216,7 +216,7 @@ def _progress(job: Job) -> int:
     store, done = job.store, 0
     for trial in job.trials.values():
         state = store.state(trial.key()).name
-        done += trial.steps + 1 if state == "finished" else store.reached(trial) + (state == "failed")
+        done += trial.steps + 1 if state == "finished" else store.reached_step(trial) + (state == "failed")
     return done
 
 

@@ -97,7 +97,7 @@ def untracked(sweep: Sweep, finished: Iterable[str], store: Store, cluster: Clus
         return 0
     keys = list(finished)
     store.look(keys, "tracked.json")
-    return sum(not tracking.known_somewhere(store.trial(key), sweep.name) for key in keys)
+    return sum(not tracking.is_sent_anywhere(store.trial(key), sweep.name) for key in keys)
 
 
 def goodput(trials: list[dict[str, Any]]) -> str:

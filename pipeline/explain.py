@@ -32,7 +32,7 @@ def explain(
     store.outcomes(trials)  # DvqError for results that are damaged, or of another default
     for name, one in trials.items():
         state, trained = store.state(one.key()), store.has(one.key(), "model")
-        reached = store.reached(one)
+        reached = store.reached_step(one)
         todo += state.name != "finished"
         print(f"{name:{width}}  {_told(state, trained, reached)}")
     print(f"{todo} of {len(trials)} trials to compute; the store is {store.place}")

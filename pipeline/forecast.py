@@ -86,7 +86,7 @@ def plan(trials: Mapping[str, Trial], store: Store, profile: Profile, fresh: boo
     for name, one in trials.items():
         if name in done:
             continue
-        reached = 0 if fresh else store.reached(one)
+        reached = 0 if fresh else store.reached_step(one)
         failed = not fresh and store.state(one.key()).name == "failed"
         states["failed before" if failed else "going on" if reached else "new"] += 1
         alike = known.get(kinds[name]) or others.get(kinds[name])

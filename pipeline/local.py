@@ -37,7 +37,7 @@ ARGUMENT = 96 << 10
 """Bytes of an argument as JSON, at most: kfp hands a task all it is given in one word of its command line, and Linux
 takes 128 KiB there."""
 
-TRACKING = "from components import tracking; tracking.ensure()"
+TRACKING = "from components import tracking; tracking.ensure_database()"
 """Makes MLflow's tables once, before several tasks would try; in a process of its own, for mlflow is large."""
 
 

@@ -12,7 +12,7 @@ def replay(sweep: preflight.SweepName = "smoke") -> None:
     store = preflight.find_store()
     preflight.check_begun(found, store, sweep)
     tracker.require()
-    tracking.ensure()
+    tracking.ensure_database()
     sent = reports.track(found, store, anew=True)
     reports.write(found, store, anew=True)
     uri = tracking.redacted(os.environ["MLFLOW_TRACKING_URI"])

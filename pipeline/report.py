@@ -16,7 +16,7 @@ def report(sweep: preflight.SweepName = "smoke") -> None:
     console = Console()
     failures = conclusion.show(found, found.trials(), store, console)
     with suppress(Exception):  # what ails MLflow's file is said below, and the report is written all the same
-        tracking.ensure()
+        tracking.ensure_database()
     reports.write(found, store)
     conclusion.where(found, store, console)
     raise SystemExit(1 if failures else 0)

@@ -195,7 +195,7 @@ def conclude(job: Job, code: int, console: Console) -> int:
 
 def _tracked(job: Job, trial: Trial) -> bool:
     """Whether MLflow has the trial, as far as this machine knows: a container may use another address for MLflow."""
-    return bool(job.profile) or tracking.known(job.store.trial(trial.key()), job.sweep.name)
+    return bool(job.profile) or tracking.is_sent(job.store.trial(trial.key()), job.sweep.name)
 
 
 def _has_champion(job: Job) -> bool:

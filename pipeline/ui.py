@@ -37,7 +37,7 @@ def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> N
     if file and not file.exists():
         raise DvqError(f"there is no {file}, for no sweep was tracked in it yet: make submit-sweep")
     _check_port(port)
-    tracking.ensure()
+    tracking.ensure_database()
     print(f"MLflow on {file or uri}; Ctrl-C ends it\nhttp://{HOST}:{port}/{_start()}", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     command += ["--host", HOST, "--port", port, "--workers", "1", "--uvicorn-opts", "--log-level warning"]
@@ -47,7 +47,7 @@ def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> N
 def _start() -> str:
     """The page of the latest sweep's runs: a click in the list of experiments would lead to MLflow's pages for
     language models."""
-    found = tracking.newest()
+    found = tracking.newest_experiment()
     return f"#/experiments/{found}/runs{FORM}" if found else f"#/experiments{FORM}"
 
 

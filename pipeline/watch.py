@@ -51,7 +51,7 @@ def remove(job: Job) -> None:
         job.store.remove(job.trials[name].key())
     print(f"removed from {job.store.place}: {', '.join(removed) or 'nothing'}")
     for name, trial in job.trials.items():
-        if job.store.reached(trial):
+        if job.store.reached_step(trial):
             with job.store.working(trial.key()) as work:
                 begin(work.folder, trial, name)
     job.store.look(job.keys())
@@ -69,7 +69,7 @@ def _row(name: str, trial: Trial, store: Store) -> Row:
         row.state, row.step, row.bits_per_dim = FINISHED, trial.steps, found["evaluation"]["bits_per_dim"]
         row.news.append(f"{FINISHED} before: {row.bits_per_dim:.3f} bits/dim")
     else:
-        row.step = row.base = store.reached(trial)
+        row.step = row.base = store.reached_step(trial)
     return row
 
 

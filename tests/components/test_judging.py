@@ -155,7 +155,7 @@ def test_a_number_that_is_not_finite_is_no_metric_and_no_champion(
     results["evaluation"]["bits_per_dim"] = math.nan
     write_json(store.trial(first) / "results.json", results)
     crowned: list[str] = []
-    monkeypatch.setattr(tracking, "champion", lambda _, __, best: crowned.append(best["key"]))
+    monkeypatch.setattr(tracking, "set_champion", lambda _, __, best: crowned.append(best["key"]))
     reports.report(sweep.model_dump_json())
     assert crowned == [second]
 

@@ -110,7 +110,7 @@ def test_a_trial_goes_on_from_the_furthest_checkpoint_that_is_not_beyond_its_end
         begin(store.trial(one.key()), one, "name")
         for step in steps:
             checkpoint.write(store.trial(one.key()), step, {}, {"events": {}})
-    begin(store.trial(short.key()), short, "name", store.shorter(short))
+    begin(store.trial(short.key()), short, "name", store.shorter_trial(short))
     assert store.steps(short.key()) == [6]
 
 
@@ -198,7 +198,7 @@ def test_a_report_that_has_no_room_is_one_sentence(store: Store, monkeypatch: py
 def test_reports_of_one_sweep_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each removes the figures that are there before it draws its own, and a replay what is noted of it."""
     forgotten: list[Any] = []
-    monkeypatch.setattr(reports.tracking, "forget", lambda *told: forgotten.append(told))
+    monkeypatch.setattr(reports.tracking, "unmark_sent", lambda *told: forgotten.append(told))
     sweep, store = (
         Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft"]}),
         Store(tmp_path),
