@@ -15,7 +15,7 @@ from dvq import DvqError, checkpoint, events
 from dvq.sweep import Sweep
 from dvq.trial import Trial, values
 from pipeline import conclusion
-from pipeline.submit import _because, conclude
+from pipeline.submit import _log_excerpt, conclude
 from pipeline.watch import Job, remove
 
 SWEEP = Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft", "vq-ema", "vimco"]})
@@ -184,7 +184,7 @@ def test_runs_are_where_they_are_tracked(tmp_path: Path, monkeypatch: pytest.Mon
     for tracker, told in (("sqlite:///x.db", "runs:   make ui\n"), ("", "")):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker)
         console = Console(file=io.StringIO())
-        conclusion.where(SWEEP, Store(tmp_path), console)
+        conclusion.show_places(SWEEP, Store(tmp_path), console)
         assert isinstance(console.file, io.StringIO)
         assert console.file.getvalue() == told
 
@@ -220,7 +220,7 @@ def test_why_nothing_started_is_not_the_reports_repetition(tmp_path: Path) -> No
         "yaml.parser.ParserError: expected ',' or ']'\n"
         "dvq.DvqError: 1 of 2 trials failed: a: it did not start\n"
     )
-    assert _because(1, {"a": DID_NOT_START}, log) == ["yaml.parser.ParserError: expected ',' or ']'"]
+    assert _log_excerpt(1, {"a": DID_NOT_START}, log) == ["yaml.parser.ParserError: expected ',' or ']'"]
 
 
 @pytest.mark.parametrize(
@@ -236,4 +236,4 @@ def test_why_a_report_failed_is_not_kfps_own_end(text: str, says: str, tmp_path:
     log.write_text(
         f"{text}\nFile kfp.py\nRuntimeError: Pipeline 'x' finished with status FAILURE. Inner task\n"
     )
-    assert _because(1, {}, log)[0] == f"the pipeline failed after the trials{says}"
+    assert _log_excerpt(1, {}, log)[0] == f"the pipeline failed after the trials{says}"
