@@ -466,7 +466,7 @@ def test_a_damaged_manifest_is_one_sentence(bucket: Bucket, tmp_path: Path) -> N
     for content, says in (
         (b"{", "is damaged"),
         (b"[]", "is damaged"),
-        (b'{"format": 2}', "has format 2, and"),
+        (Manifest(format=2).content(), "has format 2, and"),
     ):
         bucket.put("trials/x-1.json", content)
         with pytest.raises(DvqError, match=rf"trials/x-1.json {says}"):
