@@ -16,9 +16,8 @@ IMAGE = f"dvq:{__version__}"
 
 
 @contextmanager
-def sentences() -> Iterator[None]:
-    """A DvqError in this block, about a component's inputs or a trial, ends the component with one sentence and exit
-    status 1; tracebacks are for bugs."""
+def exit_on_error() -> Iterator[None]:
+    """Print a DvqError raised in this block as one sentence, and exit with status 1; tracebacks are for bugs."""
     try:
         yield
     except DvqError as error:

@@ -1,8 +1,8 @@
 """From a trial's folder to its model's artifact, and back.
 
-A step works in the trial's folder in the store, so that others find what it does. Where there is no store, or it was
-given other weights or images than the trial's, it works in a folder that is removed afterwards: so nothing but the
-trial's own results is kept under its key.
+A step works in the trial's folder in the store, where the other steps find its results. Without a store, or with
+other weights or images than the trial's own, it works in a temporary folder: only a trial's own results are kept
+under its key.
 """
 
 import filecmp
@@ -19,14 +19,15 @@ from dvq.config import trial as make_trial
 from dvq.data import Data
 from dvq.trial import Trial, values
 
-CARRIED = ("events", "images")
+HISTORY = ("events", "images")
+"""the folders that tell how training went"""
 RUN = "run.json"
-"""in the artifact: the trial.json of the trial's folder, with the trial's name and attempt"""
+"""the artifact's copy of trial.json in the trial's folder, with the trial's name and attempt"""
 
 
 def make_artifact(folder: Path, trial: Trial, model: Path) -> None:
-    """Make the model's artifact: ``trial.json``, the weights if there are any, and, unless a store has it for the
-    following steps, how training went."""
+    """Make the model's artifact: ``trial.json``, the weights if there are any, and, without a store from which the
+    next steps could take it, how training went."""
     model.mkdir(parents=True, exist_ok=True)
     if (folder / "model").exists():
         shutil.copytree(folder / "model", model, dirs_exist_ok=True)
@@ -34,14 +35,13 @@ def make_artifact(folder: Path, trial: Trial, model: Path) -> None:
         write_json(model / "trial.json", values(trial))
     if Store.from_environment() is None and (folder / "trial.json").exists():
         shutil.copy(folder / "trial.json", model / RUN)
-        for part in CARRIED:
+        for part in HISTORY:
             if (folder / part).exists():
                 shutil.copytree(folder / part, model / part, dirs_exist_ok=True)
 
 
-def fail(reason: str, record: bool) -> None:
-    """Fail the step with a trial's failure, if there is one; not if failures are only recorded and there is a store
-    for that."""
+def fail_unless_recorded(reason: str, record: bool) -> None:
+    """Raise ``reason`` if there is one, unless failures are recorded instead (``record``) and a store holds them."""
     if reason and not (record and Store.from_environment()):
         raise DvqError(reason)
 
@@ -56,7 +56,7 @@ def read_artifact(model: Path) -> tuple[Trial, bool]:
 
 @contextmanager
 def working(trial: Trial) -> Iterator[Work]:
-    """Work on the trial's folder in the store; without a store, in one that is removed afterwards."""
+    """The trial's folder in the store, or a temporary one if there is no store."""
     store = Store.from_environment()
     if store is None:
         with tempfile.TemporaryDirectory(prefix="dvq-trial-") as folder:
@@ -68,8 +68,8 @@ def working(trial: Trial) -> Iterator[Work]:
 
 @contextmanager
 def working_on(trial: Trial, data: Data, model: Path) -> Iterator[Work]:
-    """Work on what the store has of ``trial``, if ``model`` and ``data`` are its own; else apart from it, in a folder
-    with what the artifact tells of its training."""
+    """The trial's folder in the store, if ``model`` and ``data`` are the trial's own; else a temporary one with the
+    artifact's content."""
     store = Store.from_environment()
     if store and data.fits(trial):
         store.look([trial.key()])
@@ -84,15 +84,15 @@ def working_on(trial: Trial, data: Data, model: Path) -> Iterator[Work]:
             )
     with tempfile.TemporaryDirectory(prefix="dvq-trial-") as scratch:
         folder = Path(scratch)
-        for part in CARRIED:
+        for part in HISTORY:
             if (model / part).exists():
                 shutil.copytree(model / part, folder / part)
-        shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns(RUN, *CARRIED))
+        shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns(RUN, *HISTORY))
         if (model / RUN).exists():
             shutil.copy(model / RUN, folder / "trial.json")
         yield Work(folder)
 
 
-def _same(one: Path, other: Path) -> bool:
-    weights = (one / "model.safetensors", other / "model.safetensors")
+def _same(model: Path, other: Path) -> bool:
+    weights = (model / "model.safetensors", other / "model.safetensors")
     return all(path.exists() for path in weights) and filecmp.cmp(*weights, shallow=False)

@@ -1,5 +1,4 @@
-"""Objects in an S3 bucket, checked from end to end: S3 verifies the SHA-256 of what it receives, and we verify that
-of what it returns."""
+"""Objects in an S3 bucket. S3 verifies the SHA-256 of what it receives, and we verify that of what it returns."""
 
 import base64
 import hashlib
@@ -16,7 +15,7 @@ from components.s3 import THREADS, ChangedError, Connection, MissingError
 from dvq import DvqError
 
 PART = 16 << 20
-"""Bytes of a part of a multipart upload; an object that is not larger is sent whole."""
+"""Bytes in a part of a multipart upload; an object of at most this size is sent whole."""
 CHUNK = 1 << 20
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -43,8 +42,7 @@ class Bucket(Connection):
             self.patience = patience
 
     def check_conditions(self) -> None:
-        """DvqError unless the server heeds the conditions of :meth:`put`, which let only one of two workers
-        publish."""
+        """DvqError unless the server heeds the conditions of :meth:`put`: otherwise two workers could own a trial."""
         key = f"probe-{uuid.uuid4().hex}"
         self.put(key, b"", "")
         try:
@@ -58,8 +56,8 @@ class Bucket(Connection):
         finally:
             self.delete([key])
 
-    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """``function`` of every item, several at a time."""
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Apply ``function`` to all items, several at a time."""
         with ThreadPoolExecutor(THREADS) as pool:
             return list(pool.map(function, items))
 
@@ -70,7 +68,7 @@ class Bucket(Connection):
             answer = self.client.get_object(Bucket=self.name, Key=self.prefix + key)
             return answer["Body"].read(), answer["ETag"]
 
-        return self.patiently(attempt)
+        return self.retry(attempt)
 
     def size(self, key: str) -> tuple[int, str]:
         """An object's size [bytes] and its ETag; MissingError if there is none."""
@@ -104,20 +102,21 @@ class Bucket(Connection):
             return self.store(file, key)
 
     def store(self, file: BufferedReader, key: str) -> tuple[str, int]:
-        """As :meth:`upload`, for a file that is open: it is stored even if another file has its name by now.
+        """Like :meth:`upload`, for an open file, whose path may be another file's by now.
 
-        If this process failed to store a large file before, only the missing parts are sent.
+        If an earlier attempt of this process to store a large file failed, only the missing parts are sent.
         """
-        found = os.fstat(file.fileno())
-        if found.st_size <= PART:
+        status = os.fstat(file.fileno())
+        if status.st_size <= PART:
             content = file.read()
             self.put(key, content)
             return hashlib.sha256(content).hexdigest(), len(content)
-        same = (key, found.st_ino, found.st_size, found.st_mtime_ns)  # parts of another file are of no use
-        unfinished = self._uploads.setdefault(same, _Upload(self, key))
-        unfinished.send(file, found.st_size)
-        del self._uploads[same]
-        return hashlib.file_digest(file, "sha256").hexdigest(), found.st_size
+        # parts of another file are of no use
+        identity = (key, status.st_ino, status.st_size, status.st_mtime_ns)
+        upload = self._uploads.setdefault(identity, _Upload(self, key))
+        upload.send(file, status.st_size)
+        del self._uploads[identity]
+        return hashlib.file_digest(file, "sha256").hexdigest(), status.st_size
 
     def download(
         self,
@@ -128,47 +127,45 @@ class Bucket(Connection):
         etag: str = "",
         progress: Progress | None = None,
     ) -> None:
-        """Fetch an object to ``path``, completely or not at all; what an earlier attempt got of it is not fetched
-        again.
+        """Fetch an object to ``path``, completely or not at all, going on from where an earlier attempt stopped.
 
         Args:
             key: its name.
-            path: where; what is there is replaced.
+            path: the file to write; an existing one is replaced.
             size: its size [bytes].
-            sha256: its SHA-256, if that is known.
-            etag: otherwise its ETag, so that all parts are of the same object.
-            progress: told about it.
+            sha256: its SHA-256, if known.
+            etag: its ETag if not, so that all parts are of the same object.
+            progress: called with the bytes fetched so far and the size.
 
         Raises:
-            DamagedError: its bytes are not those of the SHA-256, or not so many, twice.
+            DamagedError: twice, its SHA-256 or its size was wrong.
         """
         partial = path.with_name(f".{path.name}.{(sha256 or etag).strip(chr(34))[:16]}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        for last in (False, True):
+        for last_attempt in (False, True):
             self._append(key, partial, size, etag, progress or (lambda *_: None))
             with partial.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
             length = partial.stat().st_size
-            if found == (sha256 or found) and length == size:
+            if digest == (sha256 or digest) and length == size:
                 partial.replace(path)
                 return
             partial.unlink()
-            differs = f"its SHA-256 is {found} instead of {sha256}"
+            difference = f"its SHA-256 is {digest} instead of {sha256}"
             if not sha256:
-                differs = f"it has {length} bytes instead of {size}"
-            told = f"{self}/{key} is damaged: {differs}"
-            if last:
-                raise DamagedError(told)
-            print(f"{told}; fetching it again", flush=True)
+                difference = f"it has {length} bytes instead of {size}"
+            message = f"{self}/{key} is damaged: {difference}"
+            if last_attempt:
+                raise DamagedError(message)
+            print(f"{message}; fetching it again", flush=True)
 
     def _append(self, key: str, partial: Path, size: int, etag: str, progress: Progress) -> None:
-        """Fetch what ``partial`` lacks; where the connection breaks, go on from there."""
+        """Fetch the rest of ``partial``; after a broken connection, go on from there."""
         partial.touch()
         condition = {"IfMatch": etag} if etag else {}
 
         def attempt() -> bool:
-            """Whether there is more to fetch: if something came before the connection broke, that is progress and no
-            failure."""
+            """Whether there may be more to fetch; a connection that breaks after some bytes is no failure."""
             start = partial.stat().st_size
             part = {"Range": f"bytes={start}-", **condition} if start else condition
             answer = self.client.get_object(Bucket=self.name, Key=self.prefix + key, **part)
@@ -178,52 +175,52 @@ class Bucket(Connection):
                         file.write(chunk)
                         progress(file.tell(), size)
             except Exception as error:
-                if partial.stat().st_size == start or not self.passes(error):
+                if partial.stat().st_size == start or not self.is_transient(error):
                     raise
                 return True
             return False
 
         try:
-            while partial.stat().st_size < size and self.patiently(attempt):
+            while partial.stat().st_size < size and self.retry(attempt):
                 continue
         except ChangedError:
             partial.unlink()
             raise DvqError(f"{self}/{key} was replaced while it was fetched; try again") from None
 
     def list(self, prefix: str, delimiter: str = "") -> dict[str, str]:
-        """The ETags by key of the objects under ``prefix``, up to a delimiter; a thousand names a request."""
-        found: dict[str, str] = {}
+        """The ETags by key of the objects under ``prefix``, up to a delimiter."""
+        etags: dict[str, str] = {}
         following: dict[str, str] = {}
         while True:
             page = self.call("list_objects_v2", Prefix=self.prefix + prefix, Delimiter=delimiter, **following)
-            for one in page.get("Contents", ()):
-                found[one["Key"].removeprefix(self.prefix)] = one["ETag"]
+            for entry in page.get("Contents", ()):
+                etags[entry["Key"].removeprefix(self.prefix)] = entry["ETag"]
             if not page.get("IsTruncated"):
-                return found
+                return etags
             following = {"ContinuationToken": page["NextContinuationToken"]}
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove these objects.
 
         Raises:
-            DvqError: some could not be removed, which S3 reports in a successful answer.
+            DvqError: some could not be removed, which S3 says in an answer with status 200.
         """
-        left = [{"Key": self.prefix + key} for key in keys]
-        for start in range(0, len(left), 1000):
-            some = {"Objects": left[start : start + 1000], "Quiet": True}
-            for error in self.call("delete_objects", Delete=some).get("Errors", ()):
+        objects = [{"Key": self.prefix + key} for key in keys]
+        for start in range(0, len(objects), 1000):
+            batch = {"Objects": objects[start : start + 1000], "Quiet": True}
+            for error in self.call("delete_objects", Delete=batch).get("Errors", ()):
                 raise DvqError(f"{self}: {error['Key']} cannot be deleted ({error['Code']})")
 
-    def unfinished(self, prefix: str) -> Sequence[dict[str, str]]:
-        """The multipart uploads under ``prefix`` that nobody finished yet, for :meth:`give_up`."""
-        found = self.call("list_multipart_uploads", Prefix=self.prefix + prefix).get("Uploads", ())
-        return [{"Key": one["Key"], "UploadId": one["UploadId"]} for one in found]
+    def unfinished_uploads(self, prefix: str) -> Sequence[dict[str, str]]:
+        """The unfinished multipart uploads under ``prefix``, for :meth:`abort_uploads`."""
+        uploads = self.call("list_multipart_uploads", Prefix=self.prefix + prefix).get("Uploads", ())
+        return [{"Key": upload["Key"], "UploadId": upload["UploadId"]} for upload in uploads]
 
-    def give_up(self, uploads: Iterable[dict[str, str]]) -> None:
-        """End these multipart uploads."""
-        for one in uploads:
+    def abort_uploads(self, uploads: Iterable[dict[str, str]]) -> None:
+        """Abort these multipart uploads."""
+        for upload in uploads:
             with suppress(MissingError):
-                self.call("abort_multipart_upload", **one)
+                self.call("abort_multipart_upload", **upload)
 
 
 class _Upload:
@@ -240,7 +237,7 @@ class _Upload:
         if not self._id:
             self._id = bucket.call("create_multipart_upload", **where, ChecksumAlgorithm="SHA256")["UploadId"]
 
-        def one(number: int) -> None:
+        def send_part(number: int) -> None:
             content = os.pread(file.fileno(), PART, (number - 1) * PART)
             part = {"PartNumber": number, "ChecksumSHA256": _checksum(content)}
             answer = bucket.call("upload_part", **where, UploadId=self._id, Body=content, **part)
@@ -248,7 +245,7 @@ class _Upload:
 
         numbers = range(1, -(-size // PART) + 1)
         try:
-            bucket.each(one, [number for number in numbers if number not in self._parts])
+            bucket.map(send_part, [number for number in numbers if number not in self._parts])
             parts = {"Parts": [self._parts[number] for number in numbers]}
             bucket.call("complete_multipart_upload", **where, UploadId=self._id, MultipartUpload=parts)
         except MissingError:  # completed, and the answer was lost; or given up by another worker

@@ -1,4 +1,4 @@
-"""What prepare_data does: it takes a prepared dataset from the store, or makes it and gives it to the store."""
+"""What prepare_data does: take a prepared dataset from the store, or make it and put it there."""
 
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,7 +10,7 @@ from dvq import DvqError, data, disk, fingerprints
 
 
 def prepare(name: str, source: str, path: Path) -> dict[str, Any]:
-    """Make ``path`` hold the dataset ``name``; its data.json."""
+    """Put the dataset ``name`` at ``path``; returns its data.json."""
     fingerprints.of(name)  # DvqError if this cannot be a dataset's name
     store = Store.from_environment()
     folder = store.data(name) if store else path
@@ -29,8 +29,8 @@ def _make(name: str, source: str, folder: Path) -> None:
     if not source.startswith("s3://"):
         data.prepare(name, source, folder, progress)
         return
-    bucket, key = _object(source)
-    size, etag = _found(bucket, key)
+    bucket, key = _bucket_and_key(source)
+    size, etag = _size_and_etag(bucket, key)
     archive = folder.parent / f".{PurePosixPath(key).name}"
     lock = archive.with_name(f"{archive.name}.lock")
     with disk.locked(lock):  # one process fetches it, and the others wait
@@ -43,13 +43,13 @@ def _make(name: str, source: str, folder: Path) -> None:
 
 
 def check(source: str) -> None:
-    """DvqError unless there is such an object in S3; what is in it is checked when it is here."""
-    bucket, key = _object(source)
+    """DvqError unless S3 has the object; its content is checked after the download."""
+    bucket, key = _bucket_and_key(source)
     bucket.patience = 0.0
-    _found(bucket, key)
+    _size_and_etag(bucket, key)
 
 
-def _object(source: str) -> tuple[Bucket, str]:
+def _bucket_and_key(source: str) -> tuple[Bucket, str]:
     bucket = Bucket(source, "DATA")
     key, bucket.prefix = bucket.prefix.rstrip("/"), ""
     if not key:
@@ -57,7 +57,7 @@ def _object(source: str) -> tuple[Bucket, str]:
     return bucket, key
 
 
-def _found(bucket: Bucket, key: str) -> tuple[int, str]:
+def _size_and_etag(bucket: Bucket, key: str) -> tuple[int, str]:
     try:
         return bucket.size(key)
     except MissingError:

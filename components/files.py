@@ -8,22 +8,22 @@ from pathlib import Path
 
 from components.bucket import Bucket, DamagedError
 from components.manifest import (
-    Known,
     Manifest,
     Piece,
+    SyncedFile,
+    list_files,
     load_index,
     parse,
-    paths,
     piece_of,
+    pieces_to_keep,
     save_index,
     stamp,
-    stored,
 )
 from components.s3 import MissingError
 from dvq import DvqError
 
-GROWS, KEPT = "events/", "checkpoints/"
-"""The files that are appended to, and those of which training removes old ones."""
+EVENTS, CHECKPOINTS = "events/", "checkpoints/"
+"""Where files are only appended to, and where training removes old ones."""
 
 
 class Files:
@@ -33,10 +33,10 @@ class Files:
         self.bucket, self.place, self.folder = bucket, place, folder
         self.name = f"{bucket}/{place}"
         self.manifest, self._etag = Manifest(), ""
-        self._index, self._claim, self._known = load_index(folder)
+        self._index, self._claim, self._synced = load_index(folder)
 
     def read(self) -> Manifest:
-        """Read the manifest, on which the other methods then work; an empty one if there is none."""
+        """Read the manifest, for the other methods; an empty one if there is none."""
         self.manifest, self._etag = self._read()
         return self.manifest
 
@@ -48,18 +48,18 @@ class Files:
         return parse(content, f"{self.name}.json"), etag
 
     def fetch(self, wanted: Callable[[str], bool] = lambda _: True) -> None:
-        """Bring the files whose path is ``wanted`` to the folder, where it lacks them."""
+        """Fetch the files that the folder lacks and whose path is ``wanted``."""
         missing = [path for path in self.manifest.files if wanted(path) and not (self.folder / path).exists()]
         if missing:
-            self.bucket.each(self._fetch, missing)
-            self._remember(self._index)
+            self.bucket.map(self._fetch, missing)
+            self._save_index(self._index)
 
     def _fetch(self, path: str) -> None:
         target, pieces = self.folder / path, self.manifest.files[path]
         try:
             self._join(target, pieces)
         except DamagedError as error:
-            if not path.startswith(KEPT):
+            if not path.startswith(CHECKPOINTS):
                 raise DvqError(f"{error}; remove {self.name}.json to have all of it made anew") from None
             print(f"{error}; this checkpoint is left out", flush=True)
             del self.manifest.files[path]
@@ -68,20 +68,20 @@ class Files:
             raise DvqError(
                 f"{target} cannot be written ({error.strerror}); make room, or set DVQ_CACHE"
             ) from None
-        self._known[path] = Known(pieces, *stamp(target))
+        self._synced[path] = SyncedFile(pieces, *stamp(target))
 
     def _join(self, target: Path, pieces: list[Piece]) -> None:
         """Fetch a file's pieces and join them, completely or not at all."""
         target.parent.mkdir(parents=True, exist_ok=True)
         parts = [target.with_name(f".{target.name}.{number}") for number in range(len(pieces))]
-        for part, one in zip(parts, pieces, strict=True):
+        for part, piece in zip(parts, pieces, strict=True):
             try:
-                self.bucket.download(f"{self.place}/{one.object}", part, one.size, one.sha256)
+                self.bucket.download(f"{self.place}/{piece.object}", part, piece.size, piece.sha256)
             except MissingError:
                 now = self._read()[0]
                 if (now.owner, now.push) != (self.manifest.owner, self.manifest.push):
                     raise  # it was replaced
-                raise DamagedError(f"{self.name}/{one.object} is not there any more") from None
+                raise DamagedError(f"{self.name}/{piece.object} is not there any more") from None
         if len(parts) != 1:
             joined = target.with_name(f".{target.name}.joined")
             joined.write_bytes(b"".join(part.read_bytes() for part in parts))
@@ -91,50 +91,50 @@ class Files:
         parts[0].replace(target)
 
     def _upload(self, name: str) -> dict[str, list[Piece]]:
-        """Store what changed in objects under ``name``; the files as the manifest is to have them.
+        """Store changed files in objects under ``name``; returns the files of the next manifest.
 
-        Files that are not here were never fetched, and stay as they are. The folder is listed before anything is
-        read, and what grows is read last, so that it has all that a listed checkpoint relies on. Checkpoints are
-        opened first, so that those that were listed are stored however long the rest takes, even if training removes
-        them.
+        Files that were never fetched stay as they are. The folder is listed first and events are read last, so that
+        they include all that a listed checkpoint relies on. Checkpoints are opened before anything is stored, so that
+        they can be stored even if training removes them meanwhile.
         """
-        here_now = paths(self.folder)
-        files = {path: pieces for path, pieces in self.manifest.files.items() if path not in self._known}
-        self._known = {path: one for path, one in self._known.items() if path in here_now}
-        now = {path: stamp(self.folder / path) for path in here_now}
-        changed = [path for path in here_now if path not in self._known or self._known[path][1:] != now[path]]
+        local_paths = list_files(self.folder)
+        files = {path: pieces for path, pieces in self.manifest.files.items() if path not in self._synced}
+        self._synced = {path: file for path, file in self._synced.items() if path in local_paths}
+        stamps = {path: stamp(self.folder / path) for path in local_paths}
+        changed = [
+            path for path in local_paths if path not in self._synced or self._synced[path][1:] != stamps[path]
+        ]
         with ExitStack() as stack:
             opened: dict[str, BufferedReader] = {}
-            for path in (path for path in changed if path.startswith(KEPT)):
+            for path in (path for path in changed if path.startswith(CHECKPOINTS)):
                 with suppress(FileNotFoundError):
                     opened[path] = stack.enter_context((self.folder / path).open("rb"))
-            for path in sorted(changed, key=lambda path: path.startswith(GROWS)):
+            for path in sorted(changed, key=lambda path: path.startswith(EVENTS)):
                 try:
-                    self._known[path] = Known(self._store(path, name, opened.get(path)), *now[path])
+                    self._synced[path] = SyncedFile(self._store(path, name, opened.get(path)), *stamps[path])
                 except FileNotFoundError:  # removed meanwhile
-                    self._known.pop(path, None)
-        return files | {path: one.pieces for path, one in self._known.items()}
+                    self._synced.pop(path, None)
+        return files | {path: file.pieces for path, file in self._synced.items()}
 
     def _store(self, path: str, name: str, opened: BufferedReader | None) -> list[Piece]:
-        if path.startswith(GROWS):
+        if path.startswith(EVENTS):
             return self._append(path, name)
         key, file = f"{self.place}/{name}/{path}", self.folder / path
-        found = self.bucket.store(opened, key) if opened else self.bucket.upload(file, key)
-        return [Piece(f"{name}/{path}", *found)]
+        digest_and_size = self.bucket.store(opened, key) if opened else self.bucket.upload(file, key)
+        return [Piece(f"{name}/{path}", *digest_and_size)]
 
     def _append(self, path: str, name: str) -> list[Piece]:
-        """Store the whole lines that were appended."""
+        """Store the complete lines that were appended."""
         content = (self.folder / path).read_bytes()
         content = content[: content.rfind(b"\n") + 1]
-        kept, start = stored(content, self._known[path].pieces if path in self._known else [])
+        pieces, start = pieces_to_keep(content, self._synced[path].pieces if path in self._synced else [])
         if start < len(content):
-            # A name that no earlier piece has.
             piece = piece_of(f"{name}/{path}.{start}", content[start:])
             self.bucket.put(f"{self.place}/{piece.object}", content[start:])
-            kept.append(piece)
-        return kept
+            pieces.append(piece)
+        return pieces
 
-    def _remember(self, manifest: Manifest) -> None:
-        """Record that the folder has all of ``manifest``, or is ahead of it."""
+    def _save_index(self, manifest: Manifest) -> None:
+        """Record in the index that the folder has all of ``manifest``, and perhaps more."""
         self._index = manifest
-        save_index(self.folder, manifest, self._claim, self._known)
+        save_index(self.folder, manifest, self._claim, self._synced)

@@ -1,4 +1,4 @@
-"""A trial's folder: how it begins, how far it is, and its JSON files."""
+"""A trial's folder: its beginning, its state, and its JSON files."""
 
 import json
 import shutil
@@ -18,13 +18,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class State:
-    """How far a trial is: new, interrupted, failed (and the reason), or finished."""
+    """A trial's state: new, interrupted, failed or finished."""
 
     name: str
     reason: str = ""
-    """of a failure, or of an interruption because the machine could not compute"""
+    """why it failed, or was interrupted because the machine could not compute"""
     step: int = 0
-    """where training would go on, by the trial's checkpoints"""
+    """of the last checkpoint, from which training would go on"""
 
 
 def state(folder: Path) -> State:
@@ -32,18 +32,17 @@ def state(folder: Path) -> State:
     if (folder / "results.json").exists():
         return State("finished")
     step = max(checkpoint.steps(folder), default=0)
-    last = State("interrupted", step=step) if (folder / "checkpoints").exists() else State("new")
+    current = State("interrupted", step=step) if (folder / "checkpoints").exists() else State("new")
     for event in events.read(folder):
         if event["kind"] == "failure":
-            last = State("failed", event["reason"], step)
-        elif event["kind"] == "state" or last.name == "new":
-            last = State("interrupted", event.get("reason", ""), step)
-    return last
+            current = State("failed", event["reason"], step)
+        elif event["kind"] == "state" or current.name == "new":
+            current = State("interrupted", event.get("reason", ""), step)
+    return current
 
 
 def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) -> None:
-    """Make the trial's folder ready: as it was left, or a new one, which may go on from a ``shorter`` trial's
-    checkpoints.
+    """Prepare the trial's folder: an existing one stays as it is, a new one gets a ``shorter`` trial's checkpoints.
 
     Raises:
         DvqError: the folder was written by a version with another format, or, as the shorter trial's, with another
@@ -63,11 +62,11 @@ def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) ->
     clear(folder)
     folder.mkdir(parents=True)
     if shorter:
-        _copy(shorter, folder)
+        _copy_progress(shorter, folder)
     for step in checkpoint.steps(folder):
         if step > trial.steps:
             shutil.rmtree(folder / "checkpoints" / f"{step:09d}")
-    _forget_end(folder)
+    _drop_events_after_last_checkpoint(folder)
     document = {
         "format": FORMAT,
         "name": name,
@@ -79,9 +78,13 @@ def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) ->
 
 
 def check_values(trial: Trial, document: Mapping[str, Any]) -> None:
-    """DvqError if ``document``, the trial.json or results.json of ``trial`` or of a shorter one of its family, has
-    another value where ``trial`` has the default: then the default was edited since, which the key does not show. A
-    field that only one of the two has was added or removed since, and is neutral."""
+    """DvqError if a default was edited since ``document`` was written, which the key does not show.
+
+    Args:
+        trial: the trial as it is now.
+        document: the trial.json or results.json of ``trial``, or of a shorter one of its family. A field that only
+            one of the two has was added or removed since, and changes nothing.
+    """
     stored = document.get("trial", {})
     free = {"steps", "autoregressive_steps", *trial.unkeyed(), *trial.changed()}
     for field, value in values(trial).items():
@@ -92,21 +95,21 @@ def check_values(trial: Trial, document: Mapping[str, Any]) -> None:
             )
 
 
-def _copy(shorter: Path, folder: Path) -> None:
-    """Copy what training goes on from; the checkpoints first, since what they rely on only grows."""
+def _copy_progress(shorter: Path, folder: Path) -> None:
+    """Copy what training goes on from: checkpoints first, since the files that they rely on only grow."""
     for part in ("checkpoints", "images", "events"):
         if (shorter / part).exists():
             try:
                 shutil.copytree(shorter / part, folder / part, ignore=shutil.ignore_patterns(".*"))
             except shutil.Error as error:
-                raise DvqError(_because(shorter, [str(why) for *_, why in error.args[0]])) from None
+                raise DvqError(_copy_failure(shorter, [str(why) for *_, why in error.args[0]])) from None
 
 
-def _because(shorter: Path, reasons: list[str]) -> str:
+def _copy_failure(shorter: Path, reasons: list[str]) -> str:
     """Why a shorter trial's files could not be copied."""
-    others = [why for why in reasons if "No such file" not in why]
-    if others:
-        return f"{shorter} cannot be copied, to go on from it ({others[0]})"
+    other_reasons = [why for why in reasons if "No such file" not in why]
+    if other_reasons:
+        return f"{shorter} cannot be copied, to go on from it ({other_reasons[0]})"
     return f"{shorter} changed while it was copied, for it is in training; the same command tries again"
 
 
@@ -120,12 +123,12 @@ def clear(folder: Path) -> None:
         raise DvqError(f"{error.filename or folder} cannot be removed ({error.strerror})") from None
 
 
-def _forget_end(folder: Path) -> None:
-    """Remove the events after the last checkpoint: whoever follows them would see the shorter trial end."""
+def _drop_events_after_last_checkpoint(folder: Path) -> None:
+    """Remove the events after the last checkpoint, among them the end of the shorter trial."""
     for step in checkpoint.steps(folder)[-1:]:
         with suppress(DvqError):  # damaged: training goes on from the one before, and says so
-            about = read_json(folder / "checkpoints" / f"{step:09d}" / "checkpoint.json") or {}
-            events.truncate(folder, about.get("events", {}))
+            document = read_json(folder / "checkpoints" / f"{step:09d}" / "checkpoint.json") or {}
+            events.truncate(folder, document.get("events", {}))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -144,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def damaged(path: Path, why: str) -> DvqError:
-    """What to do about a file of a trial's folder."""
+    """The error for a damaged file of a trial's folder."""
     return DvqError(f"{path}: damaged ({why}); delete this trial's folder to compute it anew")
 
 

@@ -1,4 +1,4 @@
-"""A finished trial in MLflow: its model, its numbers on run and model, and what is said of it first."""
+"""A finished trial in MLflow: its model, its scores on run and model, and the note on the run's page."""
 
 import shutil
 import tempfile
@@ -21,8 +21,8 @@ FINAL = ("fitted_bits_per_dim", "autoregressive_bits_per_dim", "bound", "compone
 """The numbers sent beside the curves: few, since MLflow draws a chart of each."""
 
 
-def send(server: "MlflowClient", run: "MlflowRun", name: str, shape: Shape, model: Path) -> str:
-    """The trial's model as a pyfunc made from code and safetensors: nothing in it is a pickle; its id."""
+def send_model(server: "MlflowClient", run: "MlflowRun", name: str, shape: Shape, model: Path) -> str:
+    """Log the trial's model as a pyfunc of code and safetensors, without a pickle; returns its id."""
     import mlflow
     import numpy as np
     from mlflow.models import Model, ModelSignature
@@ -33,15 +33,15 @@ def send(server: "MlflowClient", run: "MlflowRun", name: str, shape: Shape, mode
 
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, *shape))])
     method = ParamSchema([ParamSpec("method", "string", "encode")])
-    # mlflow.pyfunc.log_model wants an active run, whose end is FINISHED: too early, for the numbers come after it.
-    made = server.create_logged_model(
+    # mlflow.pyfunc.log_model needs an active run, and ends it as FINISHED before the scores are sent.
+    logged_model = server.create_logged_model(
         run.info.experiment_id,
         name.replace(".", "_"),  # MLflow allows no full stop
         run.info.run_id,
         tags=resolve_tags(),
         params=run.data.params,
     )
-    # MLflow wants type hints or examples where a signature is given, and shows that whatever the filters
+    # MLflow warns, despite filters, that a signature should come with type hints or examples.
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(record=True):
         code = Path(scratch) / "dvq"
         shutil.copytree(
@@ -51,39 +51,41 @@ def send(server: "MlflowClient", run: "MlflowRun", name: str, shape: Shape, mode
             None,
             mlflow.pyfunc,
             run_id=run.info.run_id,
-            model_id=made.model_id,
+            model_id=logged_model.model_id,
             python_model=str(Path(__file__).with_name("pyfunc.py")),
             artifacts={"model": str(model)},
             code_paths=[str(code)],
             signature=ModelSignature(inputs=images, params=method),
             pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
         )
-    return str(made.model_id)
+    return str(logged_model.model_id)
 
 
 def ready_model(server: "MlflowClient", run: "MlflowRun") -> str | None:
-    """The id of the run's model, if all of it arrived."""
-    ids = [one.model_id for one in run.outputs.model_outputs] if run.outputs else []
-    return next((one for one in ids if server.get_logged_model(one).status == LoggedModelStatus.READY), None)
+    """The id of the run's model, if it arrived completely."""
+    ids = [model.model_id for model in run.outputs.model_outputs] if run.outputs else []
+    return next(
+        (model for model in ids if server.get_logged_model(model).status == LoggedModelStatus.READY), None
+    )
 
 
-def discard(server: "MlflowClient", run: "MlflowRun") -> None:
-    """Delete the models of a run, unless a version of a registered model is made of one."""
+def delete_models(server: "MlflowClient", run: "MlflowRun") -> None:
+    """Delete a run's models, unless one of them is a version of a registered model."""
     if server.search_model_versions(f"run_id = '{run.info.run_id}'"):
         return
-    for one in server.search_logged_models(
+    for model in server.search_logged_models(
         [run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}'"
     ):
-        server.delete_logged_model(one.model_id)
+        server.delete_logged_model(model.model_id)
 
 
 def versions(server: "MlflowClient", model: str, attempt: str) -> list[str]:
-    """The versions that were made of this attempt."""
+    """The versions of the registered model that are of this attempt."""
     try:
-        found = server.search_model_versions(f"name = '{model}'")
+        versions = server.search_model_versions(f"name = '{model}'")
     except MlflowException:  # no such model yet
         return []
-    return [str(one.version) for one in found if one.tags.get("dvq.attempt") == attempt]
+    return [str(version.version) for version in versions if version.tags.get("dvq.attempt") == attempt]
 
 
 def _version(package: str) -> str:
@@ -92,9 +94,11 @@ def _version(package: str) -> str:
     return version(package).partition("+")[0]
 
 
-def score(server: "MlflowClient", run: "MlflowRun", model: str, results: dict[str, Any], at: int) -> None:
-    """Log the evaluation's numbers on the run and on its model, so that MLflow can compare models. Sending a point
-    twice does no harm: MLflow keeps it once.
+def send_scores(
+    server: "MlflowClient", run: "MlflowRun", model: str, results: dict[str, Any], at: int
+) -> None:
+    """Log the evaluation's numbers on the run and on its model, so that MLflow can compare models. MLflow keeps a
+    point that is sent twice once.
 
     Args:
         server: MLflow's.
@@ -105,26 +109,28 @@ def score(server: "MlflowClient", run: "MlflowRun", model: str, results: dict[st
     """
     split, data = results["evaluation"]["split"], results["data"]
     components = results.get("analysis", {}).get("components_95_weighted_mean")
-    known = {**results["evaluation"], "components_95_weighted": components}
-    measured = (one for one in run.data._metric_objs if one.key.startswith(f"{split}/"))
-    points = [(one.key, one.value, one.timestamp, one.step) for one in measured]
-    last, final = results["trial"]["steps"], {name: known.get(name) for name in FINAL}
-    points += [(f"{split}/{name}", one, at, last) for name, one in final.items() if one is not None]
+    numbers = {**results["evaluation"], "components_95_weighted": components}
+    curves = (metric for metric in run.data._metric_objs if metric.key.startswith(f"{split}/"))
+    points = [(metric.key, metric.value, metric.timestamp, metric.step) for metric in curves]
+    last, final = results["trial"]["steps"], {name: numbers.get(name) for name in FINAL}
+    points += [(f"{split}/{name}", metric, at, last) for name, metric in final.items() if metric is not None]
     about = {"model_id": model, "dataset_name": data["name"], "dataset_digest": data["fingerprint"][:16]}
     metrics = [Metric(*point, **about) for point in dict.fromkeys(points)]
-    if speed := results.get("training", {}).get("images_per_second"):  # of all training, as in the report
+    if speed := results["training"].get("images_per_second"):  # of all training, as in the report
         metrics.append(Metric("images_per_second", speed, at, last))
     server.log_batch(run.info.run_id, metrics=metrics)
 
 
 def note(results: dict[str, Any], model: str) -> str:
-    """What the run's page says first."""
-    found = results["evaluation"]
-    fitted = found.get("fitted_bits_per_dim")
-    more = "" if fitted is None else f"; {fitted:.3f} with prior and batch normalization's statistics fitted"
+    """The note at the head of the run's page, as Markdown."""
+    evaluation = results["evaluation"]
+    fitted = evaluation.get("fitted_bits_per_dim")
+    fitted_text = (
+        "" if fitted is None else f"; {fitted:.3f} with prior and batch normalization's statistics fitted"
+    )
     return (
-        f"`{results['name']}` on {results['data']['label']}, split {found['split']}: "
-        f"**{found['bits_per_dim']:.3f} ± {found['bits_per_dim_se']:.3f} bits/dim** "
-        f"(rate {found['rate']:.3f}, distortion {found['distortion']:.3f}{more})\n\n"
+        f"`{results['name']}` on {results['data']['label']}, split {evaluation['split']}: "
+        f"**{evaluation['bits_per_dim']:.3f} ± {evaluation['bits_per_dim_se']:.3f} bits/dim** "
+        f"(rate {evaluation['rate']:.3f}, distortion {evaluation['distortion']:.3f}{fitted_text})\n\n"
         f'`dvq.load("models:/{model}")` loads its model'
     )

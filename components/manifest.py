@@ -1,4 +1,4 @@
-"""What a mirrored folder holds: the manifest, in the bucket, and the index, in the folder."""
+"""The manifest of a mirrored folder, in the bucket, and its index, in the folder."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ from dvq import DvqError
 
 FORMAT = 1
 INDEX = ".mirror.json"
-"""This file in the folder says which push the folder last equalled, and what its files were then."""
+"""The file in the folder that records the last push that the folder equalled, and the files of then."""
 
 
 class Piece(NamedTuple):
-    """A piece of a file, most often all of it."""
+    """A piece of a file, usually all of it."""
 
     object: str
     """its key behind the folder's place"""
@@ -28,26 +28,26 @@ class Piece(NamedTuple):
 
 
 def piece_of(name: str, content: bytes) -> Piece:
-    """The piece that is all of the object ``name``."""
+    """The piece that the whole object ``name`` holds."""
     return Piece(name, hashlib.sha256(content).hexdigest(), len(content))
 
 
-def stored(content: bytes, pieces: list[Piece]) -> tuple[list[Piece], int]:
-    """Which of a file's stored pieces to keep now that it holds ``content``, and where in it the rest begins.
+def pieces_to_keep(content: bytes, pieces: list[Piece]) -> tuple[list[Piece], int]:
+    """The stored pieces of a file to keep now that it holds ``content``, and the offset from which to store the rest.
 
-    Pieces at the end that are less than twice as large as what was appended are stored again together with it: so
-    pieces stay few, and little is sent twice.
+    Last pieces that are less than twice as large as what was appended are stored again together with it, which keeps
+    pieces few and sends little twice.
     """
-    kept: list[Piece] = []
+    reused: list[Piece] = []
     start = 0
     for piece in pieces:
         if piece_of(piece.object, content[start : start + piece.size]) != piece:
             break
-        kept.append(piece)
+        reused.append(piece)
         start += piece.size
-    while start < len(content) and kept and kept[-1].size < 2 * (len(content) - start):
-        start -= kept.pop().size
-    return kept, start
+    while start < len(content) and reused and reused[-1].size < 2 * (len(content) - start):
+        start -= reused.pop().size
+    return reused, start
 
 
 @dataclass(frozen=True)
@@ -79,38 +79,37 @@ class Manifest:
         return sorted(int(path.split("/")[1]) for path in self.files if path.endswith("/checkpoint.json"))
 
 
-class Known(NamedTuple):
-    """A local file that is equal to stored pieces for as long as its size and time [ns] are these."""
+class SyncedFile(NamedTuple):
+    """A local file that equals stored pieces as long as its size and time [ns] are these."""
 
     pieces: list[Piece]
     size: int
     time: int
 
 
-def parse(content: bytes, named: str) -> Manifest:
+def parse(content: bytes, name: str) -> Manifest:
     """The manifest in ``content``; DvqError if it is damaged or of another format."""
     try:
-        found = json.loads(content)
-        sha256 = found.pop("sha256", None)  # the first ones had none
-        if sha256 not in (None, _digest(found)):
+        fields = json.loads(content)
+        if fields.pop("sha256") != _digest(fields):
             raise ValueError("its SHA-256 differs")
-        if found["format"] == FORMAT:
-            files = {path: [Piece(*one) for one in pieces] for path, pieces in found["files"].items()}
-            made = Manifest(**{**found, "files": files})
-            _stay_inside({*files, *made.objects()})
-            State(**(made.state or {"name": "new"})), made.steps()  # can be read
-            return made
+        if fields["format"] == FORMAT:
+            files = {path: [Piece(*piece) for piece in pieces] for path, pieces in fields["files"].items()}
+            manifest = Manifest(**{**fields, "files": files})
+            _stay_inside({*files, *manifest.objects()})
+            State(**(manifest.state or {"name": "new"})), manifest.steps()  # can be read
+            return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DvqError(f"{named} is damaged ({error}); remove it to have all of it made anew") from None
+        raise DvqError(f"{name} is damaged ({error}); remove it to have all of it made anew") from None
     raise DvqError(
-        f"{named} has format {found['format']}, and this version reads {FORMAT}; use the version that wrote it"
+        f"{name} has format {fields['format']}, and this version reads {FORMAT}; use the version that wrote it"
     )
 
 
 def _stay_inside(names: set[str]) -> None:
-    """ValueError for a path that leads out of the folder: whoever can write to the bucket could write there too."""
+    """ValueError for a path out of the folder: it would let those who can write to the bucket write anywhere here."""
     for name in names:
-        name.encode()  # an error if it holds half a character
+        name.encode()  # ValueError for half a surrogate pair
         if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
             raise ValueError(f"{name!r} leads out of its folder")
 
@@ -119,55 +118,55 @@ def _digest(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def load_index(folder: Path) -> tuple[Manifest, str, dict[str, Known]]:
-    """The index: owner and number of the last push, who was about to become the owner, and the files as they were."""
+def load_index(folder: Path) -> tuple[Manifest, str, dict[str, SyncedFile]]:
+    """The index: a manifest with the last push's owner and number, the name that a claim has chosen, the files."""
     try:
-        found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        known = {
-            path: Known([Piece(*piece) for piece in pieces], *stamp)
-            for path, (pieces, *stamp) in found["files"].items()
+        fields = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        synced = {
+            path: SyncedFile([Piece(*piece) for piece in pieces], *stamp)
+            for path, (pieces, *stamp) in fields["files"].items()
         }
-        return Manifest(found["owner"], found["push"]), found.get("claim", ""), known
+        return Manifest(fields["owner"], fields["push"]), fields["claim"], synced
     except (OSError, ValueError, KeyError, TypeError):
         return Manifest(), "", {}
 
 
-def save_index(folder: Path, manifest: Manifest, claim: str, known: dict[str, Known]) -> None:
-    """Write the index; a reader sees the whole file or the one before."""
+def save_index(folder: Path, manifest: Manifest, claim: str, synced: dict[str, SyncedFile]) -> None:
+    """Write the index, completely or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
-        folder / INDEX, {"owner": manifest.owner, "push": manifest.push, "claim": claim, "files": known}
+        folder / INDEX, {"owner": manifest.owner, "push": manifest.push, "claim": claim, "files": synced}
     )
 
 
-def paths(folder: Path) -> list[str]:
-    """The paths of a folder's files, sorted (checkpoints before images), without those hidden or being written."""
-    found: list[str] = []
+def list_files(folder: Path) -> list[str]:
+    """The paths of a folder's files, sorted (checkpoints before images), without hidden and unfinished ones."""
+    files: list[str] = []
     for place, folders, names in os.walk(folder):  # leaves out what is removed meanwhile
-        folders[:] = sorted(name for name in folders if _whole(name))
-        here = Path(place).relative_to(folder)
-        found += [(here / name).as_posix() for name in sorted(names) if _whole(name)]
-    return found
+        folders[:] = sorted(name for name in folders if _is_complete(name))
+        parent = Path(place).relative_to(folder)
+        files += [(parent / name).as_posix() for name in sorted(names) if _is_complete(name)]
+    return files
 
 
-def _whole(name: str) -> bool:
+def _is_complete(name: str) -> bool:
     return not name.startswith(".") and not name.endswith(".partial")
 
 
 def stamp(path: Path) -> tuple[int, int]:
     """A file's size and time [ns], which change when it is written; −1 if there is none."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return -1, -1
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
-def here() -> str:
-    """Where this is, in words."""
+def this_process() -> str:
+    """This process and its machine, in words."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def new_owner() -> str:
-    """A name that no other worker has, and that sorts by time."""
+    """A unique name for a worker, which sorts by time."""
     return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:8]}"

@@ -1,4 +1,4 @@
-"""Mending MLflow's sqlite file, which holds absolute paths, after its folder was moved or copied."""
+"""Correct the absolute paths in MLflow's sqlite file after its folder was moved or copied."""
 
 import sqlite3
 from contextlib import closing, suppress
@@ -18,13 +18,13 @@ PLACES = (
 
 
 def update_paths(file: Path) -> None:
-    """Replace the folders that the sqlite ``file`` was in by the one it is in. Otherwise MLflow would go on in the
-    old folder, find none of the models, and have each run twice. If the file is no database, MLflow will say so."""
+    """Replace the former folders of the sqlite ``file`` by its present one. Otherwise MLflow would go on in the old
+    folder, find no models, and make each run twice. A file that is no database is left for MLflow to report."""
     home = str(file.absolute().parent)
     with suppress(sqlite3.Error), closing(sqlite3.connect(file, timeout=60)) as database, database:
-        found = database.execute("SELECT name, artifact_location FROM experiments").fetchall()
-        ends = ((place, f"/{ARTIFACTS}/{name}") for name, place in found)
-        for old in {place.removesuffix(end) for place, end in ends if place.endswith(end)} - {home}:
+        experiments = database.execute("SELECT name, artifact_location FROM experiments").fetchall()
+        endings = ((place, f"/{ARTIFACTS}/{name}") for name, place in experiments)
+        for old in {place.removesuffix(end) for place, end in endings if place.endswith(end)} - {home}:
             for table, column in PLACES:
                 database.execute(
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",

@@ -1,4 +1,4 @@
-"""The store in S3: everything happens in a folder, the cache, and each trial's folder is mirrored in the bucket.
+"""The store in S3: all work is done in a local folder, the cache, and each trial's folder is mirrored in the bucket.
 
 ``DVQ_CACHE`` names the folder that holds the caches. What is in the bucket:
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from components.bucket import Bucket
 from components.folder import State, state
-from components.manifest import Manifest, parse, paths
+from components.manifest import Manifest, list_files, parse
 from components.mirror import Mirror, OvertakenError
 from components.s3 import MissingError
 from components.store import Store, Work
@@ -28,7 +28,7 @@ LOOK = 2.0
 HEARTBEAT = 30.0
 """Seconds between two pushes otherwise; less than components.mirror.SILENCE."""
 LEAVING = 3.0
-"""Seconds of patience with S3 in a process that was told to end."""
+"""Seconds for which S3 is tried in a process that was told to end."""
 
 
 class RemoteStore(Store):
@@ -41,7 +41,7 @@ class RemoteStore(Store):
         self.place = str(self.bucket)
         self._listed: dict[str, str] = {}  # the manifests' ETags by trial
         self._manifests: dict[str, Manifest] = {}
-        self._followed: dict[str, str] = {}  # likewise, when the trial was last brought
+        self._followed: dict[str, str] = {}  # and as they were when :meth:`follow` last fetched a trial
 
     def check(self) -> None:
         self.bucket.check()
@@ -50,34 +50,35 @@ class RemoteStore(Store):
         self.bucket.check_conditions()
 
     def look(self, keys: Iterable[str], *names: str) -> None:
-        """A manifest that did not change since any process last read it is taken from the cache."""
-        found = self.bucket.list("trials/", "/")
-        self._listed = {Path(name).stem: etag for name, etag in found.items() if name.endswith(".json")}
-        asked = set(keys)
-        families = {key.rpartition("-")[0] for key in asked}
-        wanted = [key for key in self._listed if key.rpartition("-")[0] in families]
-        kept = {key: one for key, one in self._manifests.items() if key in self._listed}  # of earlier looks
-        self._manifests = kept | dict(zip(wanted, self.bucket.each(self._manifest, wanted), strict=True))
+        """Manifests that did not change since a process of this machine read them are taken from the cache."""
+        etags = self.bucket.list("trials/", "/")
+        self._listed = {Path(name).stem: etag for name, etag in etags.items() if name.endswith(".json")}
+        requested = set(keys)
+        families = {key.rpartition("-")[0] for key in requested}
+        relatives = [key for key in self._listed if key.rpartition("-")[0] in families]
+        earlier = {key: manifest for key, manifest in self._manifests.items() if key in self._listed}
+        manifests = self.bucket.map(self._manifest, relatives)
+        self._manifests = earlier | dict(zip(relatives, manifests, strict=True))
         if names:
-            having = [key for key in sorted(asked) if any(self.has(key, name) for name in names)]
-            self.bucket.each(lambda key: self.bring(key, names.__contains__), having)
+            present = [key for key in sorted(requested) if any(self.has(key, name) for name in names)]
+            self.bucket.map(lambda key: self.bring(key, names.__contains__), present)
 
     def follow(self, keys: Iterable[str]) -> None:
-        asked = set(keys)
-        self.look(asked)
-        there = sorted(asked & self._listed.keys())
-        changed = [key for key in there if self._followed.get(key) != self._listed[key]]
-        self.bucket.each(lambda key: self.bring(key, _told), changed)
+        requested = set(keys)
+        self.look(requested)
+        present = sorted(requested & self._listed.keys())
+        changed = [key for key in present if self._followed.get(key) != self._listed[key]]
+        self.bucket.map(lambda key: self.bring(key, _shows_progress), changed)
         self._followed.update({key: self._listed[key] for key in changed})
 
     def _manifest(self, key: str) -> Manifest:
         """A trial's manifest, from the cache if the bucket has the same."""
-        cached, named = self.root / "manifests" / f"{key}.json", f"{self.place}/trials/{key}.json"
-        # What the cache has may be damaged, and is asked for then.
+        cached, name = self.root / "manifests" / f"{key}.json", f"{self.place}/trials/{key}.json"
+        # A damaged file in the cache is fetched again.
         with suppress(OSError, ValueError, DvqError):
             etag, _, content = cached.read_bytes().partition(b"\n")
             if etag.decode() == self._listed[key]:
-                return parse(content, named)
+                return parse(content, name)
         try:
             content, etag_now = self.bucket.get(f"trials/{key}.json")
         except MissingError:  # removed since it was listed
@@ -86,23 +87,22 @@ class RemoteStore(Store):
         partial = cached.with_name(f".{key}.{os.getpid()}")
         partial.write_bytes(etag_now.encode() + b"\n" + content)
         partial.replace(cached)
-        return parse(content, named)
+        return parse(content, name)
 
     def bring(self, key: str, wanted: Callable[[str], bool] = lambda _: True) -> Path:
-        """Bring the files that are ``wanted``; none if this machine is at work on the trial, for its folder is
-        ahead."""
+        """Fetch the ``wanted`` files; none if this machine is at work on the trial, since its folder is ahead."""
 
         def busy() -> None:
             raise disk.BusyError
 
         with suppress(disk.BusyError), disk.locked(self._lock(key), busy):
             mirror = self._mirror(key)
-            mirror.look(self._manifests[key])
+            mirror.adopt(self._manifests[key])
             while True:
-                with suppress(MissingError):  # of a file that was replaced since
+                with suppress(MissingError):  # a file was replaced since
                     mirror.fetch(wanted)
                     break
-                mirror.look(mirror.read())
+                mirror.adopt(mirror.read())
         return self.trial(key)
 
     def _mirror(self, key: str) -> Mirror:
@@ -124,8 +124,8 @@ class RemoteStore(Store):
         self._manifests.pop(key, None)
 
     def state(self, key: str) -> State:
-        found = self._manifests.get(key)
-        return State(**(found.state if found and found.state else {"name": "new"}))
+        manifest = self._manifests.get(key)
+        return State(**(manifest.state if manifest and manifest.state else {"name": "new"}))
 
     def silent(self, key: str) -> bool:
         return self._manifests.get(key, Manifest()).active
@@ -138,7 +138,7 @@ class RemoteStore(Store):
         return self._manifests.get(key, Manifest()).steps()
 
     def keys(self) -> list[str]:
-        """As the last look found them."""
+        """As of the last look."""
         return list(self._listed)
 
     def has_data(self, name: str) -> bool:
@@ -159,25 +159,25 @@ class RemoteStore(Store):
         self._dataset(name).publish_once()
 
     def publish_report(self, sweep: str) -> None:
-        """The page last: whoever sees it can see all that it shows."""
+        """The page is stored last: all that it shows is there before it."""
         folder, place = self.report(sweep), f"reports/{sweep}/"
-        found = sorted(paths(folder), key=lambda path: path == "report.html")
-        for path in found:
+        files = sorted(list_files(folder), key=lambda path: path == "report.html")
+        for path in files:
             self.bucket.upload(folder / path, place + path)
-        self.bucket.delete(self.bucket.list(place).keys() - {place + path for path in found})
+        self.bucket.delete(self.bucket.list(place).keys() - {place + path for path in files})
 
 
-def _told(path: str) -> bool:
-    """Whether the file says how a trial goes or what it came to."""
+def _shows_progress(path: str) -> bool:
+    """Whether the file tells a trial's progress or its result."""
     return path.startswith("events/") or path == "results.json"
 
 
 @contextmanager
 def _pushing(mirror: Mirror, work: Work) -> Iterator[None]:
-    """Push each new checkpoint, a heartbeat in between, and at the end everything. Until then a fault of S3 stops
-    nothing; at the end it is raised."""
+    """Push each new checkpoint, heartbeats in between, and everything at the end. Faults of S3 are raised only at the
+    end."""
     ended = threading.Event()
-    thread = threading.Thread(target=_push_along, args=(mirror, work, ended), daemon=True)
+    thread = threading.Thread(target=_push_until, args=(mirror, work, ended), daemon=True)
     thread.start()
     try:
         yield
@@ -195,7 +195,7 @@ def _pushing(mirror: Mirror, work: Work) -> Iterator[None]:
     mirror.push(active=False)
 
 
-def _push_along(mirror: Mirror, work: Work, ended: threading.Event) -> None:
+def _push_until(mirror: Mirror, work: Work, ended: threading.Event) -> None:
     pushed, reached = time.monotonic(), max(checkpoint.steps(work.folder), default=0)
     while not ended.wait(LOOK):
         now = max(checkpoint.steps(work.folder), default=0)

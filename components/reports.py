@@ -1,4 +1,4 @@
-"""What report does: a sweep's page from the store."""
+"""What report does: write a sweep's page from the store."""
 
 import shutil
 from collections.abc import Iterable, Mapping
@@ -23,10 +23,10 @@ SETTING = ("name", "seeds", "bits_per_dim", "above", "fitted_bits_per_dim", "fit
 
 
 def report(sweep_json: str, page: Path | None = None) -> Path:
-    """Write the sweep's report, and copy its page to ``page``; its path.
+    """Write the sweep's report, and copy its page to ``page``; returns its path.
 
     Raises:
-        DvqError: no store, or a full one, or, after everything is written, trials that failed, each with its reason.
+        DvqError: there is no store, or it is full; or, after everything is written, trials failed.
     """
     store = Store.from_environment()
     if store is None:
@@ -45,19 +45,21 @@ def report(sweep_json: str, page: Path | None = None) -> Path:
             f"the report cannot be written to {place}: {error.strerror}; make room, and give the same command again"
         ) from None
     if failures:
-        named = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        raise DvqError(f"{len(failures)} of {len(sweep.trials())} trials failed: {named}")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        raise DvqError(f"{len(failures)} of {len(sweep.trials())} trials failed: {reasons}")
     return path
 
 
 def write(sweep: Sweep, store: Store, anew: bool = False) -> tuple[Path, dict[str, str]]:
-    """Write the sweep's report to the store and to MLflow; returns its path, and why trials are not finished, by
-    name. Several processes on a machine that write it, such as launches that waited for the same trial, do so one
-    after another. ``anew``: send it to MLflow even if it is noted as sent."""
+    """Write the sweep's report to the store and to MLflow; returns its path, and by name why trials are not finished.
+
+    Processes of one machine do so one after another, such as launches that waited for the same trial. ``anew``: send
+    it to MLflow even if it is marked as sent.
+    """
     lock = store.report(sweep.name).with_name(f".{sweep.name}.lock")
     with disk.locked(lock, lambda: print("waiting for another launch that writes this report", flush=True)):
         if anew:
-            tracking.forget(store.report(sweep.name), sweep.name)
+            tracking.unmark_sent(store.report(sweep.name), sweep.name)
         return _write(sweep, store)
 
 
@@ -66,11 +68,13 @@ def _write(sweep: Sweep, store: Store) -> tuple[Path, dict[str, str]]:
     from dvq.choices import chosen
 
     results, analyses, failures = gather(sweep, store)
-    path = page.write(store.report(sweep.name), sweep, results, analyses, failures, *_seen(results, store))
+    path = page.write(
+        store.report(sweep.name), sweep, results, analyses, failures, *_pictures_and_patches(results, store)
+    )
     track(sweep, store)
-    tracking.report(sweep.name, path.parent, _note(sweep.description, results, failures), bool(failures))
-    if sweep.champion and (found := chosen(results)):
-        tracking.champion(sweep.champion, sweep.name, dict(found[0]))
+    tracking.send_report(sweep.name, path.parent, _note(sweep.description, results, failures), bool(failures))
+    if sweep.champion and (best := chosen(results)):
+        tracking.set_champion(sweep.champion, sweep.name, dict(best[0]))
     store.publish_report(sweep.name)
     return path, failures
 
@@ -80,21 +84,24 @@ def gather(sweep: Sweep, store: Store) -> "tuple[list[dict[str, Any]], dict[str,
     from dvq.analyze import Analysis
 
     results, failures = store.outcomes(sweep.trials())
-    return results, _arrays(Analysis, "analysis.npz", results, store), failures
+    return results, _load(Analysis, "analysis.npz", results, store), failures
 
 
-def _seen(results: list[dict[str, Any]], store: Store) -> "tuple[dict[str, Pictures], dict[str, Patches]]":
+def _pictures_and_patches(
+    results: list[dict[str, Any]], store: Store
+) -> "tuple[dict[str, Pictures], dict[str, Patches]]":
     """The pictures and patches of the trials that figures of single trials show, by name."""
     from dvq.patches import Patches
     from dvq.pictures import Pictures
     from dvq.style import shown
 
-    first = [group.results[0] for group in shown(results)]
-    return _arrays(Pictures, "pictures.npz", first, store), _arrays(Patches, "patches.npz", first, store)
+    shown_results = [group.results[0] for group in shown(results)]
+    pictures = _load(Pictures, "pictures.npz", shown_results, store)
+    return pictures, _load(Patches, "patches.npz", shown_results, store)
 
 
-def _arrays(kind: type[A], file: str, results: Iterable[Mapping[str, Any]], store: Store) -> dict[str, A]:
-    """What the trials that have such a file keep in it, by name."""
+def _load(kind: type[A], file: str, results: Iterable[Mapping[str, Any]], store: Store) -> dict[str, A]:
+    """The arrays in the file of that name, of the trials that have it, by trial."""
     keys = {result["name"]: result["key"] for result in results}
     store.look(keys.values(), file)
     paths = {name: store.trial(key) / file for name, key in keys.items()}
@@ -103,8 +110,7 @@ def _arrays(kind: type[A], file: str, results: Iterable[Mapping[str, Any]], stor
 
 def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
     """Send MLflow what it lacks of the sweep's finished and failed trials; returns, by name, whether it has all now.
-    The other trials are sent by whoever works on them. ``anew``: ask MLflow even about trials that are noted as
-    sent."""
+    Other trials are sent by the processes at work on them. ``anew``: ask MLflow even about trials marked as sent."""
     trials, sent = sweep.trials(), {}
     store.look([trial.key() for trial in trials.values()], "results.json", "tracked.json")
     for name, key in ((name, trial.key()) for name, trial in trials.items()):
@@ -114,7 +120,7 @@ def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
         if anew or not sent[name]:
             with store.working(key) as work:
                 if anew:
-                    tracking.forget(work.folder, sweep.name)
+                    tracking.unmark_sent(work.folder, sweep.name)
                 sent[name] = TrialRun(work.folder, sweep.name, name).sync()
         if not (sent[name] or anew):  # the report does not wait for each in turn
             break
@@ -134,14 +140,14 @@ def _note(description: str, results: list[dict[str, Any]], failures: dict[str, s
     return "\n".join([label, "", *lines, "", *failed])
 
 
-def _table(found: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> list[str]:
+def _table(table_rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> list[str]:
     """The lines of a table; MLflow's pages leave no space between columns of their own."""
     from dvq.tables import filled, formatted
 
-    kept = filled(found, columns)
+    used = filled(table_rows, columns)
     cells = [
-        [heading for heading, _ in kept.values()],
-        *([formatted(row, key) for key in kept] for row in found),
+        [heading for heading, _ in used.values()],
+        *([formatted(row, key) for key in used] for row in table_rows),
     ]
     head, *body = (f"| {' | '.join(f'{cell}&emsp;' for cell in line)} |" for line in cells)
-    return [head, "|" + " --- |" * len(kept), *body]
+    return [head, "|" + " --- |" * len(used), *body]

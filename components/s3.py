@@ -18,7 +18,7 @@ LONGEST_WAIT = 5.0
 """Seconds between two attempts, at most."""
 THREADS = 8
 """Operations at once."""
-PASSING = {"RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "SlowDown"}
+TRANSIENT = {"RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "SlowDown"}
 DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch"}
 """What arrived is not what was sent."""
 FULL = {"XMinioStorageFull", "QuotaExceeded", "507"}
@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 
 class ChangedError(Exception):
-    """The object is not the one that a condition named."""
+    """The object is not the one in a condition."""
 
 
 class MissingError(DvqError):
@@ -35,16 +35,18 @@ class MissingError(DvqError):
 
 
 class Connection:
-    """What leads to a bucket, and to a prefix in it."""
+    """A connection to a bucket, and to a prefix in it."""
 
-    def __init__(self, url: str, named: str) -> None:
-        found = URL.fullmatch(url)
-        if not found:
-            shown = re.sub("//.*@", "//…@", url)  # a password, which has no place there
-            raise DvqError(f"{named} = '{shown}': give s3://bucket/prefix, the bucket's name as S3 allows it")
-        self.name, self.prefix = found[1], f"{found[2]}/" if found[2] else ""
+    def __init__(self, url: str, variable: str) -> None:
+        match = URL.fullmatch(url)
+        if not match:
+            shown = re.sub("//.*@", "//…@", url)  # without a password
+            raise DvqError(
+                f"{variable} = '{shown}': give s3://bucket/prefix, the bucket's name as S3 allows it"
+            )
+        self.name, self.prefix = match[1], f"{match[2]}/" if match[2] else ""
         self.patience = PATIENCE
-        self._worked = self._said = False
+        self._worked = self._announced = False
 
     def __str__(self) -> str:
         return f"s3://{self.name}/{self.prefix}".rstrip("/")
@@ -56,11 +58,11 @@ class Connection:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
-        keys = [
+        credentials = [
             os.environ.get(f"AWS_{name}", "")
             for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")
         ]
-        if not all(map(str.isprintable, keys)):  # boto3 would report a server that does not answer
+        if not all(map(str.isprintable, credentials)):  # boto3 would report a server that does not answer
             raise DvqError(f"{self}: the AWS_* credentials hold a line break; set them anew")
         config = Config(
             signature_version="s3v4",
@@ -81,94 +83,95 @@ class Connection:
 
     @property
     def server(self) -> str:
-        """``S3 at host:port``, without what an address may hold of credentials."""
+        """``S3 at host:port``, without credentials."""
         return f"S3 at {urlsplit(self.client.meta.endpoint_url).netloc.rpartition('@')[2]}"
 
     def call(self, operation: str, **arguments: Any) -> Any:
-        """An operation of boto3's client on the bucket, retried while its error may pass."""
+        """Call an operation of boto3's client on the bucket; it is retried while its error is transient."""
         operate = getattr(self.client, operation)
-        return self.patiently(lambda: operate(Bucket=self.name, **arguments))
+        return self.retry(lambda: operate(Bucket=self.name, **arguments))
 
-    def patiently(self, attempt: Callable[[], R]) -> R:
-        """What ``attempt`` returns; it is retried while its error may pass.
+    def retry(self, attempt: Callable[[], R]) -> R:
+        """What ``attempt`` returns; it is retried while its error is transient.
 
         Raises:
             ChangedError: a condition does not hold.
-            DvqError: all else that S3 refuses, or that did not pass.
+            DvqError: S3 refuses for another reason, or the error did not pass.
         """
         import tenacity
 
         retrying = tenacity.Retrying(
             stop=lambda state: (state.seconds_since_start or 0) > self.patience,
             wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=LONGEST_WAIT, jitter=0.2),
-            retry=tenacity.retry_if_exception(self.passes),
-            before_sleep=self._say,
+            retry=tenacity.retry_if_exception(self.is_transient),
+            before_sleep=self._announce,
             reraise=True,
         )
         try:
             result = retrying(attempt)
         except Exception as error:
-            told = self._sentence(error)
-            self._worked = self._worked or isinstance(told, MissingError | ChangedError)
-            raise told from None
-        self._worked, self._said = True, False
+            translated = self._translated(error)
+            self._worked = self._worked or isinstance(translated, MissingError | ChangedError)
+            raise translated from None
+        self._worked, self._announced = True, False
         return result
 
-    def passes(self, error: BaseException) -> bool:
-        """Whether the same operation may succeed later; so may one on a bucket, or with credentials, that worked
-        before."""
+    def is_transient(self, error: BaseException) -> bool:
+        """Whether the operation may succeed later, as it may if bucket and credentials have worked before."""
         from botocore.exceptions import ClientError, EndpointConnectionError, HTTPClientError
         from botocore.exceptions import IncompleteReadError as CutShortError
 
         if not isinstance(error, ClientError):
             return isinstance(error, EndpointConnectionError | HTTPClientError | CutShortError)
-        status, code = _code(error)
+        status, code = _status_and_code(error)
         if self._worked and (status in (401, 403) or code == "NoSuchBucket"):
             return code != "RequestTimeTooSkewed"
-        return status >= 500 or status == 429 or code in PASSING | DAMAGED | FULL
+        return status >= 500 or status == 429 or code in TRANSIENT | DAMAGED | FULL
 
-    def _say(self, state: Any) -> None:
-        if not self._said:
-            self._said = True
-            told = self._sentence(state.outcome.exception())
-            print(f"{told}; trying again for {self.patience:.0f} s", flush=True)
+    def _announce(self, state: Any) -> None:
+        if not self._announced:
+            self._announced = True
+            translated = self._translated(state.outcome.exception())
+            print(f"{translated}; trying again for {self.patience:.0f} s", flush=True)
 
-    def _sentence(self, error: BaseException) -> BaseException:
-        """The error as one sentence without credentials; an error that is a bug is returned as it is."""
+    def _translated(self, error: BaseException) -> BaseException:
+        """The error as one sentence, without credentials; other errors, which are bugs, as they are."""
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
         from botocore.exceptions import PartialCredentialsError as PartialError
 
         if isinstance(error, ClientError):
-            return self._answered(*_code(error))
+            return self._refusal(*_status_and_code(error))
         if isinstance(error, NoCredentialsError | PartialError):
-            keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            return DvqError(f"{self.server}: there are no credentials; set {keys}")
+            variables = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            return DvqError(f"{self.server}: there are no credentials; set {variables}")
         if isinstance(error, BotoCoreError):
             name = type(error).__name__
             return DvqError(f"{self.server} does not answer ({name}); is it up, and AWS_ENDPOINT_URL right?")
         return error
 
-    def _answered(self, status: int, code: str) -> Exception:
-        about = f"for bucket '{self.name}' ({status} {code})"
+    def _refusal(self, status: int, code: str) -> Exception:
+        context = f"for bucket '{self.name}' ({status} {code})"
         if status == 412:
             return ChangedError()
         if code == "NoSuchBucket":
             return DvqError(f"{self.server} has no bucket '{self.name}'; create it, or name another")
         if status == 404:
-            return MissingError(f"{self.server} does not have what was asked {about}")
+            return MissingError(f"{self.server} does not have what was asked {context}")
         if code == "RequestTimeTooSkewed":
-            return DvqError(f"{self.server} refuses: this machine's clock is wrong {about}; set the clock")
+            return DvqError(f"{self.server} refuses: this machine's clock is wrong {context}; set the clock")
         if code in FULL:
-            return DvqError(f"{self.server} is out of space {about}; make room, and the same command goes on")
+            return DvqError(
+                f"{self.server} is out of space {context}; make room, and the same command goes on"
+            )
         if status in (401, 403):
-            keys = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do"
-            return DvqError(f"{self.server} refuses the credentials {about}; {keys}")
-        full = ", as some servers do that are out of space" if status == 500 else ""
-        return DvqError(f"{self.server} answers with an error {about}{full}")
+            remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do"
+            return DvqError(f"{self.server} refuses the credentials {context}; {remedy}")
+        hint = ", as some servers do that are out of space" if status == 500 else ""
+        return DvqError(f"{self.server} answers with an error {context}{hint}")
 
 
-def _code(error: Any) -> tuple[int, str]:
+def _status_and_code(error: Any) -> tuple[int, str]:
     """The HTTP status and S3's own code of an error."""
-    answer = error.response
-    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return status, answer.get("Error", {}).get("Code", "")
+    response = error.response
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status, response.get("Error", {}).get("Code", "")

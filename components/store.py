@@ -1,7 +1,7 @@
-"""The store: what was prepared and computed, in folders by fingerprint and key, so that nothing is done twice.
+"""The store: prepared data and computed trials, by fingerprint and key, so that nothing is done twice.
 
-``DVQ_STORE`` names it: a folder, or s3://bucket/prefix, of which a folder is then the cache (components/remote.py).
-Without one, components work alone: they keep nothing and find nothing.
+``DVQ_STORE`` names it: a folder, or s3://bucket/prefix, with a local folder as its cache (components/remote.py).
+Without a store, components keep nothing and find nothing.
 """
 
 import glob
@@ -26,12 +26,12 @@ class Work:
 
     folder: Path
     lock: int | None = None
-    """the lock's descriptor: the processes that inherit it hold the lock too"""
+    """the lock's descriptor; processes that inherit it hold the lock too"""
     lost: DvqError | None = None
-    """why the trial is no longer this worker's"""
+    """why this worker has lost the trial"""
 
     def check(self) -> None:
-        """Raise what took the trial away."""
+        """Raise the reason if this worker has lost the trial."""
         if self.lost:
             raise self.lost
 
@@ -69,19 +69,19 @@ class Store:
             raise DvqError(f"DVQ_STORE: {self.root} is a file; name a folder")
 
     def check_writing(self) -> None:
-        """DvqError if one worker alone could not own a trial here."""
+        """DvqError if the store cannot ensure that a trial has one owner at a time."""
 
     def look(self, keys: Iterable[str], *names: str) -> None:
-        """Look at these trials, and bring the named files: the methods below answer as of the last look."""
+        """Look at these trials and fetch their named files; the methods below answer as of the last look."""
 
     def follow(self, keys: Iterable[str]) -> None:
-        """Look at these trials, and bring their events and results."""
+        """Look at these trials and fetch their events and results."""
 
     @contextmanager
     def working(self, key: str) -> Iterator[Work]:
-        """Work on a trial alone, after waiting for any other process that does; what is done is kept."""
-        told = f"trial {key}: another process on this machine is at work on it; waiting for it"
-        with disk.locked(self._lock(key), lambda: print(told, flush=True)) as lock:
+        """Work on a trial alone, after waiting for other processes; what is done is kept."""
+        message = f"trial {key}: another process on this machine is at work on it; waiting for it"
+        with disk.locked(self._lock(key), lambda: print(message, flush=True)) as lock:
             yield Work(self.trial(key), lock)
 
     @contextmanager
@@ -109,20 +109,20 @@ class Store:
         return is_prepared(name, self.data(name))
 
     def fetch_data(self, name: str) -> None:
-        """Bring the prepared dataset to its folder, if it is elsewhere."""
+        """Fetch the prepared dataset to its folder, if it is elsewhere."""
 
     def publish_data(self, name: str) -> None:
-        """Give others the prepared dataset that is in its folder."""
+        """Publish the prepared dataset in its folder."""
 
     def publish_report(self, sweep: str) -> None:
-        """Give others the report that is in its folder."""
+        """Publish the report in its folder."""
 
     def state(self, key: str) -> State:
         return state(self.trial(key))
 
     def silent(self, key: str) -> bool:  # noqa: ARG002
-        """Whether the trial's last worker has not said that it ended: it is at work, or died. Not known of a local
-        folder."""
+        """Whether the trial's last worker has not reported its end, so it is at work or died; unknown of a local
+        folder, hence False."""
         return False
 
     def has(self, key: str, part: str) -> bool:
@@ -134,62 +134,60 @@ class Store:
         return checkpoint.steps(self.trial(key))
 
     def keys(self) -> list[str]:
-        """The keys of all trials in the store, of whatever sweep."""
+        """The keys of all trials in the store."""
         return glob.glob("*-*", root_dir=self.root / "trials")
 
     def families(self, trials: Iterable[Trial]) -> list[str]:
-        """The keys of the trials of the same families as these."""
+        """The keys of the stored trials that are of the same families as these."""
         families = {trial.family() for trial in trials}
         return [key for key in self.keys() if key.rpartition("-")[0] in families]
 
-    def reached(self, trial: Trial) -> int:
-        """The step that the trial would go on from: its own last checkpoint's, or, if it was not begun yet, that of a
-        shorter trial."""
-        own = max(self.steps(trial.key()), default=0)
-        shorter = None if self.has(trial.key(), "trial.json") else self._shorter(trial)
-        return own or (shorter[0] if shorter else 0)
+    def reached_step(self, trial: Trial) -> int:
+        """The step from which the trial would go on: that of its own last checkpoint, or, if it was not begun, of a
+        shorter trial's."""
+        own_step = max(self.steps(trial.key()), default=0)
+        shorter_trial = None if self.has(trial.key(), "trial.json") else self._shorter_checkpoint(trial)
+        return own_step or (shorter_trial[0] if shorter_trial else 0)
 
-    def shorter(self, trial: Trial) -> Path | None:
-        """The folder of the furthest trial of the same family that this one can go on from now."""
+    def shorter_trial(self, trial: Trial) -> Path | None:
+        """The folder of the trial of the same family whose last checkpoint takes this one furthest."""
         self.look([trial.key()])
-        found = self._shorter(trial)
-        return self.bring(found[1]) if found else None
+        checkpoint = self._shorter_checkpoint(trial)
+        return self.bring(checkpoint[1]) if checkpoint else None
 
     def bring(self, key: str) -> Path:
         """The trial's folder, with all that the store has of it."""
         return self.trial(key)
 
-    def _shorter(self, trial: Trial) -> tuple[int, str] | None:
-        """The latest checkpoint of another trial of the family that this one can go on from: its step, and that
-        trial's key."""
+    def _shorter_checkpoint(self, trial: Trial) -> tuple[int, str] | None:
+        """Step and key of the furthest checkpoint of another trial from which this one can go on."""
         others = (key for key in self.families([trial]) if key != trial.key())
-        found = ((step, key) for key in others for step in self.steps(key) if step <= trial.steps)
-        return max(found, default=None)
+        checkpoints = ((step, key) for key in others for step in self.steps(key) if step <= trial.steps)
+        return max(checkpoints, default=None)
 
     def results(self, key: str) -> dict[str, Any] | None:
         """The finished trial's results.json; DvqError if it is damaged."""
         path = self.trial(key) / "results.json"
-        found = read_json(path) if self.has(key, "results.json") else None
-        if found == {}:
+        results = read_json(path) if self.has(key, "results.json") else None
+        if results == {}:
             raise damaged(path, "it is empty")
-        return found
+        return results
 
     def finished(self, trial: Trial) -> dict[str, Any] | None:
-        """The trial's results, if it is finished; DvqError if they are damaged, or were computed with another default
-        of a field."""
-        found = self.results(trial.key())
-        if found:
-            check_values(trial, found)
-        return found
+        """The trial's results, if it is finished; DvqError if they are damaged, or a default was edited since."""
+        results = self.results(trial.key())
+        if results:
+            check_values(trial, results)
+        return results
 
     def outcomes(self, trials: Mapping[str, Trial]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        """The finished trials' results, and by name why the others are not finished."""
+        """The finished trials' results, and by name the reasons why others are not finished."""
         self.look([trial.key() for trial in trials.values()], "results.json")
         results, reasons = [], {}
         for name, trial in trials.items():
-            found = self.finished(trial)
-            if found:
-                results.append({**found, "name": name})
+            result = self.finished(trial)
+            if result:
+                results.append({**result, "name": name})
             else:
                 state = self.state(trial.key())
                 reasons[name] = state.reason or (DID_NOT_START if state.name == "new" else DID_NOT_FINISH)

@@ -15,14 +15,14 @@ def cancel(
     profile: preflight.ProfileName = "",
 ) -> None:
     """End a run on the cluster; what its trials have done is kept."""
-    found = run_id.rstrip("/").rpartition("/")[2].partition("?")[0]
-    if not found:
+    run = run_id.rstrip("/").rpartition("/")[2].partition("?")[0]
+    if not run:
         raise DvqError("name the run: make cancel RUN=its id, which stands last in its link")
     limits = find_profile(profile or preflight.PROFILE["kfp"])
     if limits.cluster is None:
         raise DvqError(f"the profile '{profile}' has no 'cluster'")
-    Kubeflow(limits.cluster).cancel(found)
-    print(f"cancelled {found}; the same submit-sweep goes on with what its trials have done")
+    Kubeflow(limits.cluster).cancel(run)
+    print(f"cancelled {run}; the same submit-sweep goes on with what its trials have done")
 
 
 app = preflight.application(cancel)

@@ -30,42 +30,42 @@ PATIENCE = 600.0
 QUIET = 600.0
 """Seconds without news from any trial after which the table says where to look."""
 PARAMETER = 64 << 10
-"""The most bytes of a parameter: KFP and Kubernetes refuse some above 128 KiB, with errors far from their cause."""
+"""Bytes of a parameter, at most: KFP and Kubernetes refuse some above 128 KiB, with errors that hide the cause."""
 
 
 def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
-    """Submit the sweep, or find it under way; with ``wait`` follow it, and submit it again as long as that brings
+    """Submit the sweep, unless it is under way; with ``wait`` follow it, and submit it again while that brings
     progress. Returns the exit status."""
     profile = check(job)
     assert profile.cluster
-    kubeflow, most = Kubeflow(profile.cluster), profile.cluster.limit
+    kubeflow, limit = Kubeflow(profile.cluster), profile.cluster.limit
     experiment = kubeflow.experiment(job.sweep.name)
-    going = kubeflow.going(experiment)
-    if going and (fresh or not wait):
+    running = kubeflow.going(experiment)
+    if running and (fresh or not wait):
         raise DvqError(
-            f"the sweep '{job.sweep.name}' is under way: {kubeflow.link(going)}; WAIT=1 follows it, "
-            f"make cancel RUN={going} ends it"
+            f"the sweep '{job.sweep.name}' is under way: {kubeflow.link(running)}; WAIT=1 follows it, "
+            f"make cancel RUN={running} ends it"
         )
     job = bring_data(job)
     version = kubeflow.upload(compiled(profile, job.jobs, job.store.place), definition.NAME)
     submit = partial(start, job, kubeflow, experiment, version, console)
-    plan, began = forecast.plan(job.trials, job.store, profile, fresh), time.time()
-    if fresh:  # now that nothing more can be refused
+    plan, started = forecast.plan(job.trials, job.store, profile, fresh), time.time()
+    if fresh:  # after all checks
         remove(job)
     conclusion.say(console, f"sweep {job.sweep.name}: {len(job.trials)} trials on {label(job.data)}")
-    if sum(plan.states.values()) - plan.states["finished"] > most:
+    if sum(plan.states.values()) - plan.states["finished"] > limit:
         conclusion.say(
-            console, f"{most} of them in each run; the next one goes on, by WAIT=1 or this command"
+            console, f"{limit} of them in each run; the next one goes on, by WAIT=1 or this command"
         )
-    current = going or submit()
+    current = running or submit()
     if not wait:
         conclusion.say(console, f"the same command with WAIT=1 follows it; make cancel RUN={current} ends it")
         return 0
     try:
         ended = follow(job, kubeflow, current, console)
-        while (before := _progress(job)) and ended.state != "CANCELED" and (left := _left(job)):
-            conclusion.say(console, f"{len(left)} trials are left: submitting it again")
-            current = again(kubeflow, experiment, submit, console)
+        while (before := _progress(job)) and ended.state != "CANCELED" and (unfinished := _unfinished(job)):
+            conclusion.say(console, f"{len(unfinished)} trials are left: submitting it again")
+            current = submit_again(kubeflow, experiment, submit, console)
             ended = follow(job, kubeflow, current, console)
             if _progress(job) <= before:
                 break
@@ -74,11 +74,11 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
             f"no longer followed; it goes on: the same command follows it, make cancel RUN={current} ends it"
         )
         return 130
-    return conclude(job, plan, profile, ended, began, console)
+    return conclude(job, plan, profile, ended, started, console)
 
 
 def check(job: Job) -> Profile:
-    """The profile, with the image's name; DvqError for what cannot run on a cluster."""
+    """The profile, with the image's name; DvqError if the sweep cannot run on the cluster."""
     profile = job.profile
     assert profile
     assert profile.cluster
@@ -87,8 +87,8 @@ def check(job: Job) -> Profile:
             f"ON=kfp: pods cannot reach this machine's folder {job.store.place}; set DVQ_STORE=s3://bucket/prefix, "
             "and AWS_ENDPOINT_URL to its server as it is reached from here"
         )
-    longest = sorted(map(overrides, job.sweep.points()), key=len)[-profile.cluster.limit :]
-    for name, value in {**job.arguments, "the trials of a run": json.dumps(longest)}.items():
+    largest_run = sorted(map(overrides, job.sweep.points()), key=len)[-profile.cluster.limit :]
+    for name, value in {**job.arguments, "the trials of a run": json.dumps(largest_run)}.items():
         if len(value.encode()) > PARAMETER:
             raise DvqError(
                 f"the sweep '{job.sweep.name}' is too large for one pipeline ({name}: {len(value) >> 10} KiB of "
@@ -103,14 +103,14 @@ def check(job: Job) -> Profile:
 
 
 def bring_data(job: Job) -> Job:
-    """The job, after uploading data of this machine to the store, where pods can reach it."""
+    """Upload data of this machine to the store, where pods can reach it; returns the job to run then."""
     source, name = job.arguments["source"], job.data
     if source.startswith("s3://") or (name in FINGERPRINTS and (not source or "://" in source)):
         return job  # the pods find it
     preflight.check_data(name, source, job.store)
     preflight.check_cache(job.store)
     if job.store.has_data(name):
-        job.store.publish_data(name)  # it may be in this machine's cache only
+        job.store.publish_data(name)  # it may be only in this machine's cache
     else:
         print(f"uploading {name} from {source} to {job.store.place}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +119,7 @@ def bring_data(job: Job) -> Job:
 
 
 def compiled(profile: Profile, jobs: int, store: str) -> str:
-    """The pipeline as KFP takes it."""
+    """The pipeline as YAML for KFP."""
     cluster = profile.cluster
     assert cluster
     steps = {name: os.environ[name] for name in ("DVQ_RECORD", "DVQ_FUSE") if name in os.environ}
@@ -131,23 +131,23 @@ def compiled(profile: Profile, jobs: int, store: str) -> str:
 
 
 def start(job: Job, kubeflow: Kubeflow, experiment: str, version: tuple[str, str], console: Console) -> str:
-    """Start a run of the sweep's pipeline; its id."""
+    """Start a run of the sweep's pipeline; returns its id."""
     name = f"{job.sweep.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    made = kubeflow.start(name, experiment, version, dict(job.arguments))
-    conclusion.say(console, f"run:    {kubeflow.link(made)}")
+    run_id = kubeflow.start(name, experiment, version, dict(job.arguments))
+    conclusion.say(console, f"run:    {kubeflow.link(run_id)}")
     conclusion.say(console, f"mlflow: {_mlflow(job.sweep.name)}")
-    return made
+    return run_id
 
 
-def again(kubeflow: Kubeflow, experiment: str, submit: Callable[[], str], console: Console) -> str:
-    """Start another run and return its id, with patience for a KFP that does not answer. If a run was made but the
-    answer was lost, that run is taken."""
+def submit_again(kubeflow: Kubeflow, experiment: str, submit: Callable[[], str], console: Console) -> str:
+    """Start another run and return its id, trying again while KFP does not answer. If a run was made but the answer
+    was lost, its id is returned."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            if going := kubeflow.going(experiment):
-                conclusion.say(console, f"run:    {kubeflow.link(going)}")
-            return going or submit()
+            if running := kubeflow.going(experiment):
+                conclusion.say(console, f"run:    {kubeflow.link(running)}")
+            return running or submit()
         except UnreachableError:
             if time.monotonic() > deadline:
                 raise
@@ -164,12 +164,12 @@ def _mlflow(sweep: str) -> str:
 
 def follow(job: Job, kubeflow: Kubeflow, run_id: str, console: Console) -> Run:
     """Show how the run goes, from its beginning, until it ends."""
-    look, since = Look(job, kubeflow, run_id), time.time()
+    look, started = Look(job, kubeflow, run_id), time.time()
     with suppress(UnreachableError):
-        since = kubeflow.begun(run_id)
+        started = kubeflow.created_at(run_id)
     job.store.look(job.keys(), "results.json")
-    watch(job, rows(job), since, console, look)
-    return look.found
+    watch(job, rows(job), started, console, look)
+    return look.run
 
 
 class Look:
@@ -177,9 +177,9 @@ class Look:
 
     def __init__(self, job: Job, kubeflow: Kubeflow, run_id: str) -> None:
         self._job, self._kubeflow = job, kubeflow
-        self.found = Run(run_id, "PENDING")
+        self.run = Run(run_id, "PENDING")
         self._next = 0.0
-        self._answered = self._moved = time.monotonic()
+        self._last_answer = self._last_progress = time.monotonic()
         self._progress = -1
 
     def __call__(self) -> tuple[bool, str]:
@@ -188,26 +188,26 @@ class Look:
             return False, self._note(now)
         self._next = now + LOOK
         try:
-            self.found = self._kubeflow.look(self.found.id)
-            self._answered = now
+            self.run = self._kubeflow.look(self.run.id)
+            self._last_answer = now
         except UnreachableError:
-            if now - self._answered > PATIENCE:
+            if now - self._last_answer > PATIENCE:
                 raise
         self._job.store.follow(self._job.keys())
         progress = _progress(self._job)
         if progress != self._progress:
-            self._progress, self._moved = progress, now
-        return not self.found.going, self._note(now)
+            self._progress, self._last_progress = progress, now
+        return not self.run.going, self._note(now)
 
     def _note(self, now: float) -> str:
-        told = f"run {self.found.state.lower()}"
-        if self._answered < self._next - LOOK:
-            return f"{told}; KFP does not answer, asking again"
-        if now - self._moved > QUIET:
-            space = self._kubeflow.namespace or "kubeflow"
-            told += f"; no trial has moved for {(now - self._moved) / 60:.0f} minutes: kubectl -n {space} get pods "
-            told += f"-l {'='.join(pods.LABEL)}, and describe one that waits"
-        return told
+        note = f"run {self.run.state.lower()}"
+        if self._last_answer < self._next - LOOK:
+            return f"{note}; KFP does not answer, asking again"
+        if now - self._last_progress > QUIET:
+            namespace = self._kubeflow.namespace or "kubeflow"
+            note += f"; no trial has moved for {(now - self._last_progress) / 60:.0f} minutes: "
+            note += f"kubectl -n {namespace} get pods -l {'='.join(pods.LABEL)}, and describe one that waits"
+        return note
 
 
 def _progress(job: Job) -> int:
@@ -216,26 +216,26 @@ def _progress(job: Job) -> int:
     store, done = job.store, 0
     for trial in job.trials.values():
         state = store.state(trial.key()).name
-        done += trial.steps + 1 if state == "finished" else store.reached(trial) + (state == "failed")
+        done += trial.steps + 1 if state == "finished" else store.reached_step(trial) + (state == "failed")
     return done
 
 
-def _left(job: Job) -> list[str]:
+def _unfinished(job: Job) -> list[str]:
     """The trials that neither finished nor failed."""
     states = {name: job.store.state(trial.key()).name for name, trial in job.trials.items()}
     return [name for name, state in states.items() if state in ("interrupted", "new")]
 
 
 def conclude(
-    job: Job, plan: forecast.Plan, profile: Profile, ended: Run, began: float, console: Console
+    job: Job, plan: forecast.Plan, profile: Profile, ended: Run, started: float, console: Console
 ) -> int:
     """Print the sweep's outcome; 0 if every trial finished and the run succeeded, else 1."""
     failures = conclusion.show(job.sweep, job.trials, job.store, console)
     for fault in ended.faults if failures or ended.state != SUCCEEDED else ():
         conclusion.say(console, f"  the cluster: {fault}")
-    spent = forecast.spent(job.trials.values(), job.store, profile, began)
-    known = "no forecast" if plan.unknown else f"forecast {plan.hours:.2f}"
-    conclusion.say(console, f"{forecast.unit(profile)}: {spent:.2f} spent, {known}")
+    spent = forecast.hours_spent(job.trials.values(), job.store, profile, started)
+    forecasted = "no forecast" if plan.unknown else f"forecast {plan.hours:.2f}"
+    conclusion.say(console, f"{forecast.unit(profile)}: {spent:.2f} spent, {forecasted}")
     finished = [trial.key() for name, trial in job.trials.items() if name not in failures]
     if lacking := conclusion.untracked(job.sweep, finished, job.store, profile.cluster):
         conclusion.say(

@@ -18,11 +18,11 @@ from pipeline.interfaces import FOLDER
 TABLES = re.compile(r"(<!-- interface.*?-->)\n.*?(<!-- end -->)", re.DOTALL)
 
 
-def compiled(made: Any) -> str:
+def compiled(component: Any) -> str:
     """A component, or a pipeline, as YAML."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "made.yaml"
-        compiler.Compiler().compile(made, str(path))
+        compiler.Compiler().compile(component, str(path))
         return path.read_text(encoding="utf-8")
 
 
@@ -31,14 +31,14 @@ def readme(name: str, component: Any) -> str:
     text = (FOLDER / name / "README.md").read_text(encoding="utf-8")
     spec = component.component_spec
     lines = [f"Version {interfaces.version(name)}.", "", "| input | type | |", "| --- | --- | --- |"]
-    for key, one in (spec.inputs or {}).items():
-        default = f"; default `{one.default!r}`" if one.optional else ""
-        lines.append(f"| `{key}` | {_kind(one.type)}{default} | {_line(one.description or '')} |")
+    for key, parameter in (spec.inputs or {}).items():
+        default = f"; default `{parameter.default!r}`" if parameter.optional else ""
+        lines.append(f"| `{key}` | {_kind(parameter.type)}{default} | {_line(parameter.description or '')} |")
     lines += ["", "| output | type | |", "| --- | --- | --- |"]
-    for key, one in (spec.outputs or {}).items():
-        lines.append(f"| `{key}` | {_kind(one.type)} | {_line(one.description or '')} |")
+    for key, output in (spec.outputs or {}).items():
+        lines.append(f"| `{key}` | {_kind(output.type)} | {_line(output.description or '')} |")
     table = "\n".join(lines)
-    return TABLES.sub(lambda found: f"{found[1]}\n{table}\n{found[2]}", text)
+    return TABLES.sub(lambda match: f"{match[1]}\n{table}\n{match[2]}", text)
 
 
 def _kind(schema: Any) -> str:
@@ -49,47 +49,53 @@ def _line(text: str) -> str:
     return " ".join(text.split()).rstrip(".").replace("|", "\\|")
 
 
-def wanted() -> dict[Path, str]:
-    """The committed files that are generated from the components, and what they should hold."""
-    found = {}
+def generated_files() -> dict[Path, str]:
+    """The committed files that are generated from the components, with their content."""
+    files = {}
     for name, component in COMPONENTS.items():
-        found[FOLDER / name / "component.yaml"] = compiled(component)
-        found[FOLDER / name / "README.md"] = readme(name, component)
-    return found
+        files[FOLDER / name / "component.yaml"] = compiled(component)
+        files[FOLDER / name / "README.md"] = readme(name, component)
+    return files
 
 
-def stale() -> dict[Path, str]:
-    """Those of them that hold something else."""
+def stale_files() -> dict[Path, str]:
+    """The generated files whose committed content differs."""
     return {
         path: text
-        for path, text in wanted().items()
+        for path, text in generated_files().items()
         if not path.exists() or path.read_text(encoding="utf-8") != text
     }
 
 
 def faults() -> list[str]:
     """The components that need another version, each as a sentence."""
-    known = interfaces.released()
+    released = interfaces.released()
     new = {name: interfaces.interface(name, component) for name, component in COMPONENTS.items()}
-    gone = [f"the component '{name}' is gone, which a release had" for name in known if name not in new]
-    told = [interfaces.fault(name, known[name], one) for name, one in new.items() if name in known]
-    return gone + [one for one in told if one]
+    removed = [f"the component '{name}' is gone, which a release had" for name in released if name not in new]
+    messages = [
+        interfaces.fault(name, released[name], interface)
+        for name, interface in new.items()
+        if name in released
+    ]
+    return removed + [message for message in messages if message]
 
 
 def main(arguments: list[str]) -> int:
-    old, wrong = stale(), faults()
-    for told in wrong:
-        print(told)
+    outdated, errors = stale_files(), faults()
+    for error in errors:
+        print(error)
     if "--check" in arguments:
-        for path in old:
+        for path in outdated:
             print(f"{path.relative_to(FOLDER.parent)} is not what its component makes: run make components")
-        return 1 if old or wrong else 0
-    for path, text in old.items():
+        return 1 if outdated or errors else 0
+    for path, text in outdated.items():
         path.write_text(text, encoding="utf-8")
         print(f"wrote {path.relative_to(FOLDER.parent)}")
-    if "--release" in arguments and not wrong:
-        interfaces.write({name: interfaces.interface(name, one) for name, one in COMPONENTS.items()})
-    return 1 if wrong else 0
+    if "--release" in arguments and not errors:
+        interfaces.write(
+            {name: interfaces.interface(name, component) for name, component in COMPONENTS.items()}
+        )
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

@@ -26,19 +26,19 @@ SETTING = ("name", "seeds", "bits_per_dim", "above", "fitted_bits_per_dim")
 
 
 def show(sweep: Sweep, trials: Mapping[str, Trial], store: Store, console: Console) -> dict[str, str]:
-    """Print the finished trials sorted by bits/dim, and the others with their reasons; returns these by name."""
+    """Print the finished trials by bits/dim, and why others are not finished; returns these reasons by name."""
     finished, failures = store.outcomes(trials)
     if finished:
         _show_finished(sweep, trials, finished, console)
-    if line := chosen_line(finished):
-        say(console, f"then, on test images: {line}")
-    if sweep.champion and os.environ.get("MLFLOW_TRACKING_URI") and (first := chosen(finished)):
-        of = ", the lowest seed of the setting of lowest mean over seeds" if len(first) > 1 else ""
-        say(console, f"best, for models:/{sweep.champion}@champion: {first[0]['name']}{of}")
+    if choice := chosen_line(finished):
+        say(console, f"then, on test images: {choice}")
+    if sweep.champion and os.environ.get("MLFLOW_TRACKING_URI") and (best := chosen(finished)):
+        among = ", the lowest seed of the setting of lowest mean over seeds" if len(best) > 1 else ""
+        say(console, f"best, for models:/{sweep.champion}@champion: {best[0]['name']}{among}")
     if failures:
         say(
             console,
-            f"\n{len(failures)} of {len(trials)} trials {_came(failures)}; "
+            f"\n{len(failures)} of {len(trials)} trials {_outcome(failures)}; "
             "the next make submit-sweep of this sweep tries them:",
         )
     for name, reason in failures.items():
@@ -59,72 +59,73 @@ def _show_finished(
         "fitted: the same with prior and batch normalization's statistics estimated anew\n"
         "on the training images; in short runs both lag behind the weights",
     )
-    if any("autoregressive_bits_per_dim" in one["evaluation"] for one in finished):
+    if any("autoregressive_bits_per_dim" in result["evaluation"] for result in finished):
         say(console, "AR prior: with an autoregressive prior of the codes in place of the factorial one")
     if not console.is_terminal:  # so that no name is broken in a file
         console.width = max(map(len, trials)) + 80
     console.print(_table(rows(finished, {}), {key: COLUMNS[key] for key in TRIAL}))
-    if several := settings(finished):
+    if seed_means := settings(finished):
         say(
             console,
             "\nmeans over seeds, ± the standard error over trainings (a 95% interval: ± 12.7 of\n"
             "them with two seeds, 4.3 with three, 2.8 with five); above lowest: seed by seed",
         )
-        console.print(_table(several, {key: SETTINGS[key] for key in SETTING}))
-    if other := fitted_first(several or rows(finished, {})):
-        value = formatted(other, "fitted_bits_per_dim")
-        say(console, f"by fitted bits/dim another is lowest: {other['name']}, {value}", prose=True)
+        console.print(_table(seed_means, {key: SETTINGS[key] for key in SETTING}))
+    if lowest_fitted := fitted_first(seed_means or rows(finished, {})):
+        value = formatted(lowest_fitted, "fitted_bits_per_dim")
+        say(console, f"by fitted bits/dim another is lowest: {lowest_fitted['name']}, {value}", prose=True)
     say(console, f"certificate {certificate(finished)}: equal when every number is equal, bit for bit")
-    lost = goodput([one["training"]["goodput"] for one in finished])
-    if lost:
-        say(console, lost)
+    lost_work = goodput([result["training"]["goodput"] for result in finished])
+    if lost_work:
+        say(console, lost_work)
 
 
-def _came(failures: Mapping[str, str]) -> str:
-    """How to say that trials are not finished."""
+def _outcome(failures: Mapping[str, str]) -> str:
+    """What happened to the trials that are not finished, as a predicate."""
     if set(failures.values()) == {DID_NOT_START}:
         return "are not computed"
     failed = set(failures.values()) - {DID_NOT_START, DID_NOT_FINISH}
-    rest = len(failed) < len(set(failures.values()))
-    return ("failed or are not finished" if rest else "failed") if failed else "are not finished"
+    some_unfinished = len(failed) < len(set(failures.values()))
+    return ("failed or are not finished" if some_unfinished else "failed") if failed else "are not finished"
 
 
 def untracked(sweep: Sweep, finished: Iterable[str], store: Store, cluster: Cluster | None) -> int:
-    """How many of the ``finished`` trials MLflow lacks, by the notes of a cluster's pods, which may reach it under
-    another address than this machine does; 0 if the pods, or we, have no MLflow."""
-    given = chain(*cluster.config_maps.values(), *cluster.secrets.values()) if cluster else ()
-    if not os.environ.get("MLFLOW_TRACKING_URI") or "MLFLOW_TRACKING_URI" not in given:
+    """How many of the ``finished`` trials MLflow lacks, by what a cluster's pods recorded, which may reach it under
+    another address than this machine; 0 if the pods or this machine have no MLflow."""
+    variables = chain(*cluster.config_maps.values(), *cluster.secrets.values()) if cluster else ()
+    if not os.environ.get("MLFLOW_TRACKING_URI") or "MLFLOW_TRACKING_URI" not in variables:
         return 0
     keys = list(finished)
     store.look(keys, "tracked.json")
-    return sum(not tracking.known_somewhere(store.trial(key), sweep.name) for key in keys)
+    return sum(not tracking.is_sent_anywhere(store.trial(key), sweep.name) for key in keys)
 
 
 def goodput(trials: list[dict[str, Any]]) -> str:
     """What interruptions cost, over the finished trials; empty if there were none."""
-    steps, seconds = (sum(one[key] for one in trials) for key in ("steps_lost", "seconds_lost"))
-    again = sum(max(0, one["attempts"] - 1) for one in trials)
-    told = f"goodput {again} interruption{'s' * (again > 1)}, after which {steps} step{'s' * (steps != 1)}, "
-    told += f"{seconds:.0f} s of training, {'was' if steps == 1 else 'were'} made again"
-    return told if again else ""
+    steps, seconds = (sum(trial[key] for trial in trials) for key in ("steps_lost", "seconds_lost"))
+    count = sum(max(0, trial["attempts"] - 1) for trial in trials)
+    message = (
+        f"goodput {count} interruption{'s' * (count > 1)}, after which {steps} step{'s' * (steps != 1)}, "
+    )
+    message += f"{seconds:.0f} s of training, {'was' if steps == 1 else 'were'} made again"
+    return message if count else ""
 
 
 def say(console: Console, line: str, prose: bool = False) -> None:
-    """Print a line as it is: no markup, no colours, not broken; ``prose`` is broken between words at a terminal's
-    edge."""
+    """Print a line without markup, colours and line breaks; in a terminal ``prose`` is wrapped between words."""
     console.print(line, markup=False, highlight=False, soft_wrap=not (prose and console.is_terminal))
 
 
-def _table(found: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> Table:
-    made, kept = Table(box=None, pad_edge=False, header_style="bold"), filled(found, columns)
-    for heading, form in kept.values():
-        made.add_column(heading, justify="right" if form else "left", no_wrap=bool(form), overflow="fold")
-    for row in found:
-        made.add_row(*(formatted(row, key) for key in kept))
-    return made
+def _table(table_rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> Table:
+    table, used = Table(box=None, pad_edge=False, header_style="bold"), filled(table_rows, columns)
+    for heading, form in used.values():
+        table.add_column(heading, justify="right" if form else "left", no_wrap=bool(form), overflow="fold")
+    for row in table_rows:
+        table.add_row(*(formatted(row, key) for key in used))
+    return table
 
 
-def where(sweep: Sweep, store: Store, console: Console) -> None:
+def show_places(sweep: Sweep, store: Store, console: Console) -> None:
     """Print where the report is and how to look at the runs."""
     page = store.report(sweep.name) / "report.html"
     if page.exists():

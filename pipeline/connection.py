@@ -1,7 +1,7 @@
-"""A connection to Kubeflow Pipelines: where it is, who asks, and errors of one sentence.
+"""A connection to Kubeflow Pipelines: its address, the credentials, and errors in one sentence.
 
-``KFP_HOST``, ``KFP_NAMESPACE``, ``KFP_CA`` and, never in a file of this project, ``KFP_TOKEN`` or ``KFP_COOKIE`` say
-where it is and who asks; all but the last two can stand in the profile.
+They come from ``KFP_HOST``, ``KFP_NAMESPACE``, ``KFP_CA`` and ``KFP_TOKEN`` or ``KFP_COOKIE``. All but the last two
+can stand in the profile; those are never written to a file of this project.
 """
 
 import json
@@ -31,18 +31,18 @@ REMEDIES = {
 
 
 class UnreachableError(DvqError):
-    """KFP does not answer, or only with an error of its own or that it is busy; it may answer later."""
+    """KFP does not answer, is busy, or has an error of its own; it may answer later."""
 
 
 class Connection:
-    """To the Kubeflow Pipelines of a profile; DvqError unless it answers and lets us in."""
+    """A connection to the Kubeflow Pipelines of a profile; DvqError unless it answers and admits us."""
 
     def __init__(self, cluster: Cluster) -> None:
-        given = os.environ.get
-        self.host = (given("KFP_HOST") or cluster.host).rstrip("/")
-        self.namespace = given("KFP_NAMESPACE") or cluster.namespace or None
-        self._token, self._cookie = given("KFP_TOKEN", "").strip(), given("KFP_COOKIE", "").strip()
-        configuration = self._configuration(given("KFP_CA") or cluster.ca)
+        variable = os.environ.get
+        self.host = (variable("KFP_HOST") or cluster.host).rstrip("/")
+        self.namespace = variable("KFP_NAMESPACE") or cluster.namespace or None
+        self._token, self._cookie = variable("KFP_TOKEN", "").strip(), variable("KFP_COOKIE", "").strip()
+        configuration = self._configuration(variable("KFP_CA") or cluster.ca)
         self._client = api.ApiClient(configuration, cookie=self._cookie or None)
         self._check()
 
@@ -61,23 +61,23 @@ class Connection:
             raise DvqError(
                 "KFP_HOST has a password in it, which logs would show; use KFP_TOKEN or KFP_COOKIE"
             )
-        made = api.Configuration(host=self.host)
-        made.retries = 2
+        config = api.Configuration(host=self.host)
+        config.retries = 2
         if ca:
             if not Path(ca).is_file():
                 raise DvqError(f"KFP_CA = '{ca}': there is no such file of certificates")
-            made.ssl_ca_cert = ca
+            config.ssl_ca_cert = ca
         for name, value in (("KFP_TOKEN", self._token), ("KFP_COOKIE", self._cookie)):
             if not (value.isascii() and value.isprintable()):  # the client's own error would show it
                 raise DvqError(
                     f"{name} holds a line break or another character that no header can; copy it anew"
                 )
         if self._token:
-            made.api_key["authorization"], made.api_key_prefix["authorization"] = self._token, "Bearer"
-        return made
+            config.api_key["authorization"], config.api_key_prefix["authorization"] = (self._token, "Bearer")
+        return config
 
     def _check(self) -> None:
-        health = self._ask(api.HealthzServiceApi(self._client).healthz_service_get_healthz, but=404)
+        health = self._ask(api.HealthzServiceApi(self._client).healthz_service_get_healthz, allowed=404)
         if health is None:
             raise DvqError(f"{self}: there is no KFP API 2 there; KFP_HOST is the address before /apis")
         if health.multi_user and not self.namespace:
@@ -91,16 +91,16 @@ class Connection:
     def __str__(self) -> str:
         return f"Kubeflow Pipelines at {self.host}"
 
-    def _ask(self, ask: Callable[..., Any], *arguments: Any, but: int = 0, **named: Any) -> Any:
-        """The answer; None for an error with status ``but``, DvqError for any other, or for an answer that is not
+    def _ask(self, ask: Callable[..., Any], *arguments: Any, allowed: int = 0, **options: Any) -> Any:
+        """The answer; None for an error with status ``allowed``; DvqError for another error, or an answer that is not
         KFP's."""
         answer = self._client.last_response = None
         try:
-            answer = ask(*arguments, _request_timeout=TIMEOUT, **named)
+            answer = ask(*arguments, _request_timeout=TIMEOUT, **options)
         except api.ApiException as error:
             if not error.status:
                 raise self._unreachable(error.reason or "") from None
-            if error.status != but:
+            if error.status != allowed:
                 raise self._refused(error) from None
             return None
         except HTTPError as error:
@@ -108,8 +108,8 @@ class Connection:
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # of parsing the answer
             if self._client.last_response is None:
                 raise
-        last = self._client.last_response
-        if last and "json" not in last.getheader("Content-Type", ""):  # a session may end at any time
+        response = self._client.last_response
+        if response and "json" not in response.getheader("Content-Type", ""):  # a session may end at any time
             raise DvqError(
                 f"{self} answers with a page to log in: set KFP_TOKEN, or KFP_COOKIE to its session's"
             )
@@ -117,22 +117,22 @@ class Connection:
             raise DvqError(f"{self} answers with what is no answer of KFP's API 2; is KFP_HOST right?")
         return answer
 
-    def _unreachable(self, told: str) -> DvqError:
-        if "CERTIFICATE_VERIFY_FAILED" in told:
+    def _unreachable(self, reason: str) -> DvqError:
+        if "CERTIFICATE_VERIFY_FAILED" in reason:
             return DvqError(
                 f"{self}: its certificate is of no authority known here; name a file: KFP_CA=ca.pem"
             )
-        if "too many redirects" in told:
+        if "too many redirects" in reason:
             return DvqError(f"{self} sends us on to log in: set KFP_TOKEN, or KFP_COOKIE to its session's")
         return UnreachableError(f"{self} does not answer; is KFP_HOST right, and the port-forward or VPN up?")
 
     def _refused(self, error: Any) -> DvqError:
         reason = _message(error)
         if error.status == 401 or (error.status == 403 and not self.namespace):
-            what = (
+            refused = (
                 "the token" if self._token else "the cookie" if self._cookie else "to answer without a token"
             )
-            return DvqError(f"{self} refuses {what} ({error.status}): set a valid KFP_TOKEN or KFP_COOKIE")
+            return DvqError(f"{self} refuses {refused} ({error.status}): set a valid KFP_TOKEN or KFP_COOKIE")
         if error.status == 403:
             return DvqError(
                 f"{self} does not let you work in namespace '{self.namespace}': does it exist, and are you its "
@@ -146,19 +146,21 @@ def _message(error: Any) -> str:
     """The message in an error of the API."""
     try:
         content = json.loads(error.body)
-        said = (content, *(content.get("details") or ()))  # an upload's error has its message itself
-        details = [one.get("error_message") for one in said]
-        return line(next(filter(None, details), "") or content.get("message") or content.get("error") or "")
+        entries = (content, *(content.get("details") or ()))  # an upload's error has its message itself
+        details = [entry.get("error_message") for entry in entries]
+        return one_line(
+            next(filter(None, details), "") or content.get("message") or content.get("error") or ""
+        )
     except (TypeError, ValueError, AttributeError, RecursionError):
-        return line(str(error.reason or "no reason"))
+        return one_line(str(error.reason or "no reason"))
 
 
-def line(text: str) -> str:
+def one_line(text: str) -> str:
     """A server's text in one line, without characters that control the terminal."""
-    told = "".join(filter(str.isprintable, " ".join(text.split())))
-    return told if len(told) <= 300 else f"{told[:300]}…"
+    printable = "".join(filter(str.isprintable, " ".join(text.split())))
+    return printable if len(printable) <= 300 else f"{printable[:300]}…"
 
 
-def remedy(told: str) -> str:
-    found = [remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, told, re.IGNORECASE)]
-    return f"; {found[0]}" if found else ""
+def remedy(message: str) -> str:
+    remedies = [remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, message, re.IGNORECASE)]
+    return f"; {remedies[0]}" if remedies else ""

@@ -1,6 +1,6 @@
 """Tasks as containers: kfp's DockerRunner, with settings from the profile and the environment.
 
-A launch's containers carry its folder as a label. ``python -m pipeline.containers FOLDER SECONDS`` ends them.
+The containers of a launch have its folder as a label. ``python -m pipeline.containers FOLDER SECONDS`` ends them.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ PASSED = re.compile(r"DVQ_(STORE|CACHE|RECORD|FUSE)|MLFLOW_.*|AWS_.*|.*_NUM_THRE
 """The environment variables that reach the tasks."""
 LOOPBACK = re.compile(r"localhost|127\..*|::1")
 ENDED = "container of "
-"""begins the line in the log that reports a container's death"""
+"""the beginning of the log's line about a container that failed"""
 
 
 def connect() -> docker.DockerClient:
@@ -51,12 +51,12 @@ def connect() -> docker.DockerClient:
 
 
 def reason(error: DockerException) -> str:
-    """What the daemon says, in one line, without the request's address."""
-    told = error.explanation if isinstance(error, APIError) else None
-    return (str(told or error).splitlines() or [""])[0]
+    """The daemon's message in one line, without the request's address."""
+    explanation = error.explanation if isinstance(error, APIError) else None
+    return (str(explanation or error).splitlines() or [""])[0]
 
 
-def has(client: docker.DockerClient, image: str) -> bool:
+def has_image(client: docker.DockerClient, image: str) -> bool:
     """Whether the daemon has the image."""
     try:
         client.images.get(image)
@@ -69,7 +69,7 @@ def check_image(image: str) -> None:
     """DvqError unless the daemon has the image or can pull it."""
     client = connect()
     try:
-        if not has(client, image):
+        if not has_image(client, image):
             client.images.pull(image)
     except DockerException as error:
         raise DvqError(
@@ -78,14 +78,14 @@ def check_image(image: str) -> None:
 
 
 def check_pushed(image: str) -> None:
-    """DvqError if the image's registry does not have it; nothing is checked if no daemon can ask."""
+    """DvqError if the image is not in its registry; not checked without a daemon that can ask."""
     try:
         connect().images.get_registry_data(image)
     except NotFound as error:
         raise DvqError(
             f"the image {image} is not in its registry ({reason(error)}): make image PUSH=1"
         ) from None
-    except (DvqError, DockerException):  # the nodes have a registry, credentials and a network of their own
+    except (DvqError, DockerException):  # the nodes may reach a registry that this machine does not
         return
 
 
@@ -93,17 +93,17 @@ def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
     """The arguments of ``docker run`` for each task of the launch whose folder is ``folder``.
 
     What tasks share with this machine (the store, MLflow's database, the data's ``source``) has the same path in the
-    container, and what they write there belongs to the user who launches them.
+    container, and their files belong to the user who launches them.
     """
     passed = {name: value for name, value in os.environ.items() if PASSED.fullmatch(name)}
-    # All GPUs, over which dvq.device spreads the trials: a count of n would mean the first n for every container.
+    # dvq.device spreads the trials over all GPUs; a count of n would give each container the first n.
     gpus = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if profile.gpu else []
     locks = disk.locks() if gpus else None
-    # No fallback to a CPU; and Triton's cache is not in /tmp, where Docker lets nobody execute files.
+    # DVQ_DEVICE: no fallback to a CPU. Triton's cache is not in /tmp, where Docker forbids executing files.
     compiled = str(folder / "work/tmp/triton")
     on_gpus = {"DVQ_DEVICE": "cuda", "DVQ_LOCKS": str(locks), "TRITON_CACHE_DIR": compiled} if locks else {}
     # Docker's 4G is Kubernetes' 4Gi.
-    memory, shared = (one and one.removesuffix("i") for one in (profile.memory, profile.shared_memory))
+    memory, shared = (size and size.removesuffix("i") for size in (profile.memory, profile.shared_memory))
     return {
         "environment": {**passed, **on_gpus, "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder / "work/tmp")},
         "mounts": list(_mounts(passed, {folder / "work", *([locks] if locks else [])}, source)),
@@ -126,7 +126,7 @@ def _mounts(environment: Mapping[str, str], written: set[Path], source: str) -> 
     if store := environment.get("DVQ_STORE", ""):
         written.add(Path(environment["DVQ_CACHE"] if "://" in store else store))
     if file := tracking.database(environment.get("MLFLOW_TRACKING_URI", "")):
-        written.add(file.absolute().parent)  # the folder, which its journal and its artifacts are in too
+        written.add(file.absolute().parent)  # with its journal and the artifacts
     for path in written:
         path.mkdir(parents=True, exist_ok=True)
         yield Mount(str(path), str(path), "bind")
@@ -136,9 +136,8 @@ def _mounts(environment: Mapping[str, str], written: set[Path], source: str) -> 
 
 
 def _on_loopback(addresses: Any) -> bool:
-    """Whether one of the addresses is on this machine's loopback, which only containers on the host's network
-    reach."""
-    return any(LOOPBACK.fullmatch(urlsplit(at).hostname or "") for at in addresses if "://" in at)
+    """Whether an address is on this machine's loopback, which only containers on the host's network reach."""
+    return any(LOOPBACK.fullmatch(urlsplit(url).hostname or "") for url in addresses if "://" in url)
 
 
 def runner(profile: Profile, folder: Path, source: str) -> Any:
@@ -155,7 +154,7 @@ def run_container(
 ) -> int:
     """Run a task's container and return its exit code, after its log.
 
-    This replaces kfp's own, which lets the daemon remove the container and takes one that is gone for a success: this
+    This replaces kfp's own, which lets the daemon remove the container and takes a missing one for a success: this
     one removes it after reading its exit code.
     """
     container = client.containers.create(image, command, volumes=volumes, **options)
@@ -167,23 +166,23 @@ def run_container(
         code = int(container.wait(timeout=None)["StatusCode"])
         container.reload()
         if code != 0:
-            _tell(f"{ENDED}{_task(command)}: {_death(code, container)}")
+            _print_line(f"{ENDED}{_task_name(command)}: {_how_it_ended(code, container)}")
         return code
     except NotFound:
-        _tell(f"{ENDED}{_task(command)}: removed by another hand")
+        _print_line(f"{ENDED}{_task_name(command)}: removed by another hand")
         return 1
     finally:
         with contextlib.suppress(NotFound):
             container.remove(force=True)
 
 
-def _tell(sentence: str) -> None:
-    """Print a line of its own in one write, so that other containers' output does not break it."""
+def _print_line(sentence: str) -> None:
+    """Print a line in one write, so that other containers' output does not break it."""
     sys.stdout.buffer.write(f"\n{sentence}\n".encode())
     sys.stdout.flush()
 
 
-def _death(code: int, container: Container) -> str:
+def _how_it_ended(code: int, container: Container) -> str:
     memory = container.attrs["HostConfig"]["Memory"]
     if container.attrs["State"]["OOMKilled"]:
         limit = f"over its limit of {memory / 2**20:.0f} MiB" if memory else "of the machine"
@@ -192,7 +191,7 @@ def _death(code: int, container: Container) -> str:
     return f"exit code {code}{killed}"
 
 
-def _task(command: list[str]) -> str:
+def _task_name(command: list[str]) -> str:
     """The component, and the trial if it has one, from the command of kfp's executor."""
     flag = "--function_to_execute"
     name = command[command.index(flag) + 1] if flag in command else "a task"
@@ -203,10 +202,10 @@ def _task(command: list[str]) -> str:
 
 
 def end(folder: Path, grace: float) -> None:
-    """End the launch's containers: SIGTERM to all their processes, SIGKILL after ``grace`` seconds; a warning where
-    the daemon does not answer.
+    """End the launch's containers: SIGTERM to all their processes, SIGKILL after ``grace`` seconds; print a warning
+    if the daemon does not answer.
 
-    The daemon would signal only the first process, the shell that kfp starts, which ignores SIGTERM.
+    The daemon itself would signal only the first process, kfp's shell, which ignores SIGTERM.
     """
     try:
         _end(folder, grace)

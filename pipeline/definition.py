@@ -1,16 +1,16 @@
-"""The sweep as a Kubeflow pipeline: one definition for every place where it runs.
+"""The sweep as a Kubeflow pipeline: one definition for all places where it runs.
 
     plan ────────────┐
     prepare_data ─ trials: for each trial: train → evaluate → analyze ─ report
 
-Its shape is one that runs alike in kfp's local runners and on a cluster; each rule below avoids a fault that kfp 2.17
-does not report (the guard tests in tests/pipeline/test_kfp.py fail if one of these faults changes):
+Its shape runs alike in kfp's local runners and on a cluster. Each rule below avoids a fault that kfp 2.17 does not
+report (the guard tests in tests/pipeline/test_kfp.py fail if one of these faults changes):
 
-- Only pipeline parameters, artifacts and the loop's own item enter the loop: the value of another task's
-  output parameter would be replaced by the item.
+- Only pipeline parameters, artifacts and the loop's own item enter the loop: another task's output parameter would be
+  replaced by the item.
 - Nothing is collected from the loop. A trial's failure is data in the store, which ``report`` reads.
-- The loop sits in a pipeline of its own, because a loop gets no exit hook on a cluster; ``report`` depends on
-  that alone, because with ``ignore_upstream_failure`` it would run once for each dependency.
+- The loop is in a pipeline of its own, because a loop gets no exit hook on a cluster; ``report`` depends on that
+  pipeline alone, because with ``ignore_upstream_failure`` it would run once for each dependency.
 - kfp's cache is off: it does not see the package's code. The store is the cache.
 """
 
@@ -30,7 +30,8 @@ from components.train.component import train
 
 NAME = "dvq-sweep"
 COMPONENTS: dict[str, Any] = {
-    one.python_func.__name__: one for one in (plan, prepare_data, train, evaluate, analyze, report)
+    component.python_func.__name__: component
+    for component in (plan, prepare_data, train, evaluate, analyze, report)
 }
 
 
@@ -47,16 +48,16 @@ def sweep_pipeline(
     ``data_name`` and ``source`` (as prepare_data takes them), ``experiment`` (the name in MLflow).
 
     Args:
-        jobs: trials at a time; kfp wants a constant there.
-        image: what every task runs in.
-        settle: given a task and its component's name, adds what the place where it runs needs.
-        ttl: seconds after which a cluster removes what is left of a run that ended.
+        jobs: trials at a time, a constant for kfp.
+        image: the image of all tasks.
+        settle: adds to a task, given its component's name, the settings of the place where it runs.
+        ttl: seconds after which a cluster removes the pods of a run that ended.
         limit: trials that a run computes, at most; 0 for all.
     """
 
     def task(component: Any, **arguments: Any) -> Any:
-        made = component(**arguments).set_caching_options(False).set_container_image(image)
-        return settle(made, component.python_func.__name__) if settle else made
+        configured = component(**arguments).set_caching_options(False).set_container_image(image)
+        return settle(configured, component.python_func.__name__) if settle else configured
 
     @dsl.pipeline(name="trials")
     def trials(items: list[str], data: Input[Dataset], base: str, experiment: str) -> None:
@@ -66,12 +67,12 @@ def sweep_pipeline(
             )
             model = trained.outputs["model"]
             evaluated = task(evaluate, data=data, model=model, record_failure=True)
-            judged = {"data": data, "model": model, "evaluation": evaluated.outputs["evaluation"]}
-            task(analyze, **judged, experiment=experiment, record_failure=True)
+            inputs = {"data": data, "model": model, "evaluation": evaluated.outputs["evaluation"]}
+            task(analyze, **inputs, experiment=experiment, record_failure=True)
 
     @dsl.pipeline(name=NAME, pipeline_config=dsl.PipelineConfig(ttl_seconds_after_finished=ttl))
     def dvq_sweep(sweep: str, base: str, data_name: str, source: str, experiment: str) -> None:
-        # Without the experiment: a finished trial that MLflow lacks is sent by report, not by three tasks of its own.
+        # Without the experiment: report sends finished trials that MLflow lacks, and they need no tasks.
         items = task(plan, sweep=sweep, **({"limit": limit} if limit else {}))
         data = task(prepare_data, name=data_name, source=source)
         all_trials = trials(items=items.output, data=data.output, base=base, experiment=experiment)

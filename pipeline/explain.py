@@ -17,37 +17,37 @@ from pipeline import preflight
 
 
 def explain(
-    sweep: preflight.SweepName = "smoke",
+    name: preflight.SweepName = "smoke",
     trial: Annotated[str, typer.Option(help="a trial of the sweep, for its ledger")] = "",
 ) -> None:
-    """For each trial: finished, or computed and why; for one trial, where its bits go."""
-    found = preflight.find_sweep(sweep)
+    """Say of each trial whether it would be computed, and why; of one trial, where its bits go."""
+    sweep = preflight.find_sweep(name)
     store = preflight.find_store()
-    trials = found.trials()
-    store.look([one.key() for one in trials.values()], "results.json")
+    trials = sweep.trials()
+    keys = {trial_name: each.key() for trial_name, each in trials.items()}
+    store.look(keys.values(), "results.json")
     if trial:
-        print(ledger(trial, trials, store, sweep))
+        print(ledger(trial, trials, store, name))
         return
     width, todo = max(map(len, trials)), 0
     store.outcomes(trials)  # DvqError for results that are damaged, or of another default
-    for name, one in trials.items():
-        state, trained = store.state(one.key()), store.has(one.key(), "model")
-        reached = store.reached(one)
+    for trial_name, key in keys.items():
+        state, trained = store.state(key), store.has(key, "model")
         todo += state.name != "finished"
-        print(f"{name:{width}}  {_told(state, trained, reached)}")
+        print(f"{trial_name:{width}}  {_description(state, trained, store.reached_step(trials[trial_name]))}")
     print(f"{todo} of {len(trials)} trials to compute; the store is {store.place}")
 
 
-def _told(state: State, trained: bool, reached: int) -> str:
+def _description(state: State, trained: bool, reached: int) -> str:
     start = f"goes on from step {reached}" if reached else "starts from the beginning"
-    new = f"it {start} of another trial" if reached else "computed from the beginning"
+    beginning = f"it {start} of another trial" if reached else "computed from the beginning"
     if trained:
         start = "is only evaluated and analysed"
     return {
         "finished": "finished: it is not computed again",
         "failed": f"failed before ({state.reason}): it is tried again and {start}",
         "interrupted": f"begun and not finished: it {start}",
-        "new": f"new: {new}",
+        "new": f"new: {beginning}",
     }[state.name]
 
 
@@ -59,8 +59,8 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> 
     results = store.finished(trials[name])
     if results is None:
         state = store.state(key)
-        told = f"failed ({state.reason})" if state.name == "failed" else "is not finished"
-        raise DvqError(f"trial '{name}' {told}: make submit-sweep SWEEP={sweep} tries it")
+        outcome = f"failed ({state.reason})" if state.name == "failed" else "is not finished"
+        raise DvqError(f"trial '{name}' {outcome}: make submit-sweep SWEEP={sweep} tries it")
     evaluation = results["evaluation"]
     latents = enumerate(evaluation["ledger"]["latents"], start=1)  # as the figures count them
     entries = [(f"latent variable k = {k}", bits, "") for k, bits in latents]
@@ -73,12 +73,12 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> 
     if "fitted_bits_per_dim" in evaluation:
         entries.append(("fitted", evaluation["fitted_bits_per_dim"], "prior and statistics estimated anew"))
     if "autoregressive_bits_per_dim" in evaluation:
-        told = f"under an autoregressive prior, rate {evaluation['rate_autoregressive']:.5f}"
-        entries.append(("AR prior", evaluation["autoregressive_bits_per_dim"], told))
+        about = f"under an autoregressive prior, rate {evaluation['rate_autoregressive']:.5f}"
+        entries.append(("AR prior", evaluation["autoregressive_bits_per_dim"], about))
     if "bound" in evaluation:
         entries.append(("L_S", evaluation["bound"], f"S = {evaluation['bound_samples']}"))
     lines = [f"{name} on {results['data']['label']}, split {evaluation['split']}, in bits/dim"]
-    lines += [f"  {entry:21} {bits:9.5f}  {told}".rstrip() for entry, bits, told in entries]
+    lines += [f"  {entry:21} {bits:9.5f}  {about}".rstrip() for entry, bits, about in entries]
     model = store.trial(key) / "model"
     if model.is_dir():
         lines.append(f'its model: dvq.load("{model}")')

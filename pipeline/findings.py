@@ -12,13 +12,13 @@ from pipeline import preflight
 
 
 def findings() -> None:
-    """Say what the finished sweep shows of the paper's findings, as Markdown, and draw it."""
-    found = preflight.find_sweep("findings")
+    """Print what the finished sweep shows of the paper's findings, as Markdown, and draw it."""
+    sweep = preflight.find_sweep("findings")
     store = preflight.find_store()
-    mini = Miniature(found.base, finished(found, store))
+    mini = Miniature(sweep.base, finished(sweep, store))
     all_claims = claims(mini)
     print(markdown(mini, all_claims))
-    path = store.report(found.name) / "findings.png"
+    path = store.report(sweep.name) / "findings.png"
     draw(mini, path)
     print(f"\nfigure: {path}")
 
@@ -36,20 +36,20 @@ def finished(sweep: Sweep, store: Store) -> list[dict[str, Any]]:
 
 def markdown(mini: Miniature, all_claims: Sequence[Claim]) -> str:
     """The claims and the numbers of every setting, as two tables."""
-    seeds = sorted({len(some) for some in mini.settings.values()})
+    seeds = sorted({len(results) for results in mini.settings.values()})
     lines = [
         f"Mean ± standard error over {' or '.join(map(str, seeds))} seeds; a difference under two standard "
         f"errors says nothing: {OPEN}. With three seeds chance alone is beyond them, in each direction, 4 to 9 times "
         "in 100.\n",
         "| | the paper | the miniature | |\n| --- | --- | --- | --- |",
-        *(f"| {one.number} | {one.says} | {one.shows} | {one.verdict()} |" for one in all_claims),
+        *(f"| {claim.number} | {claim.says} | {claim.shows} | {claim.verdict()} |" for claim in all_claims),
         "\n| estimator | C | K | bits/dim, fitted | rate | distortion | perplexity |",
         "| --- |" + " --- |" * 6,
     ]
-    for (name, *size), some in sorted(mini.settings.items()):
-        bits = over(some, bits_per_dim)
+    for (name, *size), results in sorted(mini.settings.items()):
+        bits = over(results, bits_per_dim)
         rate, distortion, perplexity = (
-            fmean(result["evaluation"][term] for result in some)
+            fmean(result["evaluation"][term] for result in results)
             for term in ("rate", "distortion", "perplexity")
         )
         numbers = f"{bits.mean:.3f} ± {bits.error:.3f} | {rate:.3f} | {distortion:.3f} | {perplexity:.1f}"

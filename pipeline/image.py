@@ -1,6 +1,6 @@
-"""The project's image: ``python -m pipeline.image`` builds it, unless one of the same content was built before.
+"""The project's image: ``python -m pipeline.image`` builds it, unless one of the same content exists.
 
-Its tag is a hash of its content: the files that docker/Dockerfile.dockerignore lets in, torch's build, the base.
+Its tag is a hash of its content: the files that docker/Dockerfile.dockerignore admits, torch's build, the base.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from components import IMAGE
 from dvq import DvqError, __version__
 from dvq.provenance import commit
 from pipeline import preflight
-from pipeline.containers import connect, has, reason
+from pipeline.containers import connect, has_image, reason
 from pipeline.profile import Cluster, Profile, find_profile
 
 ROOT = Path(__file__).parent.parent
@@ -45,22 +45,22 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Content:
-    """What an image is made of."""
+    """The content of an image."""
 
     files: Mapping[str, Path]
-    """by their names in the build's context"""
+    """by name in the build's context"""
     arguments: Mapping[str, str]
-    """build arguments that decide the content, as opposed to where it is fetched from"""
+    """build arguments that decide the content, not those that say where to fetch it"""
     platform: str = ""
     """linux/amd64, or another; empty for the daemon's own"""
 
     def tag(self) -> str:
         """``dvq:0.1.0-`` and a hash of the content."""
-        found = hashlib.sha256(self.platform.encode() + repr(sorted(self.arguments.items())).encode())
+        digest = hashlib.sha256(self.platform.encode() + repr(sorted(self.arguments.items())).encode())
         for name, path in sorted(self.files.items()):
             content = path.read_bytes()
-            found.update(f"{name} {os.access(path, os.X_OK)} {len(content)}\n".encode() + content)
-        return f"{IMAGE}-{found.hexdigest()[:12]}"
+            digest.update(f"{name} {os.access(path, os.X_OK)} {len(content)}\n".encode() + content)
+        return f"{IMAGE}-{digest.hexdigest()[:12]}"
 
     def write(self, file: IO[bytes]) -> None:
         """The build's context, as a tar archive."""
@@ -76,14 +76,19 @@ def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def content(torch: str = "", base: str = "", platform: str = "") -> Content:
-    """The content of an image with torch's build ``torch`` ("2.13.0+cpu"), by default this environment's, so that
-    both compute the same bits; on the image ``base``, by default the Dockerfile's; for ``platform``."""
-    listed = ROOT / f"{DOCKERFILE}.dockerignore"
-    if not listed.exists():
+    """The content of an image.
+
+    Args:
+        torch: torch's build ("2.13.0+cpu"); by default this environment's, so that both compute the same bits.
+        base: the base image; by default the Dockerfile's.
+        platform: as in Content.
+    """
+    ignore_file = ROOT / f"{DOCKERFILE}.dockerignore"
+    if not ignore_file.exists():
         raise DvqError(
-            f"there is no {listed}: the image is made from a clone of the project, not from its package"
+            f"there is no {ignore_file}: the image is made from a clone of the project, not from its package"
         )
-    allowed = listed.read_text(encoding="utf-8").splitlines()
+    allowed = ignore_file.read_text(encoding="utf-8").splitlines()
     patterns = [line for line in allowed if line and not line.startswith("#")]
     names = exclude_paths(str(ROOT), patterns, dockerfile=DOCKERFILE)
     files = {name: ROOT / name for name in names if (ROOT / name).is_file()}
@@ -92,19 +97,19 @@ def content(torch: str = "", base: str = "", platform: str = "") -> Content:
 
 
 def of(profile: Profile) -> Content:
-    """The content of this checkout's image for a profile; TORCH and BASE in the environment win."""
+    """The content of this checkout's image for a profile; TORCH and BASE in the environment take precedence."""
     cluster = profile.cluster or Cluster()
     return content(os.environ.get("TORCH") or cluster.torch, os.environ.get("BASE", ""), cluster.platform)
 
 
 def name(profile: Profile, pushed: bool) -> str:
-    """The image that a profile's tasks run: its own, or this checkout's, ``pushed`` to its registry or not."""
+    """The image of a profile's tasks: its own, or this checkout's, in its registry if ``pushed``."""
     place = registry(profile) if pushed else ""
     return profile.image or "/".join(filter(None, (place, of(profile).tag())))
 
 
 def registry(profile: Profile) -> str:
-    """Where a profile's image is pushed to; empty for nowhere."""
+    """The registry of a profile's image; empty for none."""
     return (os.environ.get("REGISTRY") or (profile.cluster or Cluster()).registry).rstrip("/")
 
 
@@ -112,36 +117,38 @@ def pip_settings() -> dict[str, list[str]]:
     """index-url, extra-index-url and find-links, as pip is configured on this machine."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    found = sorted(SETTING.findall(listing), key=lambda one: SECTIONS.index(one[0]))
-    return {name: value.replace("\\n", " ").split() for _, name, value in found}
+    matches = sorted(SETTING.findall(listing), key=lambda setting: SECTIONS.index(setting[0]))
+    return {name: value.replace("\\n", " ").split() for _, name, value in matches}
 
 
 def wheels(torch: str, settings: Mapping[str, list[str]]) -> dict[str, Path]:
-    """Torch's wheels in the folders that pip looks in: a build cannot look there, so they become part of its
-    context."""
+    """Torch's wheels in the folders of pip's settings, which a build cannot read: they become part of its context."""
     folders = [Path(place.removeprefix("file://")) for place in settings.get("find-links", [])]
-    found = [path for folder in folders for path in folder.glob(f"torch-{torch}-*linux*.whl")]
-    return {f"wheels/{path.name}": path for path in found}
+    paths = [path for folder in folders for path in folder.glob(f"torch-{torch}-*linux*.whl")]
+    return {f"wheels/{path.name}": path for path in paths}
 
 
 def index_arguments(settings: Mapping[str, list[str]]) -> dict[str, str]:
-    """Build arguments for the addresses in ``settings``; folders of this machine are left out."""
-    remote = {name: [at for at in places if at.startswith("http")] for name, places in settings.items()}
+    """Build arguments for the addresses in ``settings``, without folders of this machine."""
+    remote = {
+        name: [address for address in places if address.startswith("http")]
+        for name, places in settings.items()
+    }
     index, extra, links = (
-        " ".join(remote.get(n, [])) for n in ("index-url", "extra-index-url", "find-links")
+        " ".join(remote.get(option, [])) for option in ("index-url", "extra-index-url", "find-links")
     )
-    told = {"PIP_INDEX_URL": index, "UV_DEFAULT_INDEX": index, "UV_INDEX": extra, "UV_FIND_LINKS": links}
-    return {name: value for name, value in told.items() if value}
+    arguments = {"PIP_INDEX_URL": index, "UV_DEFAULT_INDEX": index, "UV_INDEX": extra, "UV_FIND_LINKS": links}
+    return {name: value for name, value in arguments.items() if value}
 
 
 def build(client: docker.DockerClient, made_of: Content) -> None:
-    """Build the image and tag it, its log on standard output; DvqError names the step that failed."""
+    """Build and tag the image, and print the build's log; DvqError names the step that failed."""
     settings = pip_settings()
     torch = made_of.arguments["TORCH"]
-    given, index = wheels(torch, settings), index_arguments(settings)
-    if not given and not index and "+" in torch:  # no other index than PyPI, which has no such builds
+    wheel_files, index = wheels(torch, settings), index_arguments(settings)
+    if not wheel_files and not index and "+" in torch:  # no other index than PyPI, which has no such builds
         index = {"UV_TORCH_BACKEND": torch.partition("+")[2]}
-    whole = replace(made_of, files={**made_of.files, **given})
+    whole = replace(made_of, files={**made_of.files, **wheel_files})
     arguments = {**whole.arguments, **index, "VERSION": __version__, "REVISION": commit()}
     with tempfile.TemporaryFile() as context:
         whole.write(context)
@@ -154,24 +161,24 @@ def build(client: docker.DockerClient, made_of: Content) -> None:
 
 
 def follow(messages: Iterable[Mapping[str, Any]], step: str = "the daemon") -> None:
-    """Print a build's or a push's messages; DvqError if one of them is an error, with the failed step and why."""
+    """Print the messages of a build or a push; DvqError with the failed step and the reason if one is an error."""
     complaint = ""
     for message in messages:
         raw = message.get("stream", "")
         text = COLOUR.sub("", raw)
         if text.startswith("Step "):
             step, complaint = text.strip(), ""
-        if raw != text:  # the daemon colours what a command says on its standard error
+        if raw != text:  # the daemon colours a command's standard error
             complaint += text
         if "status" in message and "progressDetail" not in message:
             text = f"{message['status']}\n"
         print(text, end="", flush=True)
         if "error" in message:
-            raise DvqError(f"the image: {step} failed: {_why(message['error'].strip(), complaint)}")
+            raise DvqError(f"the image: {step} failed: {_failure(message['error'].strip(), complaint)}")
 
 
-def _why(error: str, complaint: str) -> str:
-    """The daemon's reason with its remedy; of a command that failed, its complaint from the last "error" on."""
+def _failure(error: str, complaint: str) -> str:
+    """The daemon's reason with its remedy; for a failed command, its standard error from the last "error" on."""
     lines = [line.strip() for line in complaint.splitlines() if line.strip()]
     if "returned a non-zero code" in error and lines:
         starts = [at for at, line in enumerate(lines) if line.lower().startswith("error")]
@@ -183,8 +190,8 @@ def _why(error: str, complaint: str) -> str:
 
 
 def push(client: docker.DockerClient, tag: str, place: str) -> str:
-    """Push the image to the registry ``place``, also under the release's name, which the manifests in k8s/ can know
-    before there is an image; returns its own name there."""
+    """Push the image to the registry ``place`` under its tag, and under the release's, which the manifests in k8s/
+    name; returns the former name."""
     for name in (f"{place}/{IMAGE}", f"{place}/{tag}"):
         try:
             client.images.get(tag).tag(name)
@@ -203,15 +210,16 @@ def image(
     ] = False,
 ) -> None:
     """Build the image, unless it is there; push it if that is asked."""
-    named = profile or (preflight.PROFILE["kfp"] if pushed else "")  # as submit-sweep ON=kfp looks for it
-    limits = find_profile(named) if named else Profile()
-    place = registry(limits)
+    # To push, as submit-sweep ON=kfp looks for it.
+    profile_name = profile or (preflight.PROFILE["kfp"] if pushed else "")
+    target = find_profile(profile_name) if profile_name else Profile()
+    place = registry(target)
     if pushed and not place:
         raise DvqError("PUSH=1: name a registry, REGISTRY=host/path, or cluster.registry in the profile")
-    client, made_of = connect(), of(limits)
+    client, made_of = connect(), of(target)
     tag = made_of.tag()
     try:
-        if not has(client, tag):
+        if not has_image(client, tag):
             build(client, made_of)
         client.images.get(tag).tag(IMAGE)  # what the compiled components name
         print(push(client, tag, place) if pushed else tag)

@@ -1,9 +1,9 @@
-"""What a component takes and gives, its version, and whether the one may change without the other.
+"""The components' inputs, outputs and versions, and whether a change of the former needs a new version.
 
-``components/<name>/metadata.yaml`` has the version; ``components/interfaces.yaml`` what the last release took and
-gave, which `make release-components` writes and nobody by hand. Other people's pipelines break if an input or an
-output is removed or changes its type, if an optional input becomes required, or if a new input is required: that
-needs a new major version. Mere additions need a new minor one.
+``components/<name>/metadata.yaml`` has the version; ``components/interfaces.yaml``, which `make release-components`
+writes, the inputs and outputs of the last release. A new major version is needed where other people's pipelines
+would break: an input or output is removed or changes its type, an optional input becomes required, or a new one is
+required. Mere additions need a new minor version.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,20 +36,23 @@ def version(name: str) -> str:
 def interface(name: str, component: Any) -> Interface:
     """The component as it is."""
     spec = component.component_spec
-    inputs = {key: f"{one.type}{'?' if one.optional else ''}" for key, one in (spec.inputs or {}).items()}
-    outputs = {key: str(one.type) for key, one in (spec.outputs or {}).items()}
+    inputs = {
+        key: f"{parameter.type}{'?' if parameter.optional else ''}"
+        for key, parameter in (spec.inputs or {}).items()
+    }
+    outputs = {key: str(output.type) for key, output in (spec.outputs or {}).items()}
     return Interface(version=version(name), inputs=inputs, outputs=outputs)
 
 
 def released() -> dict[str, Interface]:
     """The components as they were released."""
-    found = yaml.safe_load(RECORD.read_text(encoding="utf-8"))
-    return {name: Interface.model_validate(one) for name, one in found.items()}
+    content = yaml.safe_load(RECORD.read_text(encoding="utf-8"))
+    return {name: Interface.model_validate(fields) for name, fields in content.items()}
 
 
 def write(interfaces: Mapping[str, Interface]) -> None:
     """Record a release."""
-    content = {name: one.model_dump() for name, one in interfaces.items()}
+    content = {name: interface.model_dump() for name, interface in interfaces.items()}
     RECORD.write_text(HEAD + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
@@ -83,7 +86,7 @@ def added(old: Interface, new: Interface) -> Iterator[str]:
 
 def fault(name: str, old: Interface, new: Interface) -> str:
     """Empty, or why ``new`` needs another version, as a sentence."""
-    was, now = (tuple(map(int, one.version.split("."))) for one in (old, new))
+    was, now = (tuple(map(int, interface.version.split("."))) for interface in (old, new))
     breaks, adds = list(broken(old, new)), list(added(old, new))
     where = f"components/{name}/metadata.yaml"
     if now < was:

@@ -13,11 +13,11 @@ from typing import Any
 import kfp_server_api as api
 
 from dvq import DvqError, __version__
-from pipeline.connection import Connection, line, remedy
+from pipeline.connection import Connection, one_line, remedy
 from pipeline.profile import Cluster
 
 ATTEMPTS = 3
-"""How often something that we made, or that another made at the same time, is looked for."""
+"""How often something is looked for that we, or somebody at the same time, made."""
 GOING = ("PENDING", "RUNNING", "PAUSED", "CANCELING")
 SUCCEEDED = "SUCCEEDED"
 
@@ -37,7 +37,7 @@ class Run:
 
 
 class Kubeflow(Connection):
-    """The Kubeflow Pipelines of a profile; DvqError unless it answers and lets us in."""
+    """The Kubeflow Pipelines of a profile; DvqError unless it answers and admits us."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(cluster)
@@ -48,45 +48,45 @@ class Kubeflow(Connection):
         self._experiments = api.ExperimentServiceApi(self._client)
 
     def upload(self, text: str, name: str) -> tuple[str, str]:
-        """The ids of the pipeline ``name`` and of its version with this text; what is not there is uploaded."""
+        """The ids of the pipeline ``name`` and of its version with this text, which are uploaded if missing."""
         version = f"{__version__}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         pipeline = self._pipeline(name)
 
         def find() -> str | None:
             ask = self._pipelines.pipeline_service_list_pipeline_versions
-            found = self._all(ask, "pipeline_versions", pipeline, filter=_named(version))
-            ours = (one for one in found if version in (one.display_name, one.name))
-            return next((str(one.pipeline_version_id) for one in ours), None)
+            versions = self._items(ask, "pipeline_versions", pipeline, filter=_named(version))
+            ours = (item for item in versions if version in (item.display_name, item.name))
+            return next((str(item.pipeline_version_id) for item in ours), None)
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, f"{name}.yaml")
             path.write_text(text, encoding="utf-8")
-            named = {"name": version, "display_name": version, "pipelineid": pipeline}
-            make = partial(self._uploads.upload_pipeline_version, str(path), **named)
-            return pipeline, self._made(f"the version {version} of the pipeline '{name}'", find, make)
+            names = {"name": version, "display_name": version, "pipelineid": pipeline}
+            make = partial(self._uploads.upload_pipeline_version, str(path), **names)
+            return pipeline, self._find_or_make(f"the version {version} of the pipeline '{name}'", find, make)
 
     def _pipeline(self, name: str) -> str:
-        """The pipeline's id; it is made if it is not there."""
+        """The pipeline's id; it is made if missing."""
 
         def find() -> str | None:
             ask = self._pipelines.pipeline_service_get_pipeline_by_name
-            found = self._ask(ask, name, but=404, namespace=self.namespace)
-            return found and str(found.pipeline_id)
+            pipeline = self._ask(ask, name, allowed=404, namespace=self.namespace)
+            return pipeline and str(pipeline.pipeline_id)
 
-        made = api.V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace)
-        make = partial(self._pipelines.pipeline_service_create_pipeline, made)
-        return self._made(f"the pipeline '{name}'", find, make)
+        request = api.V2beta1Pipeline(name=name, display_name=name, namespace=self.namespace)
+        make = partial(self._pipelines.pipeline_service_create_pipeline, request)
+        return self._find_or_make(f"the pipeline '{name}'", find, make)
 
-    def _made(self, what: str, find: Callable[[], str | None], make: Callable[..., Any]) -> str:
-        """The id that ``find`` returns; if it finds nothing, we, or another at the same time, ``make`` it."""
+    def _find_or_make(self, what: str, find: Callable[[], str | None], make: Callable[..., Any]) -> str:
+        """The id that ``find`` returns, after ``make`` if it finds nothing; somebody else may make it first."""
         for _ in range(ATTEMPTS):
             if found := find():
                 return found
-            self._ask(make, but=409)
+            self._ask(make, allowed=409)
         where = f" in namespace '{self.namespace}'" if self.namespace else ""
         raise DvqError(f"{self} took {what} and does not show it: may you list what is there{where}?")
 
-    def _all(self, ask: Callable[..., Any], what: str, *arguments: Any, **named: Any) -> Iterator[Any]:
+    def _items(self, ask: Callable[..., Any], what: str, *arguments: Any, **named: Any) -> Iterator[Any]:
         """The items on all pages of a list."""
         token: str | None = None
         while True:
@@ -97,19 +97,19 @@ class Kubeflow(Connection):
                 return
 
     def experiment(self, name: str) -> str:
-        """The experiment's id; it is made if it is not there."""
+        """The experiment's id; it is made if missing."""
 
         def find() -> str | None:
             ask = self._experiments.experiment_service_list_experiments
-            found = self._all(ask, "experiments", filter=_named(name), namespace=self.namespace)
-            return next((str(one.experiment_id) for one in found if one.display_name == name), None)
+            experiments = self._items(ask, "experiments", filter=_named(name), namespace=self.namespace)
+            return next((str(item.experiment_id) for item in experiments if item.display_name == name), None)
 
-        made = api.V2beta1Experiment(display_name=name, namespace=self.namespace)
-        make = partial(self._experiments.experiment_service_create_experiment, made)
-        return self._made(f"the experiment '{name}'", find, make)
+        request = api.V2beta1Experiment(display_name=name, namespace=self.namespace)
+        make = partial(self._experiments.experiment_service_create_experiment, request)
+        return self._find_or_make(f"the experiment '{name}'", find, make)
 
     def start(self, name: str, experiment: str, version: tuple[str, str], arguments: dict[str, Any]) -> str:
-        """Start a run; its id."""
+        """Start a run; returns its id."""
         reference = api.V2beta1PipelineVersionReference(
             pipeline_id=version[0], pipeline_version_id=version[1]
         )
@@ -126,24 +126,26 @@ class Kubeflow(Connection):
         """The id of the experiment's latest run that has not ended, if there is one."""
         ask = self._runs.run_service_list_runs
         page = self._ask(ask, experiment_id=experiment, sort_by="created_at desc", page_size=20)
-        return next((str(one.run_id) for one in page.runs or () if one.state in GOING), None)
+        return next((str(run.run_id) for run in page.runs or () if run.state in GOING), None)
 
     def look(self, run: str) -> Run:
         """The run as it is."""
-        found = self._ask(self._runs.run_service_get_run, run)
-        tasks = (found.run_details and found.run_details.task_details) or ()
-        errors = [found.error, *(task.error for task in tasks if task.state == "FAILED")]
-        messages = dict.fromkeys(line(error.message) for error in errors if error and error.message)
-        return Run(run, found.state or "PENDING", tuple(f"{one}{remedy(one)}" for one in messages))
+        response = self._ask(self._runs.run_service_get_run, run)
+        tasks = (response.run_details and response.run_details.task_details) or ()
+        errors = [response.error, *(task.error for task in tasks if task.state == "FAILED")]
+        messages = dict.fromkeys(one_line(error.message) for error in errors if error and error.message)
+        return Run(
+            run, response.state or "PENDING", tuple(f"{message}{remedy(message)}" for message in messages)
+        )
 
-    def begun(self, run: str) -> float:
+    def created_at(self, run: str) -> float:
         """When the run was made, by the cluster's clock [seconds since 1970]."""
-        made: datetime = self._ask(self._runs.run_service_get_run, run).created_at
-        return made.timestamp()
+        created: datetime = self._ask(self._runs.run_service_get_run, run).created_at
+        return created.timestamp()
 
     def cancel(self, run: str) -> None:
         """End the run's pods; DvqError if there is no such run."""
-        if self._ask(self._runs.run_service_terminate_run, run, but=404) is None:
+        if self._ask(self._runs.run_service_terminate_run, run, allowed=404) is None:
             raise DvqError(f"{self} has no run '{run}'; its id is what stands last in its link")
 
     def link(self, run: str) -> str:

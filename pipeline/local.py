@@ -1,9 +1,8 @@
 """The pipeline on this machine, in a process group of its own: by kfp's SubprocessRunner, or its DockerRunner.
 
-The launcher (:mod:`pipeline.submit`) starts ``python -m pipeline.local``, which runs the pipeline; every task
-is a process below it, in the same group, or a container with the launch's label. The launcher keeps the write end of
-this process's standard input open for as long as it lives: when that is closed, however the launcher died, the group
-and the containers end.
+The launcher (:mod:`pipeline.submit`) starts ``python -m pipeline.local``, which runs the pipeline. Tasks are
+processes of its group, or containers with the launch's label. The launcher keeps this process's standard input open
+as long as it lives; when that is closed, however the launcher died, the group and the containers are ended.
 """
 
 import contextlib
@@ -30,25 +29,25 @@ GRACE = 10
 """Seconds between SIGTERM and SIGKILL: time for a checkpoint."""
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-"""The environment that keeps a trial to one thread: several trials share the machine, and the number of threads
-decides the last bits of its results."""
+"""One thread for each trial: several trials share the machine, and the number of threads decides the last bits of
+the results."""
 
 ARGUMENT = 96 << 10
-"""Bytes of an argument as JSON, at most: kfp hands a task all it is given in one word of its command line, and Linux
-takes 128 KiB there."""
+"""Bytes of an argument as JSON, at most: kfp passes a task's inputs in one word of its command line, of which Linux
+takes 128 KiB."""
 
-TRACKING = "from components import tracking; tracking.ensure()"
-"""Makes MLflow's tables once, before several tasks would try; in a process of its own, for mlflow is large."""
+TRACKING = "from components import tracking; tracking.ensure_database()"
+"""Creates MLflow's tables before several tasks would; in a process of its own, since importing MLflow is slow."""
 
 
 def check(folder: Path, arguments: Mapping[str, str]) -> None:
-    """DvqError if kfp cannot run from this folder, or would silently change ``arguments``, or lose a large one."""
+    """DvqError if kfp cannot run from this folder, or would silently change or lose an argument."""
     if " " in sys.executable:
         raise DvqError(
             f"kfp's local runner breaks on the space in Python's path '{sys.executable}'; "
             "move the project to a folder without spaces in its path"
         )
-    # kfp replaces "python3" by the interpreter's path in all that it hands to a task.
+    # kfp replaces "python3" by the interpreter's path in all of a task's command line.
     if "python3" in str(folder):
         raise DvqError(
             f"kfp's local runner would rewrite 'python3' in the path '{folder}' and lose every output; "
@@ -71,11 +70,10 @@ def check(folder: Path, arguments: Mapping[str, str]) -> None:
 def running(
     arguments: Mapping[str, str], jobs: int, folder: Path, profile: Profile | None = None
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """The running pipeline's process, ``jobs`` trials at a time, its log in ``folder``/kfp.log; its tasks are
-    containers if there is a ``profile`` for them.
+    """The process that runs the pipeline, with its log in ``folder``/kfp.log; tasks are containers if there is a
+    ``profile``.
 
-    On leaving, whatever still runs is ended, and the tasks' temporary files are removed: what is worth keeping
-    is in the store.
+    On leaving, what still runs is ended, and the tasks' temporary files are removed.
     """
     work = folder / "work"
     temporary = work / "tmp"
@@ -115,9 +113,9 @@ def running(
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
-    """End ``process`` and all that it started, with GRACE seconds for the tasks; a second Ctrl-C cuts them short.
+    """End ``process`` and all that it started, after at most GRACE seconds for the tasks, or a second Ctrl-C.
 
-    kfp is killed first: it would take a task's death for a failure and start the next task.
+    kfp is killed first: it would take the end of a task for a failure and start the next one.
     """
     try:
         process.kill()
@@ -142,7 +140,8 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 def main() -> None:
-    """The child's side: a line of JSON on standard input says what to run; its end means that the launcher died."""
+    """The child process: it reads the job, a line of JSON, from standard input, whose end means that the launcher
+    died."""
     lifeline = os.fdopen(os.dup(0), "rb")
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)  # the tasks get no standard input
@@ -157,7 +156,7 @@ def main() -> None:
 
 def _end_with_launcher(lifeline: IO[bytes], script: str) -> None:
     lifeline.read()
-    # Becoming a shell ends kfp at once, so that it starts no further task, and keeps the process group.
+    # Replacing this process by a shell ends kfp at once, before it starts another task, and keeps the process group.
     os.execv("/bin/sh", ["sh", "-c", script])
 
 
@@ -170,7 +169,7 @@ def _run(arguments: dict[str, str], jobs: int, folder: Path, profile: Profile | 
 
     lift_cap(jobs)
     warnings.filterwarnings("ignore", message=".*custom or non-Python base image", category=RuntimeWarning)
-    # kfp deletes the workspace that it is given after the run, and leaves one of its own behind if it is killed.
+    # kfp deletes a given workspace after the run, but leaves its default one behind if it is killed.
     root = str(folder / "work/root")
     runner: Any = local.SubprocessRunner(use_venv=False)
     if profile:
@@ -182,7 +181,7 @@ def _run(arguments: dict[str, str], jobs: int, folder: Path, profile: Profile | 
 
 
 def lift_cap(jobs: int) -> None:
-    """Let kfp's local loop run ``jobs`` iterations at a time: it has a fixed cap of 2, set in the constructor."""
+    """Let kfp's local loop run ``jobs`` iterations at a time; its constructor sets a cap of 2."""
     from kfp.local.orchestrator import enhanced_dag_orchestrator as orchestrator
 
     class Uncapped(orchestrator.ParallelExecutor):  # type: ignore[misc]

@@ -9,7 +9,7 @@ from pipeline.local import ONE_THREAD
 from pipeline.profile import TRAINS, Cluster, Profile
 
 LABEL = ("app.kubernetes.io/part-of", "dvq")
-"""of every pod: what k8s/ lets into MLflow and S3"""
+"""of every pod: k8s/ admits pods with it to MLflow and S3"""
 
 
 def settle(task: Any, name: str, profile: Profile, environment: Mapping[str, str]) -> Any:
@@ -17,9 +17,9 @@ def settle(task: Any, name: str, profile: Profile, environment: Mapping[str, str
     cluster = profile.cluster
     assert cluster
     _limits(task, profile, cluster, name in TRAINS)
-    if name != "report":  # a retry would fail again: it fails if a trial is missing
+    if name != "report":  # it fails if a trial is not finished, and would again
         task.set_retry(num_retries=cluster.retries, backoff_duration="30s", backoff_factor=2.0)
-    # Unbuffered: what a pod says is in its log at once, and not lost with it.
+    # Unbuffered, so that a pod's output is in its log before the pod dies.
     for variable, value in {**ONE_THREAD, "PYTHONUNBUFFERED": "1", **environment}.items():
         task.set_env_variable(variable, value)
     for source, variables in cluster.config_maps.items():
@@ -54,9 +54,14 @@ def _limits(task: Any, profile: Profile, cluster: Cluster, trains: bool) -> None
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=profile.shared_memory)
     for key, value in cluster.node_selector.items():
         kubernetes.add_node_selector(task, key, value)
-    for one in cluster.tolerations:
+    for toleration in cluster.tolerations:
         kubernetes.add_toleration(
-            task, one.key or None, one.operator, one.value or None, one.effect or None, one.seconds
+            task,
+            toleration.key or None,
+            toleration.operator,
+            toleration.value or None,
+            toleration.effect or None,
+            toleration.seconds,
         )
     if cluster.timeout:
         kubernetes.set_timeout(task, cluster.timeout)

@@ -1,4 +1,4 @@
-"""Checks before any work: each wrong input is one sentence on standard error and exit status 2."""
+"""Checks before any work: a wrong input ends a command with one sentence on standard error and exit status 2."""
 
 import contextlib
 import errno
@@ -22,19 +22,19 @@ from dvq.sweep import LONGEST, Sweep, load_sweep
 
 SWEEPS = Path(__file__).parent / "sweeps"
 SIGNED = re.compile(r"[?&][^=&]*(signature|sig|token|secret)=", re.IGNORECASE)
-"""in an address that lets in whoever has it"""
-SweepName = Annotated[str, typer.Argument(help="a name in pipeline/sweeps, or a YAML file")]
+"""in an address that is a password itself"""
+SweepName = Annotated[str, typer.Argument(metavar="sweep", help="a name in pipeline/sweeps, or a YAML file")]
 ProfileName = Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")]
 PROFILE = {"docker": "docker", "kfp": "nvidia"}
-"""The profile of each place that has one, unless another is named."""
+"""The default profile of each place that has profiles."""
 
 REFUSED = (errno.EACCES, errno.ENAMETOOLONG)
-"""Errors of the system about a file that the user named; any others, except of a full disk, are bugs."""
+"""Errors about a file that the user named; others, except those of a full disk, are bugs."""
 
 
 @contextlib.contextmanager
-def one_sentence() -> Iterator[None]:
-    """Turn a DvqError, and a disk that is full or cannot be written, into a sentence and exit status 2."""
+def exit_on_error() -> Iterator[None]:
+    """Turn a DvqError, or an error of a disk that is full or not writable, into a sentence and exit status 2."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see pipeline/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack ±; standard error escapes it
@@ -42,58 +42,58 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except DvqError as error:
-        told = str(error)
+        message = str(error)
     except OSError as error:
         if error.errno not in disk.NO_ROOM + REFUSED:
             raise
         place = error.filename or "the disk"
-        mended = "; make room, or set DVQ_STORE to a folder that can be written"
-        told = f"{place}: {error.strerror}" + mended * (error.errno in disk.NO_ROOM)
+        remedy = "; make room, or set DVQ_STORE to a folder that can be written"
+        message = f"{place}: {error.strerror}" + remedy * (error.errno in disk.NO_ROOM)
     else:
         return
-    print(f"error: {told}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def application(*commands: Callable[..., None]) -> typer.Typer:
-    """A program of these commands, which prints every DvqError as its sentence."""
-    made = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    """A program of these commands, which ends with a sentence on a DvqError."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     for command in commands:
-        made.command()(one_sentence()(command))
-    return made
+        app.command()(exit_on_error()(command))
+    return app
 
 
 def outputs() -> Path:
-    """Where logs, and by default the store and MLflow's database, are: ``outputs`` in the current folder."""
+    """The folder of logs, and by default of the store and MLflow's database: ``outputs`` in the current folder."""
     return Path("outputs").absolute()
 
 
 def find_sweep(name: str) -> Sweep:
-    """The sweep of that name in pipeline/sweeps, or in the YAML file at that path, or of the one trial of a file in
-    pipeline/results; its trials are valid."""
+    """The sweep of that name in pipeline/sweeps, in the YAML file at that path, or of the one trial of a file in
+    pipeline/results; DvqError if a trial is not valid."""
     if name.endswith((".yaml", ".yml", ".json")) or "/" in name:
         path = Path(name)
     else:
         path = SWEEPS / f"{name}.yaml"
-        known = sorted(one.stem for one in SWEEPS.glob("*.yaml"))
-        if name not in known:
+        names = sorted(file.stem for file in SWEEPS.glob("*.yaml"))
+        if name not in names:
             raise DvqError(
-                f"no sweep is called '{name}'; known: {', '.join(known)}; or give a file, SWEEP=path.yaml"
+                f"no sweep is called '{name}'; known: {', '.join(names)}; or give a file, SWEEP=path.yaml"
             )
     sweep = sweep_of_results(path) if path.suffix == ".json" else load_sweep(path)
     trials = sweep.trials()
-    for what in ("data", "split"):
-        found = sorted({str(getattr(trial, what)) for trial in trials.values()})
+    for field in ("data", "split"):
+        found = sorted({str(getattr(trial, field)) for trial in trials.values()})
         if len(found) > 1:
             raise DvqError(
-                f"sweep '{sweep.name}': its trials differ in '{what}' ({', '.join(found)}), and do not compare; make "
-                "a sweep for each"
+                f"sweep '{sweep.name}': its trials differ in '{field}' ({', '.join(found)}), and do not compare; "
+                "make a sweep for each"
             )
     return sweep
 
 
 def sweep_of_results(path: Path) -> Sweep:
-    """A sweep of the one trial whose results ``path`` keeps."""
+    """A sweep of the one trial whose results are in ``path``."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))["trial"]
         seed = fields.pop("seed")
@@ -109,9 +109,8 @@ def sweep_of_results(path: Path) -> Sweep:
 
 
 def find_store() -> Store:
-    """The store. The environment variables that lead tasks to it and to MLflow are set, unless they are set
-    already."""
-    from pipeline.stack import Stack  # whose commands are made here
+    """The store. Sets the environment variables that lead tasks to it and to MLflow, unless they are set."""
+    from pipeline.stack import Stack  # which imports this module
 
     home = outputs()
     for name, value in Stack(home / "stack").environment().items():
@@ -135,7 +134,7 @@ def _absolute(folder: str) -> str:
 
 
 def check_begun(sweep: Sweep, store: Store, name: str) -> None:
-    """DvqError if the store has nothing of the sweep, which the user called ``name``: there is nothing to report."""
+    """DvqError if the store has nothing of the sweep, which the user called ``name``."""
     keys = [trial.key() for trial in sweep.trials().values()]
     store.look(keys)
     if all(store.state(key).name == "new" for key in keys):
@@ -164,13 +163,13 @@ def hours(text: str) -> float | None:
 
 
 def check_place(place: str) -> None:
-    known = ("local", *PROFILE)
-    if place not in known:
-        raise DvqError(f"ON = '{place}': a sweep runs ON={', ON='.join(known)}")
+    places = ("local", *PROFILE)
+    if place not in places:
+        raise DvqError(f"ON = '{place}': a sweep runs ON={', ON='.join(places)}")
 
 
 def find_source(source: str, name: str) -> str:
-    """Where the dataset is to come from: DATA, as an absolute path if it is one; a warning if it is given for the
+    """The source of the dataset: DATA, as an absolute path if it is a path. Prints a warning if it is given for the
     sample, which needs none."""
     if tracking.redacted(source) != source or SIGNED.search(source):
         raise DvqError(

@@ -1,4 +1,4 @@
-"""A profile: what a sweep's tasks may take, and the image they run, in the place where they run."""
+"""A profile: the limits and the image of a sweep's tasks in the place where they run."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,14 +39,14 @@ class Toleration(_Strict):
 
 
 class Light(_Strict):
-    """What plan, prepare_data, analyze and report take, which need no GPU."""
+    """The limits of plan, prepare_data, analyze and report, which need no GPU."""
 
     cpu: float = Field(1, gt=0)
     memory: Size = "4Gi"
 
 
 class Cluster(_Strict):
-    """Where Kubeflow Pipelines is, and what its pods are given there beside the profile's limits."""
+    """The address of Kubeflow Pipelines, and the settings of its pods beside the profile's limits."""
 
     host: str = ""
     """KFP's address, https://kubeflow.example.org/pipeline; KFP_HOST in the environment wins"""
@@ -71,13 +71,13 @@ class Cluster(_Strict):
     node_selector: dict[str, str] = {}
     """of the pods that use a GPU, or, without GPUs, that train and evaluate"""
     tolerations: list[Toleration] = []
-    """of the same"""
+    """of the same pods"""
     light: Light = Light()
     limit: int = Field(128, ge=1)
     """trials of one run, at most; the next run goes on. Argo keeps a run's state in an object of 1 MiB and ends a run
-    that outgrows it; a trial takes about 4 KiB of that, reckoned from the compiled pipeline and not measured"""
+    that outgrows it; a trial takes about 4 KiB of it, estimated from the compiled pipeline, not measured"""
     retries: int = Field(2, ge=0)
-    """of a task whose pod fails; KFP 2.17 leaves them out in the loop over trials, where the store goes on"""
+    """of a task whose pod fails; KFP 2.17 ignores them in the loop over trials, where the store goes on"""
     timeout: int | None = Field(None, ge=60)
     """seconds for a task that trains or evaluates"""
     ttl: int | None = Field(None, ge=0)
@@ -87,7 +87,7 @@ class Cluster(_Strict):
     labels: dict[str, str] = {}
     """of every pod; Kueue's priority is one, kueue.x-k8s.io/priority-class"""
     annotations: dict[str, str] = {}
-    """of the pods that train and evaluate: what keeps an autoscaler from moving them"""
+    """of the pods that train and evaluate, such as one that keeps an autoscaler from moving them"""
     user: int = Field(10001, ge=1)
     """the numeric user and group of the containers"""
 
@@ -100,13 +100,13 @@ class Profile(_Strict):
     shared_memory: Size | None = None
     """of /dev/shm"""
     gpu: int = Field(0, ge=0)
-    """of a pod; a container sees all of the machine's, over which trials spread, unless this is 0"""
+    """of a pod; a container sees all GPUs of the machine, over which trials spread, unless this is 0"""
     parallelism: int = Field(2, ge=1, le=JOBS)
     """trials at a time, unless JOBS says it"""
     image: str = ""
     """another image than the one that `make image` builds of this checkout"""
     images_per_second: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """measured here, by estimator: for the forecast of trials that have no finished one like them"""
+    """measured here, by estimator: for the forecast of trials of which no similar one is finished"""
     budget: float | None = Field(None, gt=0)
     """hours of GPUs (or of CPUs, where there are none) that a forecast must not exceed; BUDGET wins"""
     cluster: Cluster | None = None
@@ -119,7 +119,7 @@ def find_profile(name: str) -> Profile:
     try:
         return Profile.model_validate(yaml.load(path.read_text(encoding="utf-8"), Loader) or {})
     except OSError as error:
-        known = ", ".join(sorted(one.stem for one in PROFILES.glob("*.yaml")))
+        known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
         raise DvqError(f"PROFILE = '{name}': {error.strerror}; known: {known}; or give a file") from None
     except ValidationError as error:
         first = error.errors()[0]

@@ -1,4 +1,4 @@
-"""What one sees of a running sweep: a live table in a terminal, plain lines elsewhere, and where TERM is dumb.
+"""The display of a running sweep: a live table in a terminal, plain lines elsewhere and where TERM is dumb.
 
 Both are drawn from the events that the tasks append to the trials' folders in the store.
 """
@@ -25,10 +25,9 @@ STYLES = {WAITING: "dim", FINISHED: "green", FAILED: "red"}
 LOOK = 0.5
 """Seconds between two looks at the events."""
 MARGIN = 3
-"""Columns that the live table leaves free: otherwise the ^C that a terminal prints would break a line and spoil
-it."""
+"""Columns that the live table leaves free for the ^C that a terminal prints, which would break its last line."""
 REASONS, LONGEST = 2, 120
-"""Failures whose reasons stand under the live table, and characters of each."""
+"""Failures whose reasons are shown under the live table, and characters of each, at most."""
 NUMBERS = 45
 """Columns of the live table beside the names and the steps."""
 
@@ -50,7 +49,7 @@ class Row:
     began: float = 0.0
     at: float = 0.0
     news: list[str] = field(default_factory=list)
-    """what happened since it was last emptied, in plain words"""
+    """what happened since this was last emptied, in words"""
 
     def update(self, since: float) -> None:
         """Take in what happened after the time ``since`` [seconds since 1970]."""
@@ -61,10 +60,10 @@ class Row:
     def _take(self, event: dict[str, Any]) -> None:
         if event["kind"] == "state":
             self.state = event["state"]
-            if self.state == "training":  # perhaps once more, after it lay still
+            if self.state == "training":  # perhaps again, after an interruption
                 self.began, self.base = event["time"], self.step
-            known = self.state == FINISHED and self.bits_per_dim
-            self.news.append(f"{FINISHED}: {self.bits_per_dim:.3f} bits/dim" if known else self.state)
+            has_result = self.state == FINISHED and self.bits_per_dim
+            self.news.append(f"{FINISHED}: {self.bits_per_dim:.3f} bits/dim" if has_result else self.state)
         elif event["kind"] == "failure":
             self.state, self.reason = FAILED, event["reason"]
             self.news.append(f"{FAILED}: {self.reason}")
@@ -72,7 +71,7 @@ class Row:
             self._measure(event["step"], event["values"], event["time"])
 
     def _measure(self, step: int, values: dict[str, float], at: float) -> None:
-        if self.state == WAITING or step < self.base:  # it was under way before we looked
+        if self.state == WAITING or step < self.base:  # it began before we looked
             self.state, self.began, self.base = "training", at, step
         self.step, self.at = step, at
         self.images_per_second = values.get("images_per_second", self.images_per_second)
@@ -80,8 +79,8 @@ class Row:
         if evaluated is not None:
             self.bits_per_dim, self.evaluated = evaluated, True
             speed = f", {self.images_per_second:.0f} images/s" if self.images_per_second else ""
-            left = f", {clock(self.seconds_left())} left" if self.seconds_left() else ""
-            self.news.append(f"step {step}/{self.trial.steps}: {evaluated:.3f} bits/dim{speed}{left}")
+            remaining = f", {clock(self.seconds_left())} left" if self.seconds_left() else ""
+            self.news.append(f"step {step}/{self.trial.steps}: {evaluated:.3f} bits/dim{speed}{remaining}")
         elif not self.evaluated:
             self.bits_per_dim = values.get("train/bits_per_dim", self.bits_per_dim)
 
@@ -143,26 +142,28 @@ class PlainLines:
 
 
 def table(rows: list[Row], note: str, jobs: int, elapsed: float, height: int, width: int) -> Table:
-    """The rows as a table of at most ``height`` lines: running trials first, then failed ones, whose reasons stand
-    under it. If it is too wide for ``width``, names lose their middles; numbers stay whole."""
-    made = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", caption_style="")
-    made.add_column("trial", no_wrap=True)
-    made.add_column("state")  # the one that gives way
+    """The rows as a table of at most ``height`` lines: running trials first, then failed ones, with their reasons
+    under the table. Where ``width`` is too small, names are shortened, not numbers."""
+    drawn = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", caption_style="")
+    drawn.add_column("trial", no_wrap=True)
+    drawn.add_column("state")  # the only one that wraps
     for title in ("step", "images/s", "bits/dim", "time left"):
-        made.add_column(title, justify="right", no_wrap=True)
+        drawn.add_column(title, justify="right", no_wrap=True)
     shown = rows if len(rows) <= height else sorted(rows, key=_urgency)[: height - 1]
     now, longest = time.time(), max((len(f"{row.trial.steps}/{row.trial.steps}") for row in rows), default=0)
     for row in shown:
-        cut = _cells(row, now, width - NUMBERS - longest)
-        cells = (Text(cell, no_wrap=True, overflow="ellipsis") for cell in cut)
-        made.add_row(*cells, style=STYLES.get(row.state, ""))
+        texts = _cells(row, now, width - NUMBERS - longest)
+        cells = (Text(text, no_wrap=True, overflow="ellipsis") for text in texts)
+        drawn.add_row(*cells, style=STYLES.get(row.state, ""))
     if len(shown) < len(rows):
-        made.add_row(f"… {len(rows) - len(shown)} more", style="dim")
+        drawn.add_row(f"… {len(rows) - len(shown)} more", style="dim")
     failed = [row for row in rows if row.state == FAILED]
-    told = [f"{shorten(row.name, 30)}: {row.reason}" for row in failed[:REASONS]]
-    reasons = "".join(f"\n{one if len(one) <= LONGEST else one[: LONGEST - 1] + '…'}" for one in told)
-    made.caption = Text(_caption(rows, note, jobs, elapsed, now) + reasons)
-    return made
+    reasons = [f"{shorten(row.name, 30)}: {row.reason}" for row in failed[:REASONS]]
+    reason_text = "".join(
+        f"\n{reason if len(reason) <= LONGEST else reason[: LONGEST - 1] + '…'}" for reason in reasons
+    )
+    drawn.caption = Text(_caption(rows, note, jobs, elapsed, now) + reason_text)
+    return drawn
 
 
 def _urgency(row: Row) -> int:
@@ -170,8 +171,8 @@ def _urgency(row: Row) -> int:
 
 
 def shorten(name: str, width: int) -> str:
-    """``name`` without its middle if it is longer than ``width`` (at least 16): the ends tell trials apart, and so
-    does the seed if something follows it."""
+    """``name`` without its middle if it is longer than ``width`` (at least 16); its end, and a seed that something
+    follows, tell trials apart and stay."""
     width = max(width, 16)
     if len(name) <= width:
         return name
@@ -182,7 +183,7 @@ def shorten(name: str, width: int) -> str:
 
 
 def _cells(row: Row, now: float, width: int) -> Iterable[str]:
-    left = row.seconds_left(now)
+    seconds = row.seconds_left(now)
     speed, bits = row.images_per_second, row.bits_per_dim
     return (
         shorten(row.name, width),
@@ -190,27 +191,27 @@ def _cells(row: Row, now: float, width: int) -> Iterable[str]:
         f"{row.step}/{row.trial.steps}" if row.step else "",
         f"{speed:.0f}" if speed and row.state not in (FINISHED, FAILED) else "",
         (f"{bits:.3f}" if bits < 1000 else f"{bits:.2g}") + " train" * (not row.evaluated) if bits else "",
-        clock(left),
+        clock(seconds),
     )
 
 
 def _caption(rows: list[Row], note: str, jobs: int, elapsed: float, now: float) -> str:
     counts = Counter(row.state for row in rows)
-    told = ", ".join(f"{count} {state}" for state, count in counts.items())
-    left = sweep_seconds_left(rows, jobs, now)
-    ends = f" · about {clock(left)} left" if left else ""
-    return f"{told} · {clock(elapsed)} gone{ends}" + (f"\n{note}" if note else "")
+    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    seconds = sweep_seconds_left(rows, jobs, now)
+    remaining = f" · about {clock(seconds)} left" if seconds else ""
+    return f"{states} · {clock(elapsed)} gone{remaining}" + (f"\n{note}" if note else "")
 
 
 def sweep_seconds_left(rows: list[Row], jobs: int, now: float) -> float | None:
-    """A guess from the running trials: waiting ones will take as long per step as the mean of these."""
-    moving = [(row, left) for row in rows if (left := row.seconds_left(now)) is not None]
-    if not moving:
+    """A guess: waiting trials will take as long per step as the running ones do on average."""
+    running = [(row, seconds) for row in rows if (seconds := row.seconds_left(now)) is not None]
+    if not running:
         return None
-    per_step = fmean((row.at - row.began) / (row.step - row.base) for row, _ in moving)
+    per_step = fmean((row.at - row.began) / (row.step - row.base) for row, _ in running)
     waiting = sum((row.trial.steps - row.base) * per_step for row in rows if row.state == WAITING)
-    running = [left for _, left in moving]
-    return max(max(running), (sum(running) + waiting) / jobs)
+    remaining = [seconds for _, seconds in running]
+    return max(max(remaining), (sum(remaining) + waiting) / jobs)
 
 
 def clock(seconds: float | None) -> str:

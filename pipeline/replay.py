@@ -1,4 +1,4 @@
-"""Bring MLflow up to date with a sweep, whatever it had or lost: ``python -m pipeline.replay SWEEP``."""
+"""Bring MLflow up to date with a sweep, even after it lost data: ``python -m pipeline.replay SWEEP``."""
 
 import os
 
@@ -6,19 +6,19 @@ from components import reports, tracking
 from pipeline import preflight, tracker
 
 
-def replay(sweep: preflight.SweepName = "smoke") -> None:
-    """Send MLflow all that it lacks of a sweep; exit status 1 if it could not take it."""
-    found = preflight.find_sweep(sweep)
+def replay(name: preflight.SweepName = "smoke") -> None:
+    """Send MLflow all that it lacks of a sweep; exit status 1 if that fails."""
+    sweep = preflight.find_sweep(name)
     store = preflight.find_store()
-    preflight.check_begun(found, store, sweep)
+    preflight.check_begun(sweep, store, name)
     tracker.require()
-    tracking.ensure()
-    sent = reports.track(found, store, anew=True)
-    reports.write(found, store, anew=True)
+    tracking.ensure_database()
+    sent = reports.track(sweep, store, anew=True)
+    reports.write(sweep, store, anew=True)
     uri = tracking.redacted(os.environ["MLFLOW_TRACKING_URI"])
-    unfinished = len(found.trials()) - len(sent)
-    rest = f"; {unfinished} unfinished, which are sent when they go on" if unfinished else ""
-    print(f"{sum(sent.values())} of {len(sent)} trials are up to date in MLflow at {uri}{rest}")
+    unfinished = len(sweep.trials()) - len(sent)
+    unfinished_text = f"; {unfinished} unfinished, which are sent when they go on" if unfinished else ""
+    print(f"{sum(sent.values())} of {len(sent)} trials are up to date in MLflow at {uri}{unfinished_text}")
     raise SystemExit(0 if all(sent.values()) else 1)
 
 

@@ -8,17 +8,17 @@ from components import reports, tracking
 from pipeline import conclusion, preflight
 
 
-def report(sweep: preflight.SweepName = "smoke") -> None:
-    """Write a sweep's report again; exit status 1 if a trial of it is not finished."""
-    found = preflight.find_sweep(sweep)
+def report(name: preflight.SweepName = "smoke") -> None:
+    """Write a sweep's report again; exit status 1 if one of its trials is not finished."""
+    sweep = preflight.find_sweep(name)
     store = preflight.find_store()
-    preflight.check_begun(found, store, sweep)
+    preflight.check_begun(sweep, store, name)
     console = Console()
-    failures = conclusion.show(found, found.trials(), store, console)
-    with suppress(Exception):  # what ails MLflow's file is said below, and the report is written all the same
-        tracking.ensure()
-    reports.write(found, store)
-    conclusion.where(found, store, console)
+    failures = conclusion.show(sweep, sweep.trials(), store, console)
+    with suppress(Exception):  # reports.write prints what is wrong with MLflow's file, and writes the report
+        tracking.ensure_database()
+    reports.write(sweep, store)
+    conclusion.show_places(sweep, store, console)
     raise SystemExit(1 if failures else 0)
 
 

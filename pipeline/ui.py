@@ -14,7 +14,7 @@ from pipeline.services import HOST
 from pipeline.stack import Stack
 
 FORM = "?workflowType=machine_learning"
-"""asks for MLflow's pages for training rather than for language models"""
+"""selects MLflow's pages for training rather than for language models"""
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -24,31 +24,30 @@ QUIET = {
 
 
 def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> None:
-    """Print where MLflow's pages are; serve them if no server does."""
+    """Print the address of MLflow's pages; serve them if no server does."""
     home = preflight.outputs()
     if "MLFLOW_TRACKING_URI" not in os.environ:
         os.environ.update(Stack(home / "stack").environment())
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
     tracker.require()
     if uri.startswith("http"):
-        print(f"{uri.rstrip('/')}/{_start()}")
+        print(f"{uri.rstrip('/')}/{_start_page()}")
         return
     file = tracking.database()
     if file and not file.exists():
         raise DvqError(f"there is no {file}, for no sweep was tracked in it yet: make submit-sweep")
     _check_port(port)
-    tracking.ensure()
-    print(f"MLflow on {file or uri}; Ctrl-C ends it\nhttp://{HOST}:{port}/{_start()}", flush=True)
+    tracking.ensure_database()
+    print(f"MLflow on {file or uri}; Ctrl-C ends it\nhttp://{HOST}:{port}/{_start_page()}", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     command += ["--host", HOST, "--port", port, "--workers", "1", "--uvicorn-opts", "--log-level warning"]
     os.execve(sys.executable, command, {**os.environ, **QUIET})
 
 
-def _start() -> str:
-    """The page of the latest sweep's runs: a click in the list of experiments would lead to MLflow's pages for
-    language models."""
-    found = tracking.newest()
-    return f"#/experiments/{found}/runs{FORM}" if found else f"#/experiments{FORM}"
+def _start_page() -> str:
+    """The page of the latest sweep's runs; from the list of experiments MLflow leads to pages for language models."""
+    experiment = tracking.newest_experiment()
+    return f"#/experiments/{experiment}/runs{FORM}" if experiment else f"#/experiments{FORM}"
 
 
 def _check_port(port: str) -> None:

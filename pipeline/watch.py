@@ -1,4 +1,4 @@
-"""Watching a sweep that starts or is under way: its rows, from the store, are shown until it ends."""
+"""Show the progress of a sweep, from the store, until it ends."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -41,49 +41,49 @@ class Job:
 
 
 def remove(job: Job) -> None:
-    """Remove the sweep's trials from the store, say which, and begin anew those that would otherwise go on from
-    shorter ones."""
+    """Remove the sweep's trials from the store, print which, and begin those that would go on from shorter ones, so
+    that they do not."""
     removed = [name for name, trial in job.trials.items() if job.store.has(trial.key(), "trial.json")]
-    for name in removed:  # while all are there
+    for name in removed:  # DvqError for one at work, before any is removed
         with job.store.idle(job.trials[name].key()):
             pass
     for name in removed:
         job.store.remove(job.trials[name].key())
     print(f"removed from {job.store.place}: {', '.join(removed) or 'nothing'}")
     for name, trial in job.trials.items():
-        if job.store.reached(trial):
+        if job.store.reached_step(trial):
             with job.store.working(trial.key()) as work:
                 begin(work.folder, trial, name)
     job.store.look(job.keys())
 
 
 def rows(job: Job) -> list[Row]:
-    """The trials as the store has them."""
+    """A row for each trial, as the store has it."""
     return [_row(name, trial, job.store) for name, trial in job.trials.items()]
 
 
 def _row(name: str, trial: Trial, store: Store) -> Row:
     row = Row(name, trial, Tail(store.trial(trial.key())))
-    found = store.finished(trial)
-    if found:
-        row.state, row.step, row.bits_per_dim = FINISHED, trial.steps, found["evaluation"]["bits_per_dim"]
+    results = store.finished(trial)
+    if results:
+        row.state, row.step, row.bits_per_dim = FINISHED, trial.steps, results["evaluation"]["bits_per_dim"]
         row.news.append(f"{FINISHED} before: {row.bits_per_dim:.3f} bits/dim")
     else:
-        row.step = row.base = store.reached(trial)
+        row.step = row.base = store.reached_step(trial)
     return row
 
 
 def watch(
     job: Job, shown: list[Row], since: float, console: Console, look: Callable[[], tuple[bool, str]]
 ) -> None:
-    """Show the trials' progress, from what happened after the time ``since``, until ``look`` returns that all has
-    ended; it also returns a note on what is going on apart from them."""
+    """Show the trials' progress after the time ``since``, until ``look`` returns True; it also returns a note on what
+    else is going on."""
     screen = LiveTable(console, job.jobs) if console.is_interactive else PlainLines(console)
     with screen:
         while True:
             ended, note = look()
             for row in shown:
-                if row.state != FINISHED:  # finished ones have no more news, and there may be a thousand
+                if row.state != FINISHED:  # these have no more news, and there may be a thousand
                     row.update(since)
             screen.show(shown, "" if ended else note)
             if ended:

@@ -31,8 +31,8 @@ def analyze(
     """
     from pathlib import Path
 
-    from components import judging, sentences
+    from components import exit_on_error, judging
 
-    given = Path(data.path), Path(model.path), Path(evaluation.path)
-    with sentences():
-        judging.analyze(*given, Path(analysis.path), experiment, record_failure)
+    inputs = Path(data.path), Path(model.path), Path(evaluation.path)
+    with exit_on_error():
+        judging.analyze(*inputs, Path(analysis.path), experiment, record_failure)

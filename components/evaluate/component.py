@@ -25,9 +25,9 @@ def evaluate(
     """
     from pathlib import Path
 
-    from components import judging, sentences
+    from components import exit_on_error, judging
 
-    with sentences():
-        found = judging.evaluate(Path(data.path), Path(model.path), Path(evaluation.path), record_failure)
-        for name, value in found.items():
+    with exit_on_error():
+        numbers = judging.evaluate(Path(data.path), Path(model.path), Path(evaluation.path), record_failure)
+        for name, value in numbers.items():
             evaluation.log_metric(name, value)

@@ -17,12 +17,12 @@ def plan(sweep: str, limit: int = 0, experiment: str = "") -> list[str]:
     Returns:
         Output: one text a trial: ``estimator=gs-soft num_codes=512 seed=0``.
     """
-    from components import sentences, trials
+    from components import exit_on_error, trials
     from dvq.config import overrides
     from dvq.sweep import read_sweep
 
-    with sentences():
-        checked = read_sweep(sweep)
-        points = trials.unfinished(checked, limit, experiment)
-    print(f"{len(points)} of {len(checked.points())} trials to do now")
+    with exit_on_error():
+        parsed = read_sweep(sweep)
+        points = trials.unfinished(parsed, limit, experiment)
+    print(f"{len(points)} of {len(parsed.points())} trials to do now")
     return [overrides(point) for point in points]

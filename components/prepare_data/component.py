@@ -21,9 +21,9 @@ def prepare_data(name: str, data: Output[Dataset], source: str = ""):
     """
     from pathlib import Path
 
-    from components import datasets, sentences
+    from components import datasets, exit_on_error
 
-    with sentences():
+    with exit_on_error():
         info = datasets.prepare(name, source, Path(data.path))
-    told = ("name", "label", "fingerprint", "train", "tune", "test")
-    data.metadata.update({key: info[key] for key in told})
+    described = ("name", "label", "fingerprint", "train", "tune", "test")
+    data.metadata.update({key: info[key] for key in described})

@@ -18,7 +18,7 @@ def report(sweep: str, page: Output[HTML]):
     """
     from pathlib import Path
 
-    from components import reports, sentences
+    from components import exit_on_error, reports
 
-    with sentences():
+    with exit_on_error():
         reports.report(sweep, Path(page.path))

@@ -30,8 +30,8 @@ def train(
     """
     from pathlib import Path
 
-    from components import sentences, trials
+    from components import exit_on_error, trials
 
-    with sentences():
-        told = trials.train(trial, base, Path(data.path), Path(model.path), experiment, record_failure)
-        model.metadata.update(told)
+    with exit_on_error():
+        metadata = trials.train(trial, base, Path(data.path), Path(model.path), experiment, record_failure)
+        model.metadata.update(metadata)

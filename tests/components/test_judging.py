@@ -77,6 +77,9 @@ def test_other_weights_do_not_get_the_trials_numbers(
     (store.trial(one.key()) / "results.json").unlink()
     with pytest.raises(DvqError, match="the evaluation is of other weights"):
         judging.analyze(prepared, tmp_path / "model", tmp_path / "theirs", tmp_path / "analysis", "")
+    write_json(tmp_path / "theirs", numbers)  # which does not say what it is of
+    with pytest.raises(DvqError, match="the evaluation is of other data"):
+        judging.analyze(prepared, tmp_path / "model", tmp_path / "theirs", tmp_path / "analysis", "")
     assert not store.has(one.key(), "results.json")
 
 
@@ -152,7 +155,7 @@ def test_a_number_that_is_not_finite_is_no_metric_and_no_champion(
     results["evaluation"]["bits_per_dim"] = math.nan
     write_json(store.trial(first) / "results.json", results)
     crowned: list[str] = []
-    monkeypatch.setattr(tracking, "champion", lambda _, __, best: crowned.append(best["key"]))
+    monkeypatch.setattr(tracking, "set_champion", lambda _, __, best: crowned.append(best["key"]))
     reports.report(sweep.model_dump_json())
     assert crowned == [second]
 

@@ -60,7 +60,7 @@ def test_an_old_trial_has_its_key_and_state(store: Store, options: dict[str, Any
     document = json.loads((store.trial(asked.key()) / "trial.json").read_text(encoding="utf-8"))
     assert trial(document["trial"]).key() == document["key"] == asked.key()
     assert store.state(asked.key()).name == state
-    assert store.reached(asked) == max(checkpoint.steps(store.trial(asked.key()))) > 0
+    assert store.reached_step(asked) == max(checkpoint.steps(store.trial(asked.key()))) > 0
 
 
 def test_old_results_are_reported(store: Store) -> None:
@@ -86,7 +86,7 @@ def test_an_old_interrupted_trial_goes_on_and_finishes(
     store: Store, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = trial(BASE | INTERRUPTED)
-    folder, step = store.trial(one.key()), store.reached(one)
+    folder, step = store.trial(one.key()), store.reached_step(one)
     known = [event for event in events.read(folder) if event["kind"] == "metrics"]
     train(one, data.load(prepared), folder)
     assert f"going on from step {step}" in capsys.readouterr().out

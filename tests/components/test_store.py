@@ -1,6 +1,7 @@
 """A folder store among several processes."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -109,7 +110,7 @@ def test_a_trial_goes_on_from_the_furthest_checkpoint_that_is_not_beyond_its_end
         begin(store.trial(one.key()), one, "name")
         for step in steps:
             checkpoint.write(store.trial(one.key()), step, {}, {"events": {}})
-    begin(store.trial(short.key()), short, "name", store.shorter(short))
+    begin(store.trial(short.key()), short, "name", store.shorter_trial(short))
     assert store.steps(short.key()) == [6]
 
 
@@ -143,6 +144,13 @@ def test_why_a_shorter_trial_cannot_be_copied(tmp_path: Path, monkeypatch: pytes
 def test_a_manifest_that_no_trial_has_is_damaged(told: dict[str, Any]) -> None:
     with pytest.raises(DvqError, match=r"m is damaged \(.*\); remove it to have all of it made anew"):
         parse(Manifest(**told).content(), "m")
+
+
+def test_a_manifest_without_its_hash_is_damaged() -> None:
+    fields = json.loads(Manifest().content())
+    del fields["sha256"]
+    with pytest.raises(DvqError, match="m is damaged"):
+        parse(json.dumps(fields).encode(), "m")
 
 
 def test_a_manifest_nested_without_end_is_damaged() -> None:
@@ -190,7 +198,7 @@ def test_a_report_that_has_no_room_is_one_sentence(store: Store, monkeypatch: py
 def test_reports_of_one_sweep_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each removes the figures that are there before it draws its own, and a replay what is noted of it."""
     forgotten: list[Any] = []
-    monkeypatch.setattr(reports.tracking, "forget", lambda *told: forgotten.append(told))
+    monkeypatch.setattr(reports.tracking, "unmark_sent", lambda *told: forgotten.append(told))
     sweep, store = (
         Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft"]}),
         Store(tmp_path),

@@ -110,7 +110,7 @@ def test_a_moved_folder_has_the_same_runs_and_models(
     def work_in(outputs: Path) -> tracking.TrialRun:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{outputs}/mlflow.db")
         monkeypatch.setenv("DVQ_STORE", str(outputs / "store"))
-        tracking.ensure()
+        tracking.ensure_database()
         return tracking.TrialRun(outputs / "store" / "trial", "sweep")
 
     old, new = tmp_path / "old", tmp_path / "new"
@@ -169,7 +169,7 @@ def test_a_finished_trials_numbers_are_on_its_run_and_its_model(
     assert f'dvq.load("models:/{output.model_id}")' in said
 
 
-@pytest.mark.parametrize("what", ["score", "note"])
+@pytest.mark.parametrize("what", ["send_scores", "note"])
 def test_a_run_is_finished_when_all_is_there_and_not_before(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,9 +227,9 @@ def test_a_long_report_has_room_in_mlflows_database_and_is_known(tmp_path: Path)
     rows = [f"| trial {number} " + "| 7.000 " * 6 + "|" for number in range(200)]
     note = "\n".join(["What it is.", "", *rows])
     for last in ("", "\none more"):
-        assert not tracking.known(page, "sweep", note + last)
-        tracking.report("sweep", page, note + last, failed=False)
-        assert tracking.known(page, "sweep", note + last)
+        assert not tracking.is_sent(page, "sweep", note + last)
+        tracking.send_report("sweep", page, note + last, failed=False)
+        assert tracking.is_sent(page, "sweep", note + last)
     (run,) = runs()
     said = run.data.tags["mlflow.note.content"].splitlines()
     assert 7800 < len("\n".join(said)) < 8000
@@ -244,13 +244,13 @@ def test_a_report_that_does_not_arrive_costs_not_the_earlier_one(
 
     page = tmp_path / "report"
     page.mkdir()
-    tracking.report("sweep", page, "first", failed=False)
+    tracking.send_report("sweep", page, "first", failed=False)
     for what in ("create_run", "log_artifacts"):
         with monkeypatch.context() as patch:
             patch.setattr(MlflowClient, what, lambda *_, **__: 1 / 0)
-            tracking.report("sweep", page, "second", failed=False)
+            tracking.send_report("sweep", page, "second", failed=False)
         assert "first" in [run.data.tags["mlflow.note.content"] for run in runs()]
-    tracking.report("sweep", page, "second", failed=False)
+    tracking.send_report("sweep", page, "second", failed=False)
     assert [run.data.tags["mlflow.note.content"] for run in runs()] == ["second"]
 
 
@@ -330,7 +330,7 @@ def test_stores_on_one_server_leave_each_others_runs_alone(
         folder, _ = folder_with(tmp_path / name, 1)
         (tmp_path / name / "report").mkdir(exist_ok=True)
         tracking.TrialRun(folder, "sweep").sync()
-        tracking.report("sweep", tmp_path / name / "report", f"{name}: {len(found)}", failed=False)
+        tracking.send_report("sweep", tmp_path / name / "report", f"{name}: {len(found)}", failed=False)
         found[name] = json.loads((folder / "trial.json").read_text())["attempt"]
     tags = [run.data.tags for run in runs()]
     assert {one["dvq.attempt"] for one in tags if "dvq.attempt" in one} == set(found.values())
@@ -384,8 +384,8 @@ def test_two_sweeps_each_have_the_trial_that_they_share(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from components.tracking import TrialRun, ensure
-ensure()
+from components.tracking import TrialRun, ensure_database
+ensure_database()
 run = TrialRun(Path(sys.argv[1]), "sweep")
 sys.exit(not any(run.sync() for _ in range(20)))
 """
@@ -536,9 +536,9 @@ def test_a_model_of_no_mlflow_is_refused_and_no_database_made(uri: str, told: st
 
 def test_no_password_is_noted_or_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow.example.org:5000")
-    tracking.remember(tmp_path, "sweep")
+    tracking.mark_sent(tmp_path, "sweep")
     assert read_json(tmp_path / "tracked.json") == {"http://mlflow.example.org:5000 sweep": "finished"}
-    assert tracking.told(OSError("http://me:secret@h/x is away")) == "http://h/x is away"
+    assert tracking.explanation(OSError("http://me:secret@h/x is away")) == "http://h/x is away"
 
 
 def test_no_uri_means_no_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,12 +552,12 @@ def test_the_newest_experiment_is_that_of_the_run_that_began_last(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = tracking.client()
-    assert tracking.newest() == ""
+    assert tracking.newest_experiment() == ""
     first, second = (tracking.experiment_id(server, name) for name in ("first", "second"))
     for at, experiment in ((2000, first), (1000, second)):
         server.create_run(experiment, at, {"dvq.store": ""})
     server.create_run(second, 3000)  # somebody else's
-    assert tracking.newest() == first
+    assert tracking.newest_experiment() == first
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    assert tracking.newest() == ""
+    assert tracking.newest_experiment() == ""
     assert "http://127.0.0.1:1 does not answer" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dvq
-from components import judging, sentences, tracking, trials
+from components import exit_on_error, judging, tracking, trials
 from components.folder import State, begin, read_json, state, write_json
 from components.store import Store
 from dvq import DvqError, events, failures, goodput
@@ -88,11 +88,11 @@ def test_what_is_wrong_with_a_trial_is_one_sentence(
 
 
 def test_a_component_ends_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, sentences():
+    with pytest.raises(SystemExit) as ended, exit_on_error():
         raise DvqError("what is wrong; what to do")
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: what is wrong; what to do\n"
-    with pytest.raises(ZeroDivisionError), sentences():
+    with pytest.raises(ZeroDivisionError), exit_on_error():
         raise ZeroDivisionError
 
 
@@ -142,10 +142,10 @@ def test_a_finished_trial_that_its_experiment_lacks_is_in_the_plan(
     (one,) = sweep.trials().values()
     begin(store.trial(one.key()), one, "x")
     write_json(store.trial(one.key()) / "results.json", {})
-    tracking.remember(store.trial(one.key()), "another")
+    tracking.mark_sent(store.trial(one.key()), "another")
     assert trials.unfinished(sweep, experiment="s") == sweep.points()
     assert trials.unfinished(sweep) == [], "where nothing is to be tracked"
-    tracking.remember(store.trial(one.key()), "s")
+    tracking.mark_sent(store.trial(one.key()), "s")
     assert trials.unfinished(sweep, experiment="s") == []
 
 
@@ -153,7 +153,7 @@ def test_a_longer_trial_goes_on_from_a_shorter_one(store: Store, prepared: Path,
     """And comes to the same as if it had been asked for at once."""
     run("estimator=vq-ema", prepared, tmp_path / "short")
     long = {**BASE, "estimator": "vq-ema", "steps": 8}
-    assert store.reached(trial(long)) == 4
+    assert store.reached_step(trial(long)) == 4
     run("estimator=vq-ema steps=8", prepared, tmp_path / "long")
     folder = store.trial(trial(long).key())
     assert goodput.read(folder) == {"attempts": 1, "steps_lost": 0, "seconds_lost": 0.0}
@@ -197,7 +197,7 @@ def test_the_end_of_the_shorter_trial_is_not_the_longer_ones(
     short, long = (trial({**BASE, "estimator": "vq-ema", "steps": steps}) for steps in (4, 8))
     told = [event.get("state") for event in events.read(store.trial(short.key()))]
     assert told[-1] == "finished"
-    begin(store.trial(long.key()), long, "long", store.shorter(long))
+    begin(store.trial(long.key()), long, "long", store.shorter_trial(long))
     told = [event.get("state") for event in events.read(store.trial(long.key()))]
     assert "finished" not in told
     assert "evaluating" not in told
@@ -223,7 +223,7 @@ def test_what_is_wrong_with_a_shorter_trial_is_the_longer_ones_failure(
 
     shutil.rmtree(long / "model")
     (long / "results.json").unlink()
-    monkeypatch.setattr(Store, "shorter", lambda *_: 1 / 0)
+    monkeypatch.setattr(Store, "shorter_trial", lambda *_: 1 / 0)
     run("estimator=vq-ema steps=8", prepared, tmp_path / "its own")
     assert state(long).name == "finished"
 

@@ -39,7 +39,7 @@ def client() -> Iterator[docker.DockerClient]:
 @pytest.fixture(scope="session")
 def tag(client: docker.DockerClient) -> str:
     made = image.content().tag()
-    assert image.has(client, made), f"{made} is not there: make image"
+    assert image.has_image(client, made), f"{made} is not there: make image"
     return made
 
 

@@ -396,7 +396,7 @@ def test_fresh_removes_what_there_is(make: Make, server: KubeflowServer) -> None
     name, *_ = job.trials
     begin(job.store.trial(job.keys()[0]), job.trials[name], name)
     checkpoint(job, 20)
-    assert job.store.reached(job.trials[name]) == 20
+    assert job.store.reached_step(job.trials[name]) == 20
     run(job, wait=False, fresh=True)
     assert len(server.runs) == 1
     assert job.store.state(job.keys()[0]).name == "new"

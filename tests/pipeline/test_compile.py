@@ -10,7 +10,7 @@ from pipeline import compile as compiling
 
 
 def test_they_are_what_the_components_compile_to() -> None:
-    assert compiling.stale() == {}
+    assert compiling.stale_files() == {}
 
 
 def test_an_old_one_is_noticed(

@@ -15,7 +15,7 @@ from dvq import DvqError, checkpoint, events
 from dvq.sweep import Sweep
 from dvq.trial import Trial, values
 from pipeline import conclusion
-from pipeline.submit import _because, conclude
+from pipeline.submit import _log_excerpt, conclude
 from pipeline.watch import Job, remove
 
 SWEEP = Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft", "vq-ema", "vimco"]})
@@ -36,14 +36,14 @@ def test_finished_trials_that_mlflow_lacks_are_counted(
         if name:
             folder = store.trial(trials[name].key())
             folder.mkdir(parents=True)
-            tracking.remember(folder, "s")
+            tracking.mark_sent(folder, "s")
         assert conclude(job, 0, console) == 1
         assert isinstance(console.file, io.StringIO)
         assert lacks in console.file.getvalue()
-        tracking.forget(store.trial(trials[first].key()), "s")
+        tracking.unmark_sent(store.trial(trials[first].key()), "s")
     for one in trials.values():
         store.trial(one.key()).mkdir(parents=True, exist_ok=True)
-        tracking.remember(store.trial(one.key()), "s")
+        tracking.mark_sent(store.trial(one.key()), "s")
     console = Console(file=io.StringIO(), width=200)
     conclude(job, 0, console)
     assert isinstance(console.file, io.StringIO)
@@ -169,7 +169,7 @@ def test_a_champion_that_mlflow_lacks_is_told(tmp_path: Path, monkeypatch: pytes
     job = Job(sweep, SWEEP.trials(), Store(tmp_path), {}, 1, tmp_path, None)
     for one in job.trials.values():
         job.store.trial(one.key()).mkdir(parents=True)
-        tracking.remember(job.store.trial(one.key()), "s")
+        tracking.mark_sent(job.store.trial(one.key()), "s")
     monkeypatch.setattr(conclusion, "show", lambda *_: {})
     lacks = "tracking: the champion of s is not up to date in MLflow (Invalid value)"
     for log in (lacks, "    champion: models:/mine@champion is gs-soft"):
@@ -184,7 +184,7 @@ def test_runs_are_where_they_are_tracked(tmp_path: Path, monkeypatch: pytest.Mon
     for tracker, told in (("sqlite:///x.db", "runs:   make ui\n"), ("", "")):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker)
         console = Console(file=io.StringIO())
-        conclusion.where(SWEEP, Store(tmp_path), console)
+        conclusion.show_places(SWEEP, Store(tmp_path), console)
         assert isinstance(console.file, io.StringIO)
         assert console.file.getvalue() == told
 
@@ -195,12 +195,12 @@ def test_fresh_trials_go_on_from_no_shorter_ones(tmp_path: Path, capsys: pytest.
     checkpoint.write(store.trial(f"{trials[name].family()}-300"), 300, {}, {"events": {}})  # another sweep's
     begin(store.trial(trials[name].key()), trials[name], name)
     events.Events(store.trial(trials[name].key())).state("training")
-    assert store.reached(trials[name]) == 0  # it was begun before the other was there
+    assert store.reached_step(trials[name]) == 0  # it was begun before the other was there
     remove(Job(SWEEP, trials, store, {}, 1, tmp_path, None))
     assert capsys.readouterr().out.endswith(f": {name}\n")
     assert store.state(trials[name].key()).name == "new"
-    assert store.reached(trials[name]) == 0
-    assert store.shorter(trials[name])  # which is left, and left alone
+    assert store.reached_step(trials[name]) == 0
+    assert store.shorter_trial(trials[name])  # which is left, and left alone
     assert store.has(trials[name].key(), "trial.json")
 
 
@@ -220,7 +220,7 @@ def test_why_nothing_started_is_not_the_reports_repetition(tmp_path: Path) -> No
         "yaml.parser.ParserError: expected ',' or ']'\n"
         "dvq.DvqError: 1 of 2 trials failed: a: it did not start\n"
     )
-    assert _because(1, {"a": DID_NOT_START}, log) == ["yaml.parser.ParserError: expected ',' or ']'"]
+    assert _log_excerpt(1, {"a": DID_NOT_START}, log) == ["yaml.parser.ParserError: expected ',' or ']'"]
 
 
 @pytest.mark.parametrize(
@@ -236,4 +236,4 @@ def test_why_a_report_failed_is_not_kfps_own_end(text: str, says: str, tmp_path:
     log.write_text(
         f"{text}\nFile kfp.py\nRuntimeError: Pipeline 'x' finished with status FAILURE. Inner task\n"
     )
-    assert _because(1, {}, log)[0] == f"the pipeline failed after the trials{says}"
+    assert _log_excerpt(1, {}, log)[0] == f"the pipeline failed after the trials{says}"

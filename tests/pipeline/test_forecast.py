@@ -165,13 +165,13 @@ def test_what_was_spent_counts_from_its_beginning(store: Store) -> None:
     whole = sweep("vq-ema")
     finish(store, whole, "vq-ema-c512-k8-s0")
     trials = whole.trials().values()
-    assert forecast.spent(trials, store, GPU, 0) * 3600 == pytest.approx(HELD)
-    assert forecast.spent(trials, store, GPU, 1e9 + 60) * 3600 == pytest.approx(HELD - 60)
-    assert forecast.spent(trials, store, GPU, 1e9 + 7603) * 3600 == pytest.approx(2 + 5)
-    assert forecast.spent(trials, store, GPU, 1e9 + 90010) == 0
+    assert forecast.hours_spent(trials, store, GPU, 0) * 3600 == pytest.approx(HELD)
+    assert forecast.hours_spent(trials, store, GPU, 1e9 + 60) * 3600 == pytest.approx(HELD - 60)
+    assert forecast.hours_spent(trials, store, GPU, 1e9 + 7603) * 3600 == pytest.approx(2 + 5)
+    assert forecast.hours_spent(trials, store, GPU, 1e9 + 90010) == 0
     finish(store, whole, "vq-ema-c512-k8-s1")
     two = GPU.model_copy(update={"gpu": 2})
-    assert forecast.spent(trials, store, two, 0) * 3600 == pytest.approx(2 * 2 * HELD)
+    assert forecast.hours_spent(trials, store, two, 0) * 3600 == pytest.approx(2 * 2 * HELD)
 
 
 @pytest.mark.parametrize("damage", ["{", '{"provenance": {"device": "cuda"}, "trial": {}}'])

@@ -142,4 +142,4 @@ def test_a_readme_that_drifted_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     after = compiling.readme("train", compiling.COMPONENTS["train"])
     assert before != after
     assert "Version 9.9.9." in after
-    assert compiling.FOLDER / "train" / "README.md" in compiling.stale()
+    assert compiling.FOLDER / "train" / "README.md" in compiling.stale_files()

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from dvq import DvqError
-from pipeline.connection import UnreachableError, line
+from pipeline.connection import UnreachableError, one_line
 from pipeline.kubeflow import Kubeflow
 from pipeline.profile import Cluster
 from tests.kubeflow_server import KubeflowServer
@@ -241,7 +241,7 @@ def test_a_session_may_end_at_any_time(
 
 
 def test_what_a_server_says_steers_no_terminal() -> None:
-    assert line("a\x1b]0;b\x07\n\tc\u202e  dé") == "a]0;b c dé"
+    assert one_line("a\x1b]0;b\x07\n\tc\u202e  dé") == "a]0;b c dé"
 
 
 def test_addresses_that_lead_nowhere(address: str) -> None:

@@ -219,8 +219,8 @@ def test_results_of_another_default_are_refused_before_any_work_unless_they_are_
     with pytest.raises(
         DvqError, match=r"temperature 0.25, and the default is 0.5 now; FRESH=1 computes it anew"
     ):
-        submit.look_at(str(sweep), "", "", None)
-    submit.look_at(str(sweep), "", "", None, fresh=True)
+        submit.checked_job(str(sweep), "", "", None)
+    submit.checked_job(str(sweep), "", "", None, fresh=True)
 
 
 def test_a_field_that_changes_nothing_is_a_warning(
@@ -231,7 +231,7 @@ def test_a_field_that_changes_nothing_is_a_warning(
 ) -> None:
     for name in ("DVQ_STORE", "DVQ_CACHE", "MLFLOW_TRACKING_URI"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    submit.look_at(str(write_sweep({"decay_half_life": 5}, grid=GRID)), "", "", None)
+    submit.checked_job(str(write_sweep({"decay_half_life": 5}, grid=GRID)), "", "", None)
     told = "warning: sweep 'tiny': decay_half_life changes nothing without decay_after\n"
     assert capsys.readouterr().err == told
 
@@ -244,7 +244,7 @@ def test_trials_that_test_images_cannot_choose_among_are_noted(
 ) -> None:
     for name in ("DVQ_STORE", "DVQ_CACHE", "MLFLOW_TRACKING_URI"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    submit.look_at(str(write_sweep(grid={**GRID, "temperature": [0.5, 1.0]})), "", "", None)
+    submit.checked_job(str(write_sweep(grid={**GRID, "temperature": [0.5, 1.0]})), "", "", None)
     assert capsys.readouterr().err.startswith(
         "note: sweep 'tiny': its trials differ in temperature: a choice"
     )
@@ -452,7 +452,7 @@ def test_what_replay_met_is_not_hidden(
         raise DvqError("no room in the store")
 
     monkeypatch.setattr(preflight, "check_begun", lambda *_: None)
-    monkeypatch.setattr(replay.tracking, "ensure", lambda: None)
+    monkeypatch.setattr(replay.tracking, "ensure_database", lambda: None)
     monkeypatch.setattr(Store, "publish_report", full)
     with pytest.raises(SystemExit) as ended:
         replay.app(["smoke"])
@@ -468,7 +468,7 @@ def test_a_report_in_a_folder_that_was_moved_moves_its_database_first(
     monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
     done: list[str] = []
     monkeypatch.setattr(preflight, "check_begun", lambda *_: None)
-    monkeypatch.setattr(report.tracking, "ensure", lambda: done.append("ensure"))
+    monkeypatch.setattr(report.tracking, "ensure_database", lambda: done.append("ensure"))
     monkeypatch.setattr(report.reports, "write", lambda *_: done.append("write"))
     with pytest.raises(SystemExit):
         report.app(["smoke"])
@@ -500,7 +500,7 @@ def test_a_full_disk_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'x.db'}")
-    monkeypatch.setattr(replay.tracking, "ensure", lambda: None)
+    monkeypatch.setattr(replay.tracking, "ensure_database", lambda: None)
     for trial in load_sweep(write_sweep(grid=GRID)).trials().values():
         (tmp_path / "store/trials" / trial.key() / "checkpoints/000000003").mkdir(parents=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -21,7 +21,7 @@ def archive(proxy: Proxy, official: SimpleNamespace, tmp_path: Path, monkeypatch
     """The archive's address in S3."""
     monkeypatch.setattr(s3, "PATIENCE", 60.0)
     assert os.environ["AWS_ENDPOINT_URL"] == proxy.address
-    bucket, key = datasets._object(f"s3://dvq/{tmp_path.name}/cifar-10-python.tar.gz")
+    bucket, key = datasets._bucket_and_key(f"s3://dvq/{tmp_path.name}/cifar-10-python.tar.gz")
     bucket.upload(official.archive, key)
     monkeypatch.setenv("DVQ_STORE", f"s3://dvq/{tmp_path.name}/store")
     monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "one"))
@@ -60,7 +60,7 @@ def test_a_source_in_s3_needs_no_store(archive: str, tmp_path: Path, monkeypatch
 def test_images_of_ones_own_come_from_s3(archive: str, tmp_path: Path) -> None:
     images = np.arange(22 * 3072, dtype=np.uint64).astype(np.uint8).reshape(22, 32, 32, 3)
     np.savez(tmp_path / "birds.npz", train_images=images[:20], test_images=images[20:])
-    bucket, key = datasets._object(archive.replace("cifar-10-python.tar.gz", "birds.npz"))
+    bucket, key = datasets._bucket_and_key(archive.replace("cifar-10-python.tar.gz", "birds.npz"))
     bucket.upload(tmp_path / "birds.npz", key)
     name = own.name(str(tmp_path / "birds.npz"))
     assert datasets.prepare(name, f"{bucket}/{key}", tmp_path / "made")["train"] == 20

@@ -31,8 +31,8 @@ def test_a_thousand_trials_are_a_few_requests(
     def manifest(name: str, step: int = 0) -> bytes:
         return Manifest("o", 1, state=asdict(State(name, step=step)), files=files).content()
 
-    store.bucket.each(lambda key: store.bucket.put(f"trials/{key}.json", manifest("finished")), keys)
-    store.bucket.each(lambda key: store.bucket.put(f"trials/{key}/o-1/images/0.png", b"x"), keys)
+    store.bucket.map(lambda key: store.bucket.put(f"trials/{key}.json", manifest("finished")), keys)
+    store.bucket.map(lambda key: store.bucket.put(f"trials/{key}/o-1/images/0.png", b"x"), keys)
     seconds = []
     for expected in (TRIALS, 0, 1):
         if expected == 1:

@@ -16,7 +16,7 @@ import pytest
 from components import mirror as mirrors
 from components.bucket import Bucket
 from components.folder import State
-from components.manifest import Manifest, Piece, parse, paths
+from components.manifest import Manifest, Piece, list_files, parse
 from components.mirror import Mirror, OvertakenError
 from components.s3 import MissingError
 from dvq import DvqError
@@ -42,7 +42,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def worker(bucket: Bucket, folder: Path) -> Mirror:
     """A worker with its cache in ``folder``; those with different ones are as on different machines."""
     return Mirror(
-        bucket, "trials/x-1", folder, lambda folder: asdict(State("interrupted", step=len(paths(folder))))
+        bucket,
+        "trials/x-1",
+        folder,
+        lambda folder: asdict(State("interrupted", step=len(list_files(folder)))),
     )
 
 
@@ -54,14 +57,14 @@ def claimed(bucket: Bucket, folder: Path) -> Mirror:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path: (folder / path).read_bytes() for path in paths(folder)}
+    return {path: (folder / path).read_bytes() for path in list_files(folder)}
 
 
 def visible(bucket: Bucket, scratch: Path) -> dict[str, bytes]:
     """What another machine sees."""
     shutil.rmtree(scratch, ignore_errors=True)
     reader = worker(bucket, scratch)
-    reader.look(reader.read())
+    reader.adopt(reader.read())
     reader.fetch()
     return contents(scratch)
 
@@ -289,7 +292,7 @@ def test_a_reader_with_an_old_manifest_leaves_what_was_not_pushed(bucket: Bucket
     again = claimed(bucket, tmp_path / "a")
     write(again.folder, b="2")  # and dies
     reader = worker(bucket, tmp_path / "a")
-    reader.look(seen)
+    reader.adopt(seen)
     reader.fetch()
     assert contents(reader.folder) == {"a": b"1", "b": b"2"}
 
@@ -437,12 +440,12 @@ def test_a_reader_whose_object_was_replaced_reads_the_new_one(
     write(one.folder, a="1")
     one.push()
     reader = worker(bucket, tmp_path / "b")
-    reader.look(reader.read())
+    reader.adopt(reader.read())
     write(one.folder, a="2")
     proxy.at("GET .*/a", calling(one.push))
     with pytest.raises(MissingError):
         reader.fetch()
-    reader.look(reader.read())
+    reader.adopt(reader.read())
     reader.fetch()
     assert contents(reader.folder) == {"a": b"2"}
 
@@ -463,7 +466,7 @@ def test_a_damaged_manifest_is_one_sentence(bucket: Bucket, tmp_path: Path) -> N
     for content, says in (
         (b"{", "is damaged"),
         (b"[]", "is damaged"),
-        (b'{"format": 2}', "has format 2, and"),
+        (Manifest(format=2).content(), "has format 2, and"),
     ):
         bucket.put("trials/x-1.json", content)
         with pytest.raises(DvqError, match=rf"trials/x-1.json {says}"):
@@ -518,7 +521,7 @@ def test_eight_writers_at_once_lose_nothing(bucket: Bucket, tmp_path: Path, toge
     found = []
     for place in set(places):
         reader = Mirror(bucket, place, tmp_path / "reader" / place, lambda _: {})
-        reader.look(reader.read())
+        reader.adopt(reader.read())
         reader.fetch()
         files = sorted((reader.folder / "events").iterdir())
         found += [[json.loads(line)["step"] for line in path.read_text().splitlines()] for path in files]

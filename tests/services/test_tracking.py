@@ -74,7 +74,7 @@ def finish(folder: Path, diary: Events) -> None:
     evaluation = {"split": "test", "bits_per_dim": 7.5, "bits_per_dim_se": 0.25, "rate": 0.5, "distortion": 7}
     data = {"name": "cifar10-sample", "fingerprint": "f" * 64, "label": "bundled sample"}
     results = {"name": "t", "trial": {"steps": STEPS + 1}, "data": data, "provenance": {"torch": "x"}}
-    write_json(folder / "results.json", {**results, "evaluation": evaluation})
+    write_json(folder / "results.json", {**results, "evaluation": evaluation, "training": {}})
     diary.state("finished")
 
 
@@ -174,7 +174,7 @@ def test_a_hanging_server_holds_nothing(
     """Not the looks of the process that waits for training, and not its end: both return while not one request
     has been answered, nor has any been given up. (What a look costs is measured by tests/bench/tracking.py.)"""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-    monkeypatch.setattr(tracking, "LAST", 1)
+    monkeypatch.setattr(tracking, "FINAL_WAIT", 1)
     met = server.at(r".*", hang, times=1000)
     diary, run = train(tmp_path / "trial"), TrialRun(tmp_path / "trial", "hanging")
     for step in range(200):
@@ -277,7 +277,7 @@ def test_long_names_and_reports_have_room_in_postgresql(
     assert TrialRun(tmp_path / "trial", "long").sync()
     (tmp_path / "report").mkdir()
     note = "\n".join(f"| trial {number} | 7.000 |" for number in range(1000))
-    tracking.report("long", tmp_path / "report", note, failed=False)
+    tracking.send_report("long", tmp_path / "report", note, failed=False)
     assert "tracking:" not in capsys.readouterr().out
     assert {run.info.run_name[:7] for run in runs("long")} == {"gs-soft", "report"}
 
@@ -308,7 +308,7 @@ def test_sigterm_while_the_server_hangs(
     try:
         wait_for(lambda: met.is_set() and stored(folder).get("train/rate"), 60)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(tracking.LAST + 10) == 128 + signal.SIGTERM
+        assert process.wait(tracking.FINAL_WAIT + 10) == 128 + signal.SIGTERM
     finally:
         process.kill()
         process.wait()

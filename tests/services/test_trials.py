@@ -189,7 +189,7 @@ def test_a_longer_trial_goes_on_from_a_shorter_one_of_another_machine(
     run(f"{POINT} steps=6", prepared, tmp_path / "short")
     two = machine(tmp_path / "two", monkeypatch)
     two.look([KEY])
-    assert two.reached(trial({**BASE, "estimator": "vq-ema", "seed": 1})) == 6
+    assert two.reached_step(trial({**BASE, "estimator": "vq-ema", "seed": 1})) == 6
     run(POINT, prepared, tmp_path / "long")
     assert finished(tmp_path / "three", monkeypatch) == undisturbed
 
