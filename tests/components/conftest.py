@@ -21,6 +21,7 @@ BASE: dict[str, Any] = {
     "steps": 4,
     "log_every": 2,
     "evaluate_every": 4,
+    "bound_samples": 2,
 }
 
 
