@@ -90,7 +90,7 @@ def check_shape(shape: tuple[int, ...]) -> None:
 
 
 def fits(name: str, digest: str, arrays: Mapping[str, npt.NDArray[np.uint8]]) -> bool:
-    """Whether ``arrays`` of the fingerprint ``found`` are the images called ``name``."""
+    """Whether ``arrays`` of the fingerprint ``digest`` are the images called ``name``."""
     return digest.startswith(of(name)) and shape_of(arrays) == shape(name)
 
 

@@ -96,9 +96,12 @@ class Categorical(Codebooks):
         """whether to compute the equations as they stand, where there is a faster form"""
 
     def _plainly(self, temperature: float | Tensor = 1.0) -> bool:
-        """Whether to compute the equations as they stand: the faster forms give s and τ no gradient."""
+        """Whether to compute the equations as they stand: the faster forms give s and τ no gradient, and raise exp(l)
+        to the power 1/τ, so that for τ > 1 what underflows in exp(l) would still have counted."""
         trained = isinstance(temperature, Tensor) and temperature.requires_grad
-        return self.plain or trained or isinstance(self.scale, Tensor)
+        # a tensor's value is not read: a GPU would be waited for
+        hot = not isinstance(temperature, Tensor) and temperature > 1
+        return self.plain or trained or hot or isinstance(self.scale, Tensor)
 
     def logits(self, v: Tensor) -> Tensor:
         """l, less ‖v‖², which the softmax does not see: (K, N, D) → (K, N, C)."""

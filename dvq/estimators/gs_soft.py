@@ -45,7 +45,7 @@ class GSSoft(Stochastic):
 
     def latents(self) -> "Categorical":
         latents = super().latents()
-        # the fast form raises exp(l) to the power 1/τ: for τ > 1, what underflows in exp(l) would still have counted
+        # for τ > 1 the fast form is wrong, and a step that is recorded on a GPU has τ as a tensor
         latents.plain = max(self.temperature, self.final_temperature or 0) > 1
         return latents
 

@@ -282,6 +282,16 @@ def test_a_high_temperature_keeps_what_exp_l_loses(
     assert (found[1] - found[0]).norm() <= 1e-3 * found[0].norm()
 
 
+def test_a_high_temperature_keeps_what_exp_l_loses_in_estimators_of_ones_own() -> None:
+    """They call relax themselves, with the τ that they like, and hear nothing of its forms."""
+    latents, found = small("gs-soft").latents, []
+    v = some_v(6) * 1000
+    for latents.plain in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        found.append(latents.relax(v, 50.0, False, generator)[0])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("estimator", ["gs-soft", "gs-hard"])
 def test_the_loss_takes_the_temperature_of_its_step(estimator: str) -> None:
     model, images = small(estimator).eval(), torch.from_numpy(IMAGES)
