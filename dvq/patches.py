@@ -62,8 +62,8 @@ def take(model: "Model", images: NDArray[np.uint8]) -> Patches:
     images = np.array(images[: -(-PLACES // model.trial.positions)])
     pieces = np.split(images, range(at_once := max(1, model.trial.images_at_once // 5), len(images), at_once))
     generator = model.generator(0)
-    pieces_codes = [model.encode(piece, generator).cpu().numpy() for piece in pieces]  # each (B, H/4, W/4, K)
-    codes = np.concatenate(pieces_codes).reshape(-1, model.trial.num_latents).T  # (K, N)
+    piece_codes = [model.encode(piece, generator).cpu().numpy() for piece in pieces]  # each (B, H/4, W/4, K)
+    codes = np.concatenate(piece_codes).reshape(-1, model.trial.num_latents).T  # (K, N)
     counts = np.stack([np.bincount(one, minlength=model.latents.codebook.shape[1]) for one in codes])
     most = (-counts).argsort(axis=1, kind="stable")[:, :CODES]
     times = np.take_along_axis(counts, most, axis=1)

@@ -38,11 +38,11 @@ class Connection:
     """A connection to the Kubeflow Pipelines of a profile; DvqError unless it answers and admits us."""
 
     def __init__(self, cluster: Cluster) -> None:
-        variable = os.environ.get
-        self.host = (variable("KFP_HOST") or cluster.host).rstrip("/")
-        self.namespace = variable("KFP_NAMESPACE") or cluster.namespace or None
-        self._token, self._cookie = variable("KFP_TOKEN", "").strip(), variable("KFP_COOKIE", "").strip()
-        configuration = self._configuration(variable("KFP_CA") or cluster.ca)
+        getenv = os.environ.get
+        self.host = (getenv("KFP_HOST") or cluster.host).rstrip("/")
+        self.namespace = getenv("KFP_NAMESPACE") or cluster.namespace or None
+        self._token, self._cookie = getenv("KFP_TOKEN", "").strip(), getenv("KFP_COOKIE", "").strip()
+        configuration = self._configuration(getenv("KFP_CA") or cluster.ca)
         self._client = api.ApiClient(configuration, cookie=self._cookie or None)
         self._check()
 
