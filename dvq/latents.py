@@ -99,8 +99,8 @@ class Categorical(Codebooks):
         """Whether to compute the equations as they stand: the faster forms give s and τ no gradient, and raise exp(l)
         to the power 1/τ, so that for τ > 1 what underflows in exp(l) would still have counted."""
         trained = isinstance(temperature, Tensor) and temperature.requires_grad
-        # on a GPU a tensor is not read, which would be waited for
-        hot = not (isinstance(temperature, Tensor) and temperature.is_cuda) and bool(temperature > 1)
+        # a tensor's value is not read: a GPU would be waited for
+        hot = not isinstance(temperature, Tensor) and temperature > 1
         return self.plain or trained or hot or isinstance(self.scale, Tensor)
 
     def logits(self, v: Tensor) -> Tensor:
