@@ -1,5 +1,6 @@
 """What the benchmark compares with computes the same loss, where no noise is left: else its ratios mean nothing."""
 
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dvq import posterior
 from dvq.config import estimators, trial
 from dvq.model import Model
 from dvq.quantizers import Deterministic
+from dvq.saved import save
 from dvq.trainer import Trainer
 from dvq.trial import Trial
 from tests.sizes import taken
@@ -123,3 +126,28 @@ def test_an_operation_counts_for_what_it_belongs_to(names: list[str], kind: str)
     for name in names:
         event = SimpleNamespace(name=name, cpu_parent=event)
     assert where.kind(event) == kind
+
+
+def test_a_trained_models_exps_underflow_only_where_that_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    import trained
+
+    far = torch.tensor([[0.0, -200.0]])
+    with trained.lowest(-math.inf):
+        assert posterior.above_underflow(far.clone()).equal(far)
+    assert posterior.above_underflow(far.clone()).equal(torch.tensor([[0.0, posterior.LOWEST]]))
+    save(Model(trial({"estimator": "gs-soft", "data": "cifar10-sample", **SMALL})), tmp_path)
+    monkeypatch.setattr(trained, "keep_memory", lambda: None)
+    monkeypatch.setattr(trained, "ROUNDS", 1)
+    monkeypatch.setattr(trained, "EVALUATED", 2)
+    monkeypatch.setattr(sys, "argv", ["trained.py", str(tmp_path)])
+    try:
+        trained.main()
+    finally:
+        torch.set_flush_denormal(False)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "training",
+        "evaluation",
+    ]
