@@ -57,7 +57,7 @@ def evaluate(data: Path, model: Path, evaluation: Path, record: bool = False) ->
             result = read_json(work.folder / "evaluation.json")
             if result is None:
                 with _step(work.folder, "evaluating"):
-                    result = _evaluate(images, model, trial)
+                    result = _evaluate(images, model, trial, work.folder)
                     write_json(work.folder / "evaluation.json", result)
                 reason = "" if result else state(work.folder).reason
     evaluation.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def evaluate(data: Path, model: Path, evaluation: Path, record: bool = False) ->
     return {name: number for name, number in numbers.items() if math.isfinite(number)}
 
 
-def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:
+def _evaluate(images: Data, model: Path, trial: Trial, folder: Path) -> dict[str, Any]:
     from dvq import autoregressive, device
     from dvq import load as load_model
     from dvq.evaluate import evaluate as evaluate_model
@@ -82,6 +82,7 @@ def _evaluate(images: Data, model: Path, trial: Trial) -> dict[str, Any]:
     evaluation_images, samples, prior = images.evaluation(split)[0], trial.bound_samples, None
     if training is not None and (steps := getattr(trial, "autoregressive_steps", 0)):
         prior = autoregressive.fit(loaded, training, steps, seed=trial.seed)
+        autoregressive.save(prior, folder / "model")
     evaluation = evaluate_model(
         loaded, evaluation_images, bound_samples=samples, training=training, prior=prior
     )

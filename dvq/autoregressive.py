@@ -13,17 +13,21 @@ codes of the training images.
 Shapes: B images, P = H/4·W/4 positions, K latent variables a position, C categories.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Generator, Tensor, nn
 
-from dvq import inputs
+from dvq import DvqError, inputs, saved
 from dvq.device import exact
 from dvq.model import Model, in_evaluation
 from dvq.randomness import minibatch, noise, seeded
 
 WIDTH, LAYERS, HEADS = 128, 4, 4
+FILE = "prior.safetensors"
 
 
 class Autoregressive(nn.Module):
@@ -131,4 +135,30 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+    return prior.eval()
+
+
+def save(prior: Autoregressive, folder: Path | str) -> None:
+    """Write the prior (prior.safetensors, its SHA-256 in it) to ``folder``, in which its model is."""
+    saved.write_weights(prior, Path(folder) / FILE)
+
+
+def load(path: str | Path) -> Autoregressive:
+    """The prior beside a trained model, in evaluation mode, on the CPU.
+
+    Args:
+        path: where the model is, as for :func:`dvq.load`.
+
+    Raises:
+        DvqError: there is no model or no prior, or one of them is damaged.
+    """
+    folder = saved.find(path)
+    with seeded(0):
+        prior = Autoregressive(saved.load(folder))
+    if not (folder / FILE).is_file():
+        raise DvqError(f"{folder}: no autoregressive prior here: a sweep with autoregressive_steps fits one")
+    try:
+        saved.read_weights(prior, folder / FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise saved.damaged(folder, error) from None
     return prior.eval()

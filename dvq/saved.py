@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Size, Tensor, dtype
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import Size, Tensor, dtype, nn
 
 from dvq import DvqError, disk
 from dvq.config import trial as make_trial
@@ -22,8 +23,13 @@ def save(model: Model, folder: Path | str) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trial.json").write_text(json.dumps(values(model.trial), indent=1) + "\n", encoding="utf-8")
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"sha256": _digest(weights)})
+    write_weights(model, folder / "model.safetensors")
+
+
+def write_weights(module: nn.Module, file: Path) -> None:
+    """Write a module's parameters and buffers, and their SHA-256, to ``file``, completely or not at all."""
+    weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    disk.replace(file, serialize(weights, {"sha256": _digest(weights)}))
 
 
 def publish(model: Model, summary: dict[str, Any], folder: Path) -> None:
@@ -36,7 +42,7 @@ def publish(model: Model, summary: dict[str, Any], folder: Path) -> None:
         with disk.whole(folder / "model") as partial:
             save(model, partial)
             (partial / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise DvqError(
             f"the model cannot be written to {folder} ({error}); when there is room training goes on from its last "
             "checkpoint"
@@ -60,8 +66,7 @@ def load(path: str | Path) -> Model:
         DvqError: there is no model, it is damaged or of another network than the trial's, or nothing knows the
             address.
     """
-    scheme, separator, _ = str(path).partition(":/")
-    folder = Path(_fetch(scheme, str(path)) if separator else path)
+    folder = find(path)
     for name in ("trial.json", "model.safetensors"):
         if not (folder / name).is_file():
             inside = (folder / "model" / name).is_file()
@@ -70,31 +75,51 @@ def load(path: str | Path) -> Model:
             )
             raise DvqError(f"{folder}: no model here: {name} is missing{hint}")
     try:
-        fields, weights, written = _files(folder)
-        trial = make_trial(fields, where=str(folder / "trial.json"))
+        trial = make_trial(_fields(folder), where=str(folder / "trial.json"))
         model = _network(trial, folder)
-        if _kinds(weights) != _kinds(model.state_dict()):
-            raise DvqError(
-                f"{folder}: model.safetensors holds another network than trial.json describes; if its encoder or "
-                "decoder was replaced, build it so, and give load_state_dict what safetensors.torch.load_file reads"
-            )
-        if written not in (None, _digest(weights)):  # older models do not say
-            raise ValueError("model.safetensors does not have the SHA-256 that it was written with")
+        read_weights(model, folder / "model.safetensors")
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise DvqError(f"{folder}: the model's files are damaged: {str(error).splitlines()[0]}") from None
-    model.load_state_dict(weights)
+        raise damaged(folder, error) from None
     model.fix_normalization(trial.normalization_fixed_at(trial.steps - 1))
     return model.eval()
 
 
-def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
-    """The trial's fields, the weights, and the SHA-256 that they were written with."""
+def find(path: str | Path) -> Path:
+    """The folder that ``path`` names, which an address is fetched to."""
+    scheme, separator, _ = str(path).partition(":/")
+    return Path(_fetch(scheme, str(path)) if separator else path)
+
+
+def read_weights(module: nn.Module, file: Path) -> None:
+    """Load what :func:`write_weights` wrote.
+
+    Raises:
+        DvqError: they are of another network.
+        OSError, ValueError, SafetensorError: the file is damaged.
+    """
+    with safe_open(file, "pt") as opened:
+        written = (opened.metadata() or {}).get("sha256")
+    weights = load_file(file)
+    if _kinds(weights) != _kinds(module.state_dict()):
+        raise DvqError(
+            f"{file.parent}: {file.name} holds another network than trial.json describes; if its encoder or "
+            "decoder was replaced, build it so, and give load_state_dict what safetensors.torch.load_file reads"
+        )
+    if written not in (None, _digest(weights)):  # older models do not say
+        raise ValueError(f"{file.name} does not have the SHA-256 that it was written with")
+    module.load_state_dict(weights)
+
+
+def damaged(folder: Path, error: Exception) -> DvqError:
+    """The error for a damaged file of a model."""
+    return DvqError(f"{folder}: the model's files are damaged: {str(error).splitlines()[0]}")
+
+
+def _fields(folder: Path) -> dict[str, Any]:
     fields = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
     if not isinstance(fields, dict):
         raise ValueError("trial.json holds no trial")
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        written = (file.metadata() or {}).get("sha256")
-    return fields, load_file(folder / "model.safetensors"), written
+    return fields
 
 
 def _network(trial: Trial, folder: Path) -> Model:

@@ -242,8 +242,8 @@ class Discrete(Trial):
     prior: Literal["trained", "uniform"] = "trained"
     """trained: by maximum likelihood along with the model, and counted in the rate; uniform: 1/C"""
     autoregressive_steps: Whole = 0
-    """the final evaluation also fits an autoregressive prior to the training images' codes, in so many steps, and
-    gives the bits/dim under it (``dvq.autoregressive``); 0: it does not. A trial that was trained without it, by an
+    """the final evaluation also fits an autoregressive prior to the training images' codes, in so many steps, gives
+    the bits/dim under it, and keeps it beside the model (``dvq.autoregressive``); 0: it does not. A trial that was trained without it, by an
     earlier sweep, is not trained again. Forecasts leave out what it costs"""
 
     def key(self) -> str:

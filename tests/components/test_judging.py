@@ -12,6 +12,7 @@ from components import judging, reports, tracking, trials
 from components.folder import State, read_json, write_json
 from components.store import Store
 from dvq import DvqError, data
+from dvq.autoregressive import Autoregressive
 from dvq.config import trial
 from dvq.model import Model
 from dvq.saved import save
@@ -132,7 +133,10 @@ def test_a_trial_is_judged_by_its_splits_images_and_fitted_to_those_it_was_train
     one = trial({**BASE, "estimator": "vq-ema", "split": "tune", "bound_samples": 3, "seed": 2})
     one = one.model_copy(update={"autoregressive_steps": 5})
     fitted: list[Any] = []
-    monkeypatch.setattr("dvq.autoregressive.fit", lambda *given, **more: fitted.append((given[2:], more)))
+    monkeypatch.setattr(
+        "dvq.autoregressive.fit",
+        lambda model, *given, **more: fitted.append((given[1:], more)) or Autoregressive(model),
+    )
     save(Model(one), tmp_path / "model")
     judging.evaluate(prepared, tmp_path / "model", tmp_path / "evaluation")
     ((_, judged), more), images = asked[0], data.load(prepared).arrays["train_images"]

@@ -14,7 +14,7 @@ import dvq
 from components import exit_on_error, judging, tracking, trials
 from components.folder import State, begin, read_json, state, write_json
 from components.store import Store
-from dvq import DvqError, events, failures, goodput
+from dvq import DvqError, autoregressive, events, failures, goodput
 from dvq.config import trial
 from dvq.fingerprints import FINGERPRINTS
 from dvq.pictures import Pictures
@@ -187,6 +187,8 @@ def test_an_autoregressive_prior_asks_for_no_training(store: Store, prepared: Pa
     model = dvq.load(tmp_path / "with" / "model")
     drawn = Pictures.load(tmp_path / "with" / "analysis" / "pictures.npz")
     assert np.array_equal(drawn.samples, model.decode(np.asarray(codes)).numpy())
+    prior = autoregressive.load(store.trial(found["key"]) / "model")
+    assert np.array_equal(prior.sample(16, model.generator(0)), codes)
     assert told == without["evaluation"]
 
 

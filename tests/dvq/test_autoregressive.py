@@ -1,13 +1,14 @@
 """The autoregressive prior: a distribution over codes, which begins as the model's own prior and learns more."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dvq import DvqError, autoregressive
+from dvq import DvqError, autoregressive, saved
 from dvq.autoregressive import Autoregressive, fit
 from dvq.config import trial
 from dvq.evaluate import evaluate
@@ -221,3 +222,26 @@ def test_large_images_are_fitted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     assert sizes == [10, 10, 10, 10, 10, 10, 4] * 3
     for one, other in zip(whole.parameters(), pieces.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
+
+
+def test_it_is_kept_beside_its_model(tmp_path: Path) -> None:
+    model = tiny("gs-soft")
+    saved.save(model, tmp_path)
+    with pytest.raises(DvqError, match=r"no autoregressive prior here: a sweep with autoregressive_steps"):
+        autoregressive.load(tmp_path)
+    prior, state = shaken(model), torch.random.get_rng_state()
+    autoregressive.save(prior, tmp_path)
+    loaded = autoregressive.load(str(tmp_path))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not loaded.training
+    assert torch.equal(loaded(every_code()), prior.eval()(every_code()))
+
+    saved.save(Model(trial({**TINY, "estimator": "gs-soft", "num_codes": 4})), tmp_path)
+    with pytest.raises(DvqError, match=r"prior\.safetensors holds another network"):
+        autoregressive.load(tmp_path)
+    saved.save(model, tmp_path)
+    content = bytearray((tmp_path / autoregressive.FILE).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / autoregressive.FILE).write_bytes(content)
+    with pytest.raises(DvqError, match=r"damaged: prior\.safetensors does not have the SHA-256"):
+        autoregressive.load(tmp_path)
