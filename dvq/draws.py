@@ -18,18 +18,29 @@ from dvq.posterior import (
 )
 
 
-def inverse_draw(weights: Tensor, count: int, generator: Generator) -> Tensor:
-    """``count`` draws z ~ w/Σw for each row: (K, N, C) → (K, N, count).
+def cumulative(weights: Tensor) -> Tensor:
+    """Σ_{c' ≤ c} w_c' of each row, (K, N, C), for :func:`inverse_of`.
+
+    On a GPU, which does not add from left to right, it rises only in float64.
+    """
+    return (weights.double() if weights.is_cuda else weights).cumsum(-1)
+
+
+def inverse_of(below: Tensor, count: int, generator: Generator) -> Tensor:
+    """``count`` draws for each row from its cumulative weights: (K, N, C) → (K, N, count).
 
     The first c with q(z ≤ c) ≥ u: one random number per draw (the Gumbel-max trick takes one per category). A
-    category of probability 0 is never drawn, since u > 0 and the cumulative sums rise only where w > 0. On a GPU,
-    which does not add from left to right, they do so in float64 only.
+    category of probability 0 is never drawn, since u > 0 and the cumulative sums rise only where w > 0.
     """
-    below = (weights.double() if weights.is_cuda else weights).cumsum(-1)
-    u = below.new_empty(*weights.shape[:2], count).uniform_(SMALLEST, 1, generator=generator)
+    u = below.new_empty(*below.shape[:2], count).uniform_(SMALLEST, 1, generator=generator)
     codes = torch.searchsorted(below, u.mul_(below[..., -1:]))
     # weights that are not finite must not raise an error here: the check of the loss reports them
-    return codes.clamp_(max=weights.shape[-1] - 1)
+    return codes.clamp_(max=below.shape[-1] - 1)
+
+
+def inverse_draw(weights: Tensor, count: int, generator: Generator) -> Tensor:
+    """``count`` draws z ~ w/Σw for each row: (K, N, C) → (K, N, count)."""
+    return inverse_of(cumulative(weights), count, generator)
 
 
 def plain_score(

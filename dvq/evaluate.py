@@ -40,6 +40,23 @@ class _Pass:
     usage: Tensor | None = None  # (K, C), counts
     mass: Tensor | float = 0.0  # (K, C), Σ q(z|x)
 
+    def judge(
+        self, model: Model, images: Tensor, samples: Iterator[Sample], prior: Autoregressive | None
+    ) -> None:
+        elbos: list[Tensor] = []
+        weights: list[Tensor] = []
+        for sample in samples:
+            distortion = model.channel_distortions(sample.vectors, images)
+            if not elbos:
+                self.add(sample, distortion)
+                if prior is not None:
+                    self.autoregressive.append(_rate_under(prior, model, sample, len(images)))
+            nll = distortion.sum(1).double()
+            elbos.append(nll + per_image(sample.rate, len(images)))
+            weights.append(-nll - per_image(sample.log_ratio, len(images)))
+        self.draws.append(torch.stack(elbos))
+        self.bounds.append(math.log(len(weights)) - torch.stack(weights).logsumexp(0))
+
     def add(self, sample: Sample, distortion: Tensor) -> None:
         images = len(distortion)
         self.distortions.append(distortion)
@@ -102,25 +119,24 @@ def evaluate(
         gathered.usage = torch.zeros(model.latents.codebook.shape[:2], dtype=torch.long, device=device)
     draws = 1 if isinstance(model.latents, Deterministic) else bound_samples
     for batch in batches(images, at_once, device):
-        v = model.encoder(batch)
-        elbos, weights = [], []
-        for draw in range(draws):
-            sample = model.latents.sample(v, more if draw else first)
-            distortion = model.channel_distortions(sample.vectors, batch)
-            if draw == 0:
-                gathered.add(sample, distortion)
-                if prior is not None:
-                    gathered.autoregressive.append(_rate_under(prior, model, sample, len(batch)))
-            nll = distortion.sum(1).double()
-            elbos.append(nll + per_image(sample.rate, len(batch)))
-            weights.append(-nll - per_image(sample.log_ratio, len(batch)))
-        gathered.draws.append(torch.stack(elbos))
-        gathered.bounds.append(math.log(draws) - torch.stack(weights).logsumexp(0))
+        gathered.judge(model, batch, _samples(model, batch, first, more, draws), prior)
     result = _summary(gathered, bound_samples, model)
     if training is not None:
         fitted = fit(copy.deepcopy(model), training, batch_size, seed)
         result["fitted_bits_per_dim"] = evaluate(fitted, images, batch_size, seed)["bits_per_dim"]
     return result
+
+
+def _samples(
+    model: Model, images: Tensor, first: torch.Generator, more: torch.Generator, draws: int
+) -> Iterator[Sample]:
+    """One sample by ``first``, and ``draws`` − 1 by ``more``."""
+    v = model.encoder(images)
+    sample = model.latents.sample(v, first)
+    yield sample
+    for _ in range(1, draws):
+        sample = sample.again(more) if sample.again else model.latents.sample(v, more)
+        yield sample
 
 
 def _rate_under(prior: Autoregressive, model: Model, sample: Sample, images: int) -> Tensor:

@@ -4,13 +4,23 @@ Shapes: B images, P = H/4·W/4 positions, N = B·P, K latent variables a positio
 a code. The codebooks come first, (K, N, ·), as their batched products want it.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from dvq.codes import look_up
-from dvq.draws import fast_reinmax, fast_score, inverse_draw, plain_reinmax, plain_score
+from dvq.draws import (
+    cumulative,
+    fast_reinmax,
+    fast_score,
+    inverse_draw,
+    inverse_of,
+    plain_reinmax,
+    plain_score,
+)
 from dvq.posterior import LOWEST, categorical_kl, logits_of
 from dvq.relaxation import fast_relax, plain_relax
 from dvq.trial import Discrete, LearnedCodes, Stochastic, Trial
@@ -29,6 +39,8 @@ class Sample(NamedTuple):
     """(K, N) integers, where the latent variables are discrete"""
     mass: Tensor | None = None
     """(K, C): Σ_n q(z|x), unless that is the count of the codes"""
+    again: "Callable[[Generator], Sample] | None" = None
+    """another sample from the same q(z|x), where that costs less than the first"""
 
 
 def per_image(terms: Tensor, images: int) -> Tensor:
@@ -145,13 +157,19 @@ class Categorical(Codebooks):
 
     def sample(self, v: Tensor, generator: Generator) -> Sample:
         logits = self.logits(v)
-        if not logits.is_cuda:  # as in above_underflow
-            logits = torch.maximum(logits, logits.amax(-1, keepdim=True) + LOWEST)
+        if not logits.is_cuda:  # as in above_underflow; log q is less by up to log C, 7 for 1,096 codes
+            logits = torch.maximum(logits, logits.amax(-1, keepdim=True) + (LOWEST + 7))
         q = logits.softmax(-1)
-        codes = inverse_draw(q, 1, generator).squeeze(-1)
-        log_q = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-        log_ratio = log_q - self.log_p_each(codes)
-        return Sample(self.vectors(codes), self.kl(logits), log_ratio, codes, q.sum(1))
+        below, log_sum = cumulative(q), logits.logsumexp(-1)
+        return self._sample(logits, below, log_sum, self.kl(logits), q.sum(1), generator)
+
+    def _sample(
+        self, logits: Tensor, below: Tensor, log_sum: Tensor, rate: Tensor, mass: Tensor, generator: Generator
+    ) -> Sample:
+        codes = inverse_of(below, 1, generator).squeeze(-1)
+        log_q = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1) - log_sum
+        again = partial(self._sample, logits, below, log_sum, rate, mass)
+        return Sample(self.vectors(codes), rate, log_q - self.log_p_each(codes), codes, mass, again)
 
 
 class Baselined(Categorical):

@@ -243,8 +243,8 @@ class Discrete(Trial):
     """trained: by maximum likelihood along with the model, and counted in the rate; uniform: 1/C"""
     autoregressive_steps: Whole = 0
     """the final evaluation also fits an autoregressive prior to the training images' codes, in so many steps, gives
-    the bits/dim under it, and keeps it beside the model (``dvq.autoregressive``); 0: it does not. A trial that was trained without it, by an
-    earlier sweep, is not trained again. Forecasts leave out what it costs"""
+    the bits/dim under it, and keeps it beside the model (``dvq.autoregressive``); 0: it does not. A trial that was
+    trained without it, by an earlier sweep, is not trained again. Forecasts leave out what it costs"""
 
     def key(self) -> str:
         """The trial's name in the store, which tells the steps of an autoregressive prior too."""

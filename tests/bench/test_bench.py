@@ -1,6 +1,6 @@
 """What the benchmark compares with computes the same loss, where no noise is left: else its ratios mean nothing."""
 
-import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dvq import posterior
 from dvq.config import estimators, trial
+from dvq.latents import Sample
 from dvq.model import Model
 from dvq.quantizers import Deterministic
 from dvq.saved import save
@@ -135,9 +136,11 @@ def test_a_trained_models_exps_underflow_only_where_that_is_measured(
     import trained
 
     far = torch.tensor([[0.0, -200.0]])
-    with trained.lowest(-math.inf):
+    with trained.underflow():
         assert posterior.above_underflow(far.clone()).equal(far)
     assert posterior.above_underflow(far.clone()).equal(torch.tensor([[0.0, posterior.LOWEST]]))
+    with trained.anew():
+        assert Sample(far, far, far, again=lambda _: None).again is None
     save(Model(trial({"estimator": "gs-soft", "data": "cifar10-sample", **SMALL})), tmp_path)
     monkeypatch.setattr(trained, "keep_memory", lambda: None)
     monkeypatch.setattr(trained, "ROUNDS", 1)
@@ -147,7 +150,9 @@ def test_a_trained_models_exps_underflow_only_where_that_is_measured(
         trained.main()
     finally:
         torch.set_flush_denormal(False)
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+    told = capsys.readouterr().out.splitlines()[1:]
+    assert [re.sub(r" [\d.]+ \(.*", "", line) for line in told] == [
         "training",
         "evaluation",
+        "evaluation by 16 draws",
     ]

@@ -12,8 +12,9 @@ from dvq import DvqError
 from dvq.config import trial
 from dvq.draws import inverse_draw
 from dvq.evaluate import evaluate, fit, usage_summary
-from dvq.latents import Categorical
+from dvq.latents import Categorical, Sample
 from dvq.model import Model
+from dvq.posterior import LOWEST
 from dvq.quantizers import Nearest
 from dvq.relaxation import gumbel
 from tests.sizes import taken
@@ -168,6 +169,35 @@ def test_the_bound_and_its_spread_are_those_of_several_draws(draws: int) -> None
     spread = (nll + rate).mean(1).std().item() * model.trial.bits_per_nat
     assert found["draws_se"] == pytest.approx(spread, rel=1e-6)
     assert found["draws_se"] > 0
+
+
+def test_the_posterior_is_computed_once_for_all_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same bits as for each of them."""
+    model, some = tiny("gs-soft"), images(3)
+    of, computed = model.latents.logits, []
+    monkeypatch.setattr(model.latents, "logits", lambda v: computed.append(v.shape[1]) or of(v))
+    found = evaluate(model, some, batch_size=2, bound_samples=3)
+    assert computed == [2 * 64, 64]
+    monkeypatch.setattr(Sample, "again", None)
+    assert evaluate(model, some, batch_size=2, bound_samples=3) == found
+    assert len(computed) == 2 + 3 * 2
+
+
+@torch.no_grad()
+def test_no_exponential_of_a_posterior_underflows_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MKL's is slow there. No number changes."""
+    model = Model(trial({**TINY, "estimator": "gs-soft", "num_codes": 512}))
+    model.latents.codebook *= 20
+    v = model.encoder(torch.from_numpy(images(3)))
+    plain, seen, of = model.latents.logits(v), [], model.latents.kl
+    assert plain.log_softmax(-1).min() < -200
+    monkeypatch.setattr(model.latents, "kl", lambda logits: seen.append(logits) or of(logits))
+    sample = model.latents.sample(v, torch.Generator().manual_seed(0))
+    assert seen[0].log_softmax(-1).min() >= LOWEST
+    assert torch.equal(sample.rate, of(plain))
+    assert torch.equal(
+        sample.codes, inverse_draw(plain.softmax(-1), 1, torch.Generator().manual_seed(0))[..., 0]
+    )
 
 
 @pytest.mark.parametrize("estimator", ["vq-ema", "fsq"])
