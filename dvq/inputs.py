@@ -28,8 +28,9 @@ def images(given: Any, trial: Trial, device: torch.device) -> Tensor:
         axes = "(0, 2, 3, 1)" if tensor.ndim == 4 else "(1, 2, 0)[None]"
         hints: dict[tuple[int, ...], str] = {
             (channels, height, width): f"; for channels first: x.{turn}{axes}",
-            single: "; for one image: x[None]",
         }
+        if tensor.ndim == 3:
+            hints[single] = "; for one image: x[None]"
         if channels == 1 and shape[-2:] == (height, width):
             hints.setdefault(shape[-3:], "; for gray images without channels: x[..., None]")
         raise DvqError(f"images are {_told(tensor)}: {instead}{hints.get(shape[-3:], '')}")

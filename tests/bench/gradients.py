@@ -4,7 +4,7 @@
 
 Medians over 20 random models so small that every z can be listed (tests/dvq/test_enumeration.py), of 20,000 gradients
 of one image each: the bias ‖E g − ∇ELBO‖ / ‖∇ELBO‖, which an unbiased estimator shows as √(variance / 20,000),
-and the variance E‖g − E g‖² / ‖∇ELBO‖². Half a minute on one core.
+and the variance E‖g − E g‖² / ‖∇ELBO‖². About a minute on one core.
 """
 
 import sys

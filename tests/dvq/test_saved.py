@@ -141,7 +141,7 @@ def test_many_images_are_taken_in_pieces(estimator, monkeypatch: pytest.MonkeyPa
         (IMAGES.permute(0, 3, 1, 2), "channels first: x.permute"),
         (IMAGES.numpy()[0].transpose(2, 0, 1), r"channels first: x.transpose\(1, 2, 0\)\[None\]"),
         (IMAGES[0], r"one image: x\[None\]"),
-        (IMAGES[:0], r"\(0, 32, 32, 3\)"),
+        (IMAGES[:0], r"\(0, 32, 32, 3\): give [^;]*$"),
         (torch.zeros(1, 64, 64, 3, dtype=torch.uint8), r"\(1, 64, 64, 3\)"),
         ("cat.png", "are a str: give a tensor or a numpy array"),
     ],
