@@ -112,7 +112,9 @@ def _shown(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
 def _named(results: Sequence[Result]) -> list[Result]:
     trials = [trial(one["trial"]) for one in results]
     common = _shared([one.changed() for one in trials])
-    return [{**one, "name": _told_apart(shown, *common)} for one, shown in zip(results, trials, strict=True)]
+    return [
+        {**result, "name": _told_apart(one, *common)} for result, one in zip(results, trials, strict=True)
+    ]
 
 
 def _shared(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -182,7 +184,8 @@ def page(results: Sequence[Result], place: Path) -> str:
 
 def _titles(results: Sequence[Result]) -> list[tuple[str, str]]:
     shown, coded = _shown(results)
-    drawn = {"figure_1a", "figure_1c"} if shown else set()
+    drawn = {"figure_1c"} if shown else set()
+    drawn |= {"figure_1a"} if any("num_codes" in one["trial"] for one in shown) else set()
     drawn |= {"figure_1b", "figure_2"} if coded else set()
     return [(name, title) for name, (title, _) in FIGURES.items() if name in drawn]
 
