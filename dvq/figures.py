@@ -118,8 +118,8 @@ def figure_1b(results: Sequence[Result], analyses: Analyses) -> Figure:
     )
     figure = new_figure(title, results, 10, 4.2)
     panels = figure.subplots(1, 2, sharey=True)
-    widths = np.linspace(3.0, 1.2, max(2, len(groups)))  # so that curves that coincide are all seen
-    for (group, group_analyses), width in zip(groups, widths, strict=False):
+    widths = np.linspace(3.0, 1.2, len(groups))  # so that curves that coincide are all seen
+    for (group, group_analyses), width in zip(groups, widths, strict=True):
         drawn = {"color": group.colour, "ls": group.dashes, "marker": group.marker, "label": group.label}
         drawn["lw"] = width
         _explained(panels[0], np.concatenate([analysis.explained for analysis in group_analyses]), **drawn)
@@ -192,6 +192,7 @@ def figure_1c(results: Sequence[Result]) -> Figure:
 
 def _training(axes: Axes, group: Group, curve: Sequence[Result]) -> bool:
     """Draw the path of one trial; returns whether the rate under the best prior is known, and drawn too."""
+    curve = [point for point in curve if math.isfinite(point["rate"] + point["distortion"])]
     points = np.array([(point["rate"], point["distortion"]) for point in curve])
     drawn: dict[str, Any] = {"color": group.colour, "marker": group.marker}
     axes.plot(*points.T, ls=group.dashes, lw=1.2, ms=2.5, **drawn)
@@ -228,11 +229,11 @@ def figure_2(results: Sequence[Result], analyses: Analyses) -> Figure:
     """The codes of each latent variable (columns) of a trial a row, on the first three principal components,
     coloured by their norm; rings are codes that were never used. Of several seeds the first is drawn."""
     rows = _analyzed(results, analyses)
-    columns = min(MOST_COLUMNS, max((len(group_analyses[0].norms) for _, group_analyses in rows), default=1))
+    most = max((len(group_analyses[0].norms) for _, group_analyses in rows), default=1)
+    columns = min(MOST_COLUMNS, most)
     size = min(2.25, 11 / columns)  # inches a panel
     drawn, height = 1 + size * columns, 0.6 + (size + 0.2) * len(rows)
     title = counted("The codes on their first three principal components", len(rows), _discrete(results))
-    most = max((len(group_analyses[0].norms) for _, group_analyses in rows), default=1)
     title += f"; the first {columns} of {most} codebooks" if most > columns else ""
     figure = new_figure(title, results, max(10, drawn), height)
     panels = figure.subplots(max(1, len(rows)), columns, squeeze=False, subplot_kw={"projection": "3d"})

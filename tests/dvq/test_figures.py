@@ -371,6 +371,16 @@ def test_figure_1c_goes_through_the_evaluations_and_ends_in_a_mark():
     assert len(legend(figure)) == 2  # a label an estimator, whatever the seeds
 
 
+@pytest.mark.parametrize("bits", [np.nan, np.inf])
+def test_figure_1c_leaves_out_evaluations_that_are_not_finite(bits, tmp_path):
+    """An arrow from one could not be drawn, and ended the report."""
+    (one,) = sweep(estimators=("gs-soft",), sizes=(16,), seeds=(0,))
+    one["curves"][0]["distortion"] = bits
+    figure = figures.figure_1c([one])
+    style.save_png(figure, tmp_path / "figure.png")
+    assert list(figure.axes[0].lines[0].get_xdata()) == [0.2, pytest.approx(0.3)]
+
+
 def test_the_numbers_of_figure_1cs_diagonals_stand_inside_the_frame():
     """That of 6.3 leaves it in the lower left corner, and has no room there."""
     results = sweep(estimators=("vq-ema",), sizes=(16,), seeds=(0,))
