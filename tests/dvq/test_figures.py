@@ -257,6 +257,14 @@ def test_few_groups_are_all_shown():
     assert len(looks) == 6
 
 
+def test_what_is_not_finite_is_not_shown():
+    """Neither here nor where the pictures of what is shown are loaded: of several seeds the first finite one is."""
+    diverged = sweep()
+    for one, bits in zip(diverged[:3], (np.nan, 5.0, np.inf), strict=True):
+        one["evaluation"]["bits_per_dim"] = bits
+    assert [group.results for group in style.shown(diverged)][:2] == [[diverged[1]], [diverged[3]]]
+
+
 def chosen(results):
     """The settings that are shown, told by estimator, C and K, and by the rest of their names."""
     return [
