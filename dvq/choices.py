@@ -3,9 +3,9 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 import yaml
 
 from dvq.config import estimators, trial
@@ -21,11 +21,7 @@ def chosen(results: Sequence[Result]) -> list[Result]:
     """The results of the setting of lowest mean bits/dim over seeds, the lowest first. Only settings with the most
     finite results are compared: where some seeds diverged or failed, those that are left were lucky."""
     groups = (sorted(group, key=_bits) for group in alike(finite(results), "seed"))
-    return min(groups, key=_order, default=[])
-
-
-def _order(group: Sequence[Result]) -> tuple[int, float]:
-    return -len(group), float(np.mean([_bits(result) for result in group]))
+    return min(groups, key=lambda group: (-len(group), fmean(map(_bits, group))), default=[])
 
 
 def _bits(result: Result) -> float:
