@@ -14,6 +14,7 @@ from dvq.captions import FIGURES
 from dvq.config import estimators, trial
 from dvq.style import PAPERS_SIZE, partly_trained, save_png, style
 from dvq.sweep import short_name
+from dvq.tables import discrete
 from dvq.trial import Discrete, Stochastic, Trial
 
 Result = dict[str, Any]
@@ -185,7 +186,7 @@ def page(results: Sequence[Result], place: Path) -> str:
 def _titles(results: Sequence[Result]) -> list[tuple[str, str]]:
     shown, coded = _shown(results)
     drawn = {"figure_1c"} if shown else set()
-    drawn |= {"figure_1a"} if any("num_codes" in one["trial"] for one in shown) else set()
+    drawn |= {"figure_1a"} if discrete(shown) else set()
     drawn |= {"figure_1b", "figure_2"} if coded else set()
     return [(name, title) for name, (title, _) in FIGURES.items() if name in drawn]
 

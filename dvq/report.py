@@ -11,7 +11,7 @@ from string import Template
 import yaml
 
 from dvq import choices, disk, figures, patches, style
-from dvq.captions import CHOICE, CHOSEN, FIGURES, PAPER, SEVERAL
+from dvq.captions import CHOICE, CHOSEN, CODEBOOKS, FIGURES, PAPER, SEVERAL
 from dvq.fingerprints import shape
 from dvq.patches import Patches
 from dvq.pictures import Pictures, of_sweep
@@ -22,6 +22,7 @@ from dvq.tables import (
     Row,
     alike,
     certificate,
+    discrete,
     filled,
     finite,
     fitted_first,
@@ -140,7 +141,8 @@ def _cell(row: Row, key: str) -> str:
 
 def _figure(name: str, png: bytes, results: Sequence[Result]) -> str:
     title, caption = FIGURES[name]
-    if name in CHOSEN and len(style.shown(results)) < len(alike(results, "seed")):
+    drawable = discrete(results) if name in CODEBOOKS else results
+    if name in CHOSEN and len(style.shown(drawable)) < len(alike(drawable, "seed")):
         caption += CHOICE
     if name == "figure_1a" and figures.papers(results):
         caption += PAPER
@@ -217,7 +219,7 @@ def draw(
     results, drawn = finite(results), {}
     if results:
         drawn["figure_1c"] = figures.figure_1c(results)
-    if any("num_codes" in result["trial"] for result in results):
+    if discrete(results):
         drawn["figure_1a"] = figures.figure_1a(results)
     if any(result["name"] in analyses for result in results):
         drawn["figure_1b"] = figures.figure_1b(results, analyses)

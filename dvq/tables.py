@@ -94,6 +94,11 @@ def finite(results: Sequence[Result]) -> list[Result]:
     return [result for result in results if math.isfinite(result["evaluation"]["bits_per_dim"])]
 
 
+def discrete(results: Sequence[Result]) -> list[Result]:
+    """The results of latent variables that have codes."""
+    return [result for result in results if "num_codes" in result["trial"]]
+
+
 def certificate(results: Sequence[Result]) -> str:
     """16 hexadecimal digits of the SHA-256 over the trials' names and all that their evaluations found, whatever
     their order: two reports with the same one hold the same numbers, bit for bit."""

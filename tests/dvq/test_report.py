@@ -422,6 +422,12 @@ def test_a_caption_says_where_not_every_setting_is_drawn(sweep):
         results[-1]["trial"]["num_codes"] = codes
     assert "Not every setting" in report.page(smoke(), results, {}, {"figure_1c": b""})
     assert "Not every setting" not in report.page(smoke(), results, {}, {"figure_1a": b""})
+    continuous = copy.deepcopy(results)
+    continuous[1]["trial"] |= {"estimator": "gaussian"}
+    del continuous[1]["trial"]["num_codes"], continuous[0]
+    for name, said in (("figure_1b", False), ("figure_1c", True), ("figure_2", False), ("codes", True)):
+        page = report.page(smoke(), continuous, {}, {name: b""})
+        assert ("Not every setting" in page) == said, "seven settings, and six of them have codes"
     for one in results[:2]:
         one["evaluation"]["bits_per_dim"] = math.nan
     assert "Not every setting" not in report.page(smoke(), results, {}, {"figure_1c": b""}), "six are drawn"
