@@ -121,11 +121,7 @@ def _named(results: Sequence[Result]) -> list[Result]:
 def _shared(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The fields that have the same value in all of ``changes``."""
     first = changes[0] if changes else {}
-    return {
-        field: value
-        for field, value in first.items()
-        if all(fields.get(field) == value for fields in changes)
-    }
+    return {field: value for field, value in first.items() if all(one.get(field) == value for one in changes)}
 
 
 def _analysis(result: Result) -> Analysis:
@@ -185,10 +181,8 @@ def page(results: Sequence[Result], place: Path) -> str:
 
 def _titles(results: Sequence[Result]) -> list[tuple[str, str]]:
     shown, coded = _shown(results)
-    drawn = {"figure_1c"} if shown else set()
-    drawn |= {"figure_1a"} if discrete(shown) else set()
-    drawn |= {"figure_1b", "figure_2"} if coded else set()
-    return [(name, title) for name, (title, _) in FIGURES.items() if name in drawn]
+    drawn = {"figure_1a": discrete(shown), "figure_1b": coded, "figure_1c": shown, "figure_2": coded}
+    return [(name, title) for name, (title, _) in FIGURES.items() if drawn.get(name)]
 
 
 def table(results: Sequence[Result], place: str, without: Collection[str] = ()) -> str:
