@@ -129,25 +129,25 @@ def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
 
 def _note(description: str, results: list[dict[str, Any]], failures: dict[str, str]) -> str:
     """A line that says what the sweep is, and its table, as Markdown."""
-    from dvq.tables import COLUMNS, SETTINGS, certificate, rows, settings
+    from dvq.tables import certificate, rows, settings
 
-    lines = _table(rows(results, {}), {key: COLUMNS[key] for key in TRIAL}) if results else []
+    lines = _table(rows(results, {}), TRIAL) if results else []
     if several := settings(results):
-        lines += ["", *_table(several, {key: SETTINGS[key] for key in SETTING})]
+        lines += ["", *_table(several, SETTING)]
     label = f"{results[0]['data']['label']}, certificate `{certificate(results)}`" if results else ""
     label = " ".join(filter(None, (description, label and f"On {label}")))
     failed = [f"- {name} is not finished: {reason}" for name, reason in failures.items()]
     return "\n".join([label, "", *lines, "", *failed])
 
 
-def _table(table_rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> list[str]:
-    """The lines of a table; MLflow's pages leave no space between columns of their own."""
+def _table(table: list[dict[str, Any]], keys: tuple[str, ...]) -> list[str]:
+    """The lines of a table of those columns; MLflow's pages leave no space between columns of their own."""
     from dvq.tables import filled, formatted
 
-    used = filled(table_rows, columns)
+    used = filled(table, keys)
     cells = [
         [heading for heading, _ in used.values()],
-        *([formatted(row, key) for key in used] for row in table_rows),
+        *([formatted(row, key) for key in used] for row in table),
     ]
     head, *body = (f"| {' | '.join(f'{cell}&emsp;' for cell in line)} |" for line in cells)
     return [head, "|" + " --- |" * len(used), *body]

@@ -8,6 +8,8 @@ CHOICE = (
 PAPER = " Grey lines and the star are the paper's numbers."
 CHOSEN = ("figure_1b", "figure_1c", "figure_2", "codes", "pictures")
 """the figures that show single settings"""
+CODEBOOKS = ("figure_1b", "figure_2")
+"""those of them that choose among the settings that have codes"""
 SEVERAL = (
     "The mean over trainings that differ in their seed alone, ± its standard error over these trainings. Above "
     "lowest: the difference from the first row's, over the seeds that both have. A 95% interval is ± 12.7 standard "

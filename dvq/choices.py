@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 import yaml
 
 from dvq.config import estimators, trial
-from dvq.tables import Result, alike, complete
+from dvq.tables import Result, alike, complete, finite
 from dvq.trial import Trial
 
 SIZES = ("num_codes", "num_latents")
@@ -20,15 +20,8 @@ FREE = ("code_dim", "seed")
 def chosen(results: Sequence[Result]) -> list[Result]:
     """The results of the setting of lowest mean bits/dim over seeds, the lowest first. Only settings with the most
     finite results are compared: where some seeds diverged or failed, those that are left were lucky."""
-    return min(map(_finite, alike(results, "seed")), key=_order, default=[])
-
-
-def _order(group: Sequence[Result]) -> tuple[int, float]:
-    return -len(group), float(np.mean([_bits(result) for result in group])) if group else math.inf
-
-
-def _finite(group: Sequence[Result]) -> list[Result]:
-    return sorted((result for result in group if math.isfinite(_bits(result))), key=_bits)
+    groups = (sorted(group, key=_bits) for group in alike(finite(results), "seed"))
+    return min(groups, key=lambda group: (-len(group), fmean(map(_bits, group))), default=[])
 
 
 def _bits(result: Result) -> float:

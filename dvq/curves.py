@@ -54,7 +54,7 @@ def _methods(along: Sequence[list[Result]]) -> list[tuple[str, list[Result]]]:
     named = []
     for lines in methods.values():
         settings = len({_setting(trials) for trials in lines})
-        shared = _setting([trial for trials in lines for trial in trials])
+        shared = _setting([result for trials in lines for result in trials])
         name = ", ".join(filter(None, (shared, f"{settings} settings" if settings > 1 else "")))
         named += [(name, trials) for trials in lines]
     return named

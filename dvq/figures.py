@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from dvq.analyze import Analysis, Floats
 from dvq.curves import Curve, curves, mean, spread
 from dvq.style import Analyses, Group, counted, legend, look, new_figure, shown, style
-from dvq.tables import Result
+from dvq.tables import Result, discrete
 
 PAPER = {
     "VQ-VAE, best C: 4.81": 4.81,
@@ -113,13 +113,11 @@ def figure_1b(results: Sequence[Result], analyses: Analyses) -> Figure:
     """Fraction of the codebooks' variance against the number of principal components: the mean and the range
     over codebooks (and seeds), of all codes and weighted by usage."""
     groups = _analyzed(results, analyses)
-    title = counted(
-        "Variance of the codes that principal components explain", len(groups), _discrete(results)
-    )
+    title = counted("Variance of the codes that principal components explain", len(groups), discrete(results))
     figure = new_figure(title, results, 10, 4.2)
     panels = figure.subplots(1, 2, sharey=True)
-    widths = np.linspace(3.0, 1.2, max(2, len(groups)))  # so that curves that coincide are all seen
-    for (group, group_analyses), width in zip(groups, widths, strict=False):
+    widths = np.linspace(3.0, 1.2, len(groups))  # so that curves that coincide are all seen
+    for (group, group_analyses), width in zip(groups, widths, strict=True):
         drawn = {"color": group.colour, "ls": group.dashes, "marker": group.marker, "label": group.label}
         drawn["lw"] = width
         _explained(panels[0], np.concatenate([analysis.explained for analysis in group_analyses]), **drawn)
@@ -146,10 +144,6 @@ def _analyzed(results: Sequence[Result], analyses: Analyses) -> list[tuple[Group
     """The groups to show, with their analyses; continuous latent variables have none and are left out."""
     groups = shown([result for result in results if result["name"] in analyses])
     return [(group, [analyses[result["name"]] for result in group.results]) for group in groups]
-
-
-def _discrete(results: Sequence[Result]) -> list[Result]:
-    return [result for result in results if "num_codes" in result["trial"]]
 
 
 def _explained(axes: Axes, explained: Floats, **drawn: Any) -> None:
@@ -192,6 +186,7 @@ def figure_1c(results: Sequence[Result]) -> Figure:
 
 def _training(axes: Axes, group: Group, curve: Sequence[Result]) -> bool:
     """Draw the path of one trial; returns whether the rate under the best prior is known, and drawn too."""
+    curve = [point for point in curve if math.isfinite(point["rate"] + point["distortion"])]
     points = np.array([(point["rate"], point["distortion"]) for point in curve])
     drawn: dict[str, Any] = {"color": group.colour, "marker": group.marker}
     axes.plot(*points.T, ls=group.dashes, lw=1.2, ms=2.5, **drawn)
@@ -228,11 +223,11 @@ def figure_2(results: Sequence[Result], analyses: Analyses) -> Figure:
     """The codes of each latent variable (columns) of a trial a row, on the first three principal components,
     coloured by their norm; rings are codes that were never used. Of several seeds the first is drawn."""
     rows = _analyzed(results, analyses)
-    columns = min(MOST_COLUMNS, max((len(group_analyses[0].norms) for _, group_analyses in rows), default=1))
+    most = max((len(group_analyses[0].norms) for _, group_analyses in rows), default=1)
+    columns = min(MOST_COLUMNS, most)
     size = min(2.25, 11 / columns)  # inches a panel
     drawn, height = 1 + size * columns, 0.6 + (size + 0.2) * len(rows)
-    title = counted("The codes on their first three principal components", len(rows), _discrete(results))
-    most = max((len(group_analyses[0].norms) for _, group_analyses in rows), default=1)
+    title = counted("The codes on their first three principal components", len(rows), discrete(results))
     title += f"; the first {columns} of {most} codebooks" if most > columns else ""
     figure = new_figure(title, results, max(10, drawn), height)
     panels = figure.subplots(max(1, len(rows)), columns, squeeze=False, subplot_kw={"projection": "3d"})

@@ -14,6 +14,7 @@ from dvq.captions import FIGURES
 from dvq.config import estimators, trial
 from dvq.style import PAPERS_SIZE, partly_trained, save_png, style
 from dvq.sweep import short_name
+from dvq.tables import discrete
 from dvq.trial import Discrete, Stochastic, Trial
 
 Result = dict[str, Any]
@@ -112,17 +113,15 @@ def _shown(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
 def _named(results: Sequence[Result]) -> list[Result]:
     trials = [trial(one["trial"]) for one in results]
     common = _shared([one.changed() for one in trials])
-    return [{**one, "name": _told_apart(shown, *common)} for one, shown in zip(results, trials, strict=True)]
+    return [
+        {**result, "name": _told_apart(one, *common)} for result, one in zip(results, trials, strict=True)
+    ]
 
 
 def _shared(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The fields that have the same value in all of ``changes``."""
     first = changes[0] if changes else {}
-    return {
-        field: value
-        for field, value in first.items()
-        if all(fields.get(field) == value for fields in changes)
-    }
+    return {field: value for field, value in first.items() if all(one.get(field) == value for one in changes)}
 
 
 def _analysis(result: Result) -> Analysis:
@@ -182,9 +181,8 @@ def page(results: Sequence[Result], place: Path) -> str:
 
 def _titles(results: Sequence[Result]) -> list[tuple[str, str]]:
     shown, coded = _shown(results)
-    drawn = {"figure_1a", "figure_1c"} if shown else set()
-    drawn |= {"figure_1b", "figure_2"} if coded else set()
-    return [(name, title) for name, (title, _) in FIGURES.items() if name in drawn]
+    drawn = {"figure_1a": discrete(shown), "figure_1b": coded, "figure_1c": shown, "figure_2": coded}
+    return [(name, title) for name, (title, _) in FIGURES.items() if drawn.get(name)]
 
 
 def table(results: Sequence[Result], place: str, without: Collection[str] = ()) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dvq.disk import Arrays
 from dvq.style import counted, in_colour, look, new_figure, shown
-from dvq.tables import Result
+from dvq.tables import Result, discrete
 
 if TYPE_CHECKING:
     from dvq.model import Model
@@ -104,8 +104,7 @@ def of_sweep(results: Sequence[Result], patches: Mapping[str, Patches]) -> Figur
     groups = [(group.label, group.results[0]["name"]) for group in shown(results)]
     drawn = [(label, patches[name]) for label, name in groups if name in patches]
     rows = [min(ROWS, len(one.codes)) for _, one in drawn]
-    discrete = [result for result in results if "num_codes" in result["trial"]]
-    title = counted("The most used codes", len(drawn), discrete)
+    title = counted("The most used codes", len(drawn), discrete(results))
     figure = new_figure(title, results, 10, 0.6 + sum(0.25 + 0.58 * n for n in rows))
     panels = figure.subplots(len(drawn), squeeze=False, height_ratios=rows).ravel()
     for axes, (label, one), n in zip(panels, drawn, rows, strict=True):

@@ -11,20 +11,20 @@ from string import Template
 import yaml
 
 from dvq import choices, disk, figures, patches, style
-from dvq.captions import CHOICE, CHOSEN, FIGURES, PAPER, SEVERAL
+from dvq.captions import CHOICE, CHOSEN, CODEBOOKS, FIGURES, PAPER, SEVERAL
 from dvq.fingerprints import shape
 from dvq.patches import Patches
 from dvq.pictures import Pictures, of_sweep
 from dvq.style import Analyses, notice, save_png
 from dvq.sweep import Sweep
 from dvq.tables import (
-    COLUMNS,
-    SETTINGS,
     Result,
     Row,
     alike,
     certificate,
+    discrete,
     filled,
+    finite,
     fitted_first,
     formatted,
     rows,
@@ -36,9 +36,9 @@ SIZES = ("num_codes", "num_latents", "seeds", "seed", "steps")
 
 
 def page(
-    sweep: Sweep, results: Sequence[Result], failures: Mapping[str, str], pictures: Mapping[str, bytes]
+    sweep: Sweep, results: Sequence[Result], failures: Mapping[str, str], pngs: Mapping[str, bytes]
 ) -> str:
-    """The report as one HTML page that loads nothing; ``pictures`` are PNGs by the names of ``FIGURES``."""
+    """The report as one HTML page that loads nothing; ``pngs`` are figures by the names of ``FIGURES``."""
     warning = notice(results)
     reasons = "".join(
         f"<li><code>{escape(name)}</code>: {escape(reason)}</li>" for name, reason in failures.items()
@@ -54,14 +54,14 @@ def page(
         failures=f'<section class="failures"><h2>{count}</h2><ul>{reasons}</ul></section>'
         if failures
         else "",
-        settings=f'<h2>Settings, over seeds</h2>{_table(several, SETTINGS)}<p class="soft">{SEVERAL}</p>'
+        settings=f'<h2>Settings, over seeds</h2>{_table(several)}<p class="soft">{SEVERAL}</p>'
         if several
         else "",
-        trials=f"<h2>Trials, by bits/dim</h2>{_table(finished, COLUMNS)}" if finished else "",
+        trials=f"<h2>Trials, by bits/dim</h2>{_table(finished)}" if finished else "",
         subpixels=str(
             math.prod(shape(results[0]["data"]["name"] if results else str(sweep.base.get("data"))))
         ),
-        figures="".join(_figure(name, pictures[name], results) for name in FIGURES if name in pictures)
+        figures="".join(_figure(name, pngs[name], finite(results)) for name in FIGURES if name in pngs)
         or "<p>No trial finished: there is nothing to draw.</p>",
         sweep=escape(definition(sweep)),
         provenance="".join(
@@ -108,9 +108,9 @@ def _choice(results: Sequence[Result]) -> str:
     return f'<p class="soft">{text[0].upper()}{text[1:]}</p>' if text else ""
 
 
-def _table(table: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
+def _table(table: Sequence[Row]) -> str:
     """The columns that have values; sizes that all rows share are in a sentence above instead."""
-    columns = filled(table, columns)
+    columns = filled(table)
     shared = [
         key for key in SIZES if key in columns and len(table) > 1 and len({row[key] for row in table}) == 1
     ]
@@ -141,7 +141,8 @@ def _cell(row: Row, key: str) -> str:
 
 def _figure(name: str, png: bytes, results: Sequence[Result]) -> str:
     title, caption = FIGURES[name]
-    if name in CHOSEN and len(style.shown(results)) < len(alike(results, "seed")):
+    drawable = discrete(results) if name in CODEBOOKS else results
+    if name in CHOSEN and len(style.shown(drawable)) < len(alike(drawable, "seed")):
         caption += CHOICE
     if name == "figure_1a" and figures.papers(results):
         caption += PAPER
@@ -211,24 +212,23 @@ def draw(
     pictures: Mapping[str, Pictures],
     codes: Mapping[str, Patches],
 ) -> dict[str, bytes]:
-    """The results' figures, as far as there is something to draw, as PNG files and their bytes."""
+    """The finite results' figures, as far as there is something to draw, as PNG files and their bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    finite = [result for result in results if math.isfinite(result["evaluation"]["bits_per_dim"])]
-    drawn = {}
-    if finite:
-        drawn["figure_1c"] = figures.figure_1c(finite)
-    if any("num_codes" in result["trial"] for result in finite):
-        drawn["figure_1a"] = figures.figure_1a(finite)
-    if any(result["name"] in analyses for result in finite):
-        drawn["figure_1b"] = figures.figure_1b(finite, analyses)
-        drawn["figure_2"] = figures.figure_2(finite, analyses)
-    singles = {group.results[0]["name"] for group in style.shown(finite)}
+    results, drawn = finite(results), {}
+    if results:
+        drawn["figure_1c"] = figures.figure_1c(results)
+    if discrete(results):
+        drawn["figure_1a"] = figures.figure_1a(results)
+    if any(result["name"] in analyses for result in results):
+        drawn["figure_1b"] = figures.figure_1b(results, analyses)
+        drawn["figure_2"] = figures.figure_2(results, analyses)
+    singles = {group.results[0]["name"] for group in style.shown(results)}
     if singles & codes.keys():
-        drawn["codes"] = patches.of_sweep(finite, codes)
+        drawn["codes"] = patches.of_sweep(results, codes)
     if singles & pictures.keys():
-        drawn["pictures"] = of_sweep(finite, pictures)
+        drawn["pictures"] = of_sweep(results, pictures)
     for name, figure in drawn.items():
         save_png(figure, folder / f"{name}.png")
     return {name: (folder / f"{name}.png").read_bytes() for name in drawn}

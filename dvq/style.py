@@ -1,13 +1,13 @@
 """What the pictures share: an estimator's colour, the look of an axis, which trials there is room for, the files."""
 
 import hashlib
-import math
 import re
 import textwrap
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from matplotlib.style import context
 from numpy.typing import NDArray
 
 from dvq.analyze import Analysis
-from dvq.tables import Result, alike
+from dvq.tables import Result, alike, finite
 from dvq.trial import Trial
 
 Analyses = Mapping[str, Analysis]
@@ -106,10 +106,11 @@ class Group(NamedTuple):
 
 
 def shown(results: Sequence[Result]) -> list[Group]:
-    """What a figure of single trials has room for, in the sweep's order: all settings if they are at most six; if
-    not, one of each estimator (of VQ-VAE one of each gradient), at C = 64 and K = 16 as in the paper if that is
-    there, and of several the one of lowest mean bits/dim; then the lowest of the rest, until they are six."""
-    groups = alike(results, "seed")
+    """What a figure of single trials has room for, in the sweep's order, of those of finite bits/dim: all settings if
+    they are at most six; if not, one of each estimator (of VQ-VAE one of each gradient), at C = 64 and K = 16 as in
+    the paper if that is there, and of several the one of lowest mean bits/dim; then the lowest of the rest, until
+    they are six."""
+    groups = alike(finite(results), "seed")
     if len(groups) > MOST_GROUPS:
         groups = _chosen(groups)
     count: Counter[str] = Counter()
@@ -146,10 +147,8 @@ def method(result: Result) -> tuple[str, str | None]:
 
 
 def _bits(group: Sequence[Result]) -> float:
-    """The mean bits/dim over the seeds where it is finite; infinity if it nowhere is."""
-    bits = [float(value["evaluation"]["bits_per_dim"]) for value in group]
-    finite = [value for value in bits if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.inf
+    """The mean bits/dim over seeds."""
+    return fmean(result["evaluation"]["bits_per_dim"] for result in group)
 
 
 def counted(title: str, drawn: int, results: Sequence[Result]) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,16 @@ def _bits(row: Row) -> float:
     return math.inf if row["bits_per_dim"] is None else float(row["bits_per_dim"])
 
 
+def finite(results: Sequence[Result]) -> list[Result]:
+    """The results whose bits/dim is finite."""
+    return [result for result in results if math.isfinite(result["evaluation"]["bits_per_dim"])]
+
+
+def discrete(results: Sequence[Result]) -> list[Result]:
+    """The results of latent variables that have codes."""
+    return [result for result in results if "num_codes" in result["trial"]]
+
+
 def certificate(results: Sequence[Result]) -> str:
     """16 hexadecimal digits of the SHA-256 over the trials' names and all that their evaluations found, whatever
     their order: two reports with the same one hold the same numbers, bit for bit."""
@@ -163,15 +173,20 @@ def told_apart(row: Row) -> bool:
     return bool(row["above"] > INTERVAL[min(row["pairs"], 10) - 2] * row["above_se"])
 
 
-def filled(table: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """The columns in which some row has something."""
-    return {key: column for key, column in columns.items() if any(row[key] is not None for row in table)}
+def filled(table: Sequence[Row], keys: Collection[str] = ()) -> dict[str, tuple[str, str]]:
+    """The columns in which some row has something, of all or of those in ``keys``."""
+    columns = _columns(table[0])
+    return {key: columns[key] for key in keys or columns if any(row[key] is not None for row in table)}
+
+
+def _columns(row: Row) -> dict[str, tuple[str, str]]:
+    return SETTINGS if "seeds" in row else COLUMNS
 
 
 def formatted(row: Row, key: str) -> str:
     """A number of a trial or a setting as the tables print it: bits/dim with their standard error if they have one,
     dead codes with how many codes there are."""
-    value, form = row[key], (SETTINGS if "seeds" in row else COLUMNS)[key][1]
+    value, form = row[key], _columns(row)[key][1]
     if value is None:
         return "–"
     text = format(value, form)

@@ -13,7 +13,7 @@ from components.store import DID_NOT_FINISH, DID_NOT_START, Store
 from dvq.choices import chosen, chosen_line
 from dvq.fingerprints import label
 from dvq.sweep import Sweep
-from dvq.tables import COLUMNS, SETTINGS, certificate, filled, fitted_first, formatted, rows, settings
+from dvq.tables import certificate, filled, fitted_first, formatted, rows, settings
 from dvq.trial import Trial
 from pipeline.profile import Cluster
 
@@ -63,14 +63,14 @@ def _show_finished(
         say(console, "AR prior: with an autoregressive prior of the codes in place of the factorial one")
     if not console.is_terminal:  # so that no name is broken in a file
         console.width = max(map(len, trials)) + 80
-    console.print(_table(rows(finished, {}), {key: COLUMNS[key] for key in TRIAL}))
+    console.print(_table(rows(finished, {}), TRIAL))
     if seed_means := settings(finished):
         say(
             console,
             "\nmeans over seeds, ± the standard error over trainings (a 95% interval: ± 12.7 of\n"
             "them with two seeds, 4.3 with three, 2.8 with five); above lowest: seed by seed",
         )
-        console.print(_table(seed_means, {key: SETTINGS[key] for key in SETTING}))
+        console.print(_table(seed_means, SETTING))
     if lowest_fitted := fitted_first(seed_means or rows(finished, {})):
         value = formatted(lowest_fitted, "fitted_bits_per_dim")
         say(console, f"by fitted bits/dim another is lowest: {lowest_fitted['name']}, {value}", prose=True)
@@ -116,8 +116,8 @@ def say(console: Console, line: str, prose: bool = False) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=not (prose and console.is_terminal))
 
 
-def _table(table_rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> Table:
-    table, used = Table(box=None, pad_edge=False, header_style="bold"), filled(table_rows, columns)
+def _table(table_rows: list[dict[str, Any]], keys: tuple[str, ...]) -> Table:
+    table, used = Table(box=None, pad_edge=False, header_style="bold"), filled(table_rows, keys)
     for heading, form in used.values():
         table.add_column(heading, justify="right" if form else "left", no_wrap=bool(form), overflow="fold")
     for row in table_rows:

@@ -257,6 +257,14 @@ def test_few_groups_are_all_shown():
     assert len(looks) == 6
 
 
+def test_what_is_not_finite_is_not_shown():
+    """Neither here nor where the pictures of what is shown are loaded: of several seeds the first finite one is."""
+    diverged = sweep()
+    for one, bits in zip(diverged[:3], (np.nan, 5.0, np.inf), strict=True):
+        one["evaluation"]["bits_per_dim"] = bits
+    assert [group.results for group in style.shown(diverged)][:2] == [[diverged[1]], [diverged[3]]]
+
+
 def chosen(results):
     """The settings that are shown, told by estimator, C and K, and by the rest of their names."""
     return [
@@ -369,6 +377,16 @@ def test_figure_1c_goes_through_the_evaluations_and_ends_in_a_mark():
     assert named
     assert named <= {round(float(one[0]), 6) for one in sums}
     assert len(legend(figure)) == 2  # a label an estimator, whatever the seeds
+
+
+@pytest.mark.parametrize("bits", [np.nan, np.inf])
+def test_figure_1c_leaves_out_evaluations_that_are_not_finite(bits, tmp_path):
+    """An arrow from one could not be drawn, and ended the report."""
+    (one,) = sweep(estimators=("gs-soft",), sizes=(16,), seeds=(0,))
+    one["curves"][0]["distortion"] = bits
+    figure = figures.figure_1c([one])
+    style.save_png(figure, tmp_path / "figure.png")
+    assert list(figure.axes[0].lines[0].get_xdata()) == [0.2, pytest.approx(0.3)]
 
 
 def test_the_numbers_of_figure_1cs_diagonals_stand_inside_the_frame():

@@ -171,7 +171,7 @@ def test_settings_are_means_over_seeds_with_the_error_of_trainings(sweep):
     assert best["bits_per_dim"] == pytest.approx(7.05)
     assert best["bits_per_dim_se"] == pytest.approx(0.05)
     assert worst["bits_per_dim_se"] == pytest.approx(0.2 / 3**0.5)
-    assert [tables.formatted(worst, key) for key in tables.filled([best, worst], tables.SETTINGS)] == [
+    assert [tables.formatted(worst, key) for key in tables.filled([best, worst])] == [
         "gs-soft-c16-k4",
         "3",
         "7.400 ± 0.115",
@@ -363,7 +363,7 @@ def test_the_certificate_holds_names_and_exact_numbers_only(sweep):
 def _columns(results):
     """Those of the table in which a trial has something, but for the sizes that all share."""
     shared = ("num_latents", "seed", "steps")
-    return [key for key in tables.filled(tables.rows(results, {}), tables.COLUMNS) if key not in shared]
+    return [key for key in tables.filled(tables.rows(results, {})) if key not in shared]
 
 
 def test_the_page_names_every_trial_and_failure_and_what_it_was_made_from(written, sweep):
@@ -422,6 +422,15 @@ def test_a_caption_says_where_not_every_setting_is_drawn(sweep):
         results[-1]["trial"]["num_codes"] = codes
     assert "Not every setting" in report.page(smoke(), results, {}, {"figure_1c": b""})
     assert "Not every setting" not in report.page(smoke(), results, {}, {"figure_1a": b""})
+    continuous = copy.deepcopy(results)
+    continuous[1]["trial"] |= {"estimator": "gaussian"}
+    del continuous[1]["trial"]["num_codes"], continuous[0]
+    for name, said in (("figure_1b", False), ("figure_1c", True), ("figure_2", False), ("codes", True)):
+        page = report.page(smoke(), continuous, {}, {name: b""})
+        assert ("Not every setting" in page) == said, "seven settings, and six of them have codes"
+    for one in results[:2]:
+        one["evaluation"]["bits_per_dim"] = math.nan
+    assert "Not every setting" not in report.page(smoke(), results, {}, {"figure_1c": b""}), "six are drawn"
 
 
 def test_everything_is_escaped(sweep):

@@ -242,6 +242,21 @@ def test_figures_leave_partial_training_out_or_say_it(
     assert "None of our models has been trained in full yet.\n<!--" in (root / "README.md").read_text()
 
 
+def test_continuous_latents_alone_have_no_figure_1a(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "draw", DRAW)
+    monkeypatch.setattr(report, "save_png", SAVE)
+    run("sweep.yaml", capsys)
+    for name in (*FULL[:2], *PARTIAL, *TUNE):
+        (root / results.FOLDER / f"{name}.json").unlink()
+    results.write_pages(root)
+    linked = re.findall(r"\(figures/(.*)\)", (root / results.FOLDER / "README.md").read_text())
+    assert (
+        linked == [path.name for path in (root / results.FOLDER / "figures").iterdir()] == ["figure_1c.png"]
+    )
+
+
 def test_figures_name_what_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     monkeypatch.setattr(report, "draw", lambda _, found, *__: drawn.extend(one["name"] for one in found))
