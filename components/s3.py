@@ -22,6 +22,7 @@ TRANSIENT = {"RequestTimeout", "OperationAborted", "ConditionalRequestConflict",
 DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch"}
 """What arrived is not what was sent."""
 FULL = {"XMinioStorageFull", "QuotaExceeded", "507"}
+NOT_IMPLEMENTED = 501
 URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*?))?/*")
 R = TypeVar("R")
 
@@ -126,7 +127,8 @@ class Connection:
         status, code = _status_and_code(error)
         if self._worked and (status in (401, 403) or code == "NoSuchBucket"):
             return code != "RequestTimeTooSkewed"
-        return status >= 500 or status == 429 or code in TRANSIENT | DAMAGED | FULL
+        failed = status >= 500 and status != NOT_IMPLEMENTED
+        return failed or status == 429 or code in TRANSIENT | DAMAGED | FULL
 
     def _announce(self, state: Any) -> None:
         if not self._announced:
@@ -166,6 +168,9 @@ class Connection:
         if status in (401, 403):
             remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do"
             return DvqError(f"{self.server} refuses the credentials {context}; {remedy}")
+        if status == NOT_IMPLEMENTED:
+            remedy = "take an S3 that has it, as Amazon's and SeaweedFS do"
+            return DvqError(f"{self.server} lacks something that a store needs {context}; {remedy}")
         hint = ", as some servers do that are out of space" if status == 500 else ""
         return DvqError(f"{self.server} answers with an error {context}{hint}")
 

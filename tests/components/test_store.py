@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.stub import Stubber
 
 from components import datasets, reports
 from components.bucket import Bucket
@@ -164,6 +165,19 @@ def test_credentials_with_a_line_break_are_told_at_once(monkeypatch: pytest.Monk
     with pytest.raises(DvqError, match=r"the AWS_\* credentials hold a line break") as told:
         Bucket("s3://bucket/prefix").client  # noqa: B018
     assert "hidden" not in str(told.value)
+
+
+def test_an_s3_that_lacks_conditions_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older ones do by 501, which no waiting changes."""
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "key")
+    bucket = Bucket("s3://bucket")
+    with Stubber(bucket.client) as stub:
+        stub.add_client_error("put_object", "NotImplemented", http_status_code=501)
+        with pytest.raises(
+            DvqError, match=r"lacks something that a store needs .*501.*; take an S3 that has it"
+        ):
+            bucket.check_conditions()
 
 
 def test_data_in_s3_is_an_object() -> None:
