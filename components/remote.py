@@ -12,11 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 
 from components.bucket import Bucket
-from components.folder import State, state
+from components.folder import State
 from components.manifest import Manifest, list_files, parse
 from components.mirror import Mirror, OvertakenError
 from components.s3 import MissingError
@@ -106,7 +105,7 @@ class RemoteStore(Store):
         return self.trial(key)
 
     def _mirror(self, key: str) -> Mirror:
-        return Mirror(self.bucket, f"trials/{key}", self.trial(key), lambda folder: asdict(state(folder)))
+        return Mirror(self.bucket, f"trials/{key}", self.trial(key))
 
     @contextmanager
     def working(self, key: str) -> Iterator[Work]:
@@ -146,7 +145,7 @@ class RemoteStore(Store):
 
     def _dataset(self, name: str) -> Mirror:
         folder = self.data(name)
-        return Mirror(self.bucket, f"data/{folder.name}", folder, lambda _: {})
+        return Mirror(self.bucket, f"data/{folder.name}", folder)
 
     def fetch_data(self, name: str) -> None:
         folder = self.data(name)
