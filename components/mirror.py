@@ -115,9 +115,11 @@ class Mirror(Files):
                 break
             if current.owner != new.owner:  # otherwise it was a push of our own that seemed to fail
                 self._delete(new.objects() - current.objects())
+                how = f"overtaken by {current.by} while {this_process()} stood still or could not reach it"
+                if not current.owner:
+                    how = f"removed, as FRESH=1 does, while {this_process()} was at work on it"
                 raise OvertakenError(
-                    f"{self.name}: overtaken by {current.by or 'its removal'} while {this_process()} stood still or "
-                    "could not reach it; what this process made since then is not published"
+                    f"{self.name}: {how}; what this process made since then is not published"
                 )
         self.manifest, self._etag = new, etag
 

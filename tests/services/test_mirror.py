@@ -448,7 +448,7 @@ def test_a_removed_trial_is_gone_everywhere(bucket: Bucket, tmp_path: Path) -> N
     write(one.folder, a="1")
     one.push()
     worker(bucket, tmp_path / "b").remove()
-    with pytest.raises(OvertakenError, match="overtaken by its removal"):
+    with pytest.raises(OvertakenError, match="removed, as FRESH=1 does, while process"):
         one.push()
     worker(bucket, tmp_path / "b").remove()
     assert bucket.list("trials/") == {}
