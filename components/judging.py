@@ -24,8 +24,8 @@ DRAWN = 256
 
 
 @contextmanager
-def _step(folder: Path, name: str) -> Iterator[None]:
-    """Record the step ``name``, and an error in it, in the trial's events."""
+def _step(folder: Path, name: str, done: str) -> Iterator[None]:
+    """Record the step ``name``, and its end as ``done`` or an error in it, in the trial's events."""
     log = Events(folder)
     log.state(name)
     try:
@@ -37,6 +37,8 @@ def _step(folder: Path, name: str) -> Iterator[None]:
     except Exception as error:
         traceback.print_exc()
         log.failure(f"{name}: {failures.reason(error)}")
+    else:
+        log.state(done)
 
 
 def evaluate(data: Path, model: Path, evaluation: Path, record: bool = False) -> dict[str, Any]:
@@ -56,10 +58,10 @@ def evaluate(data: Path, model: Path, evaluation: Path, record: bool = False) ->
         with working_on(trial, images, model) as work:
             result = read_json(work.folder / "evaluation.json")
             if result is None:
-                with _step(work.folder, "evaluating"):
+                with _step(work.folder, "evaluating", "evaluated"):
                     result = _evaluate(images, model, trial, work.folder)
                     write_json(work.folder / "evaluation.json", result)
-                reason = "" if result else state(work.folder).reason
+                reason = state(work.folder).reason
     evaluation.parent.mkdir(parents=True, exist_ok=True)
     write_json(evaluation, result or {})
     fail_unless_recorded(reason, record)
@@ -141,12 +143,9 @@ def analyze(
         if not (folder / "evaluation.json").exists():  # it was evaluated without a store
             write_json(folder / "evaluation.json", result)
         if not (folder / "results.json").exists():
-            with _step(folder, "analyzing"):
+            with _step(folder, "analyzing", "finished"):
                 _analyze(images, model, result, folder, read_json(folder / "trial.json") or {})
-            if (folder / "results.json").exists():
-                Events(folder).state("finished")
-            else:
-                reason = state(folder).reason
+            reason = state(folder).reason
         _copy_to_artifact(folder, analysis)
         # MLflow's run of the trial gets only the trial's own results.
         if images.fits(trial) and (work.lock is not None or Store.from_environment() is None):

@@ -9,14 +9,12 @@ What grows (events) is stored in pieces that are merged as they become many, so 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, replace
 
-from components.bucket import Bucket
 from components.files import Files
+from components.folder import state
 from components.manifest import Manifest, list_files, new_owner, stamp, this_process
 from components.s3 import ChangedError, MissingError
 from dvq import DvqError
@@ -32,16 +30,7 @@ class OvertakenError(DvqError):
 
 
 class Mirror(Files):
-    """The folder ``folder`` and its mirror at ``place`` of a bucket.
-
-    ``describe`` returns the folder's state for the manifest.
-    """
-
-    def __init__(
-        self, bucket: Bucket, place: str, folder: Path, describe: Callable[[Path], dict[str, Any]]
-    ) -> None:
-        super().__init__(bucket, place, folder)
-        self._describe, self._pushes = describe, 0
+    """The folder ``folder`` and its mirror at ``place`` of a bucket."""
 
     def claim(self) -> None:
         """Become the owner, once any other owner has ended or fallen silent, and remove local files that differ from
@@ -80,16 +69,15 @@ class Mirror(Files):
             self._save_index(self._index)
 
     def push(self, active: bool = True) -> None:
-        """Make the mirror equal to the folder; ``active``: whether this worker continues.
+        """Make the mirror equal to the folder, a trial's; ``active``: whether this worker continues.
 
         Raises:
             OvertakenError: another worker took the folder over; nothing of this push is visible.
         """
-        old_objects, number = self.manifest.objects(), self._pushes + 1
+        old_objects, number = self.manifest.objects(), self._index.push + 1
         files = self._upload(f"{self.manifest.owner}-{number:06d}")
-        state = self._describe(self.folder)
-        new = replace(self.manifest, push=number, active=active, state=state, files=files)
-        self._pushes = number
+        now = asdict(state(self.folder))
+        new = replace(self.manifest, push=number, active=active, state=now, files=files)
         self._save_index(new)  # before the manifest says so: the folder must never seem older than its mirror
         self._publish(new)
         self._delete(old_objects - new.objects())
@@ -127,9 +115,11 @@ class Mirror(Files):
                 break
             if current.owner != new.owner:  # otherwise it was a push of our own that seemed to fail
                 self._delete(new.objects() - current.objects())
+                how = f"overtaken by {current.by} while {this_process()} stood still or could not reach it"
+                if not current.owner:
+                    how = f"removed, as FRESH=1 does, while {this_process()} was at work on it"
                 raise OvertakenError(
-                    f"{self.name}: overtaken by {current.by or 'its removal'} while {this_process()} stood still or "
-                    "could not reach it; what this process made since then is not published"
+                    f"{self.name}: {how}; what this process made since then is not published"
                 )
         self.manifest, self._etag = new, etag
 

@@ -12,11 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 
 from components.bucket import Bucket
-from components.folder import State, state
+from components.folder import State
 from components.manifest import Manifest, list_files, parse
 from components.mirror import Mirror, OvertakenError
 from components.s3 import MissingError
@@ -41,7 +40,6 @@ class RemoteStore(Store):
         self.place = str(self.bucket)
         self._listed: dict[str, str] = {}  # the manifests' ETags by trial
         self._manifests: dict[str, Manifest] = {}
-        self._followed: dict[str, str] = {}  # and as they were when :meth:`follow` last fetched a trial
 
     def check(self) -> None:
         self.bucket.check()
@@ -67,9 +65,7 @@ class RemoteStore(Store):
         requested = set(keys)
         self.look(requested)
         present = sorted(requested & self._listed.keys())
-        changed = [key for key in present if self._followed.get(key) != self._listed[key]]
-        self.bucket.map(lambda key: self.bring(key, _shows_progress), changed)
-        self._followed.update({key: self._listed[key] for key in changed})
+        self.bucket.map(lambda key: self.bring(key, _shows_progress), present)
 
     def _manifest(self, key: str) -> Manifest:
         """A trial's manifest, from the cache if the bucket has the same."""
@@ -106,7 +102,7 @@ class RemoteStore(Store):
         return self.trial(key)
 
     def _mirror(self, key: str) -> Mirror:
-        return Mirror(self.bucket, f"trials/{key}", self.trial(key), lambda folder: asdict(state(folder)))
+        return Mirror(self.bucket, f"trials/{key}", self.trial(key))
 
     @contextmanager
     def working(self, key: str) -> Iterator[Work]:
@@ -146,7 +142,7 @@ class RemoteStore(Store):
 
     def _dataset(self, name: str) -> Mirror:
         folder = self.data(name)
-        return Mirror(self.bucket, f"data/{folder.name}", folder, lambda _: {})
+        return Mirror(self.bucket, f"data/{folder.name}", folder)
 
     def fetch_data(self, name: str) -> None:
         folder = self.data(name)

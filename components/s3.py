@@ -22,6 +22,9 @@ TRANSIENT = {"RequestTimeout", "OperationAborted", "ConditionalRequestConflict",
 DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch"}
 """What arrived is not what was sent."""
 FULL = {"XMinioStorageFull", "QuotaExceeded", "507"}
+NOT_IMPLEMENTED = 501
+EXPIRED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+"""of credentials for a time, with status 400"""
 URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*?))?/*")
 R = TypeVar("R")
 
@@ -124,9 +127,10 @@ class Connection:
         if not isinstance(error, ClientError):
             return isinstance(error, EndpointConnectionError | HTTPClientError | CutShortError)
         status, code = _status_and_code(error)
-        if self._worked and (status in (401, 403) or code == "NoSuchBucket"):
+        if self._worked and (status in (401, 403) or code in EXPIRED | {"NoSuchBucket"}):
             return code != "RequestTimeTooSkewed"
-        return status >= 500 or status == 429 or code in TRANSIENT | DAMAGED | FULL
+        failed = status >= 500 and status != NOT_IMPLEMENTED
+        return failed or status == 429 or code in TRANSIENT | DAMAGED | FULL
 
     def _announce(self, state: Any) -> None:
         if not self._announced:
@@ -136,18 +140,17 @@ class Connection:
 
     def _translated(self, error: BaseException) -> BaseException:
         """The error as one sentence, without credentials; other errors, which are bugs, as they are."""
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-        from botocore.exceptions import PartialCredentialsError as PartialError
+        from botocore.exceptions import BotoCoreError, ClientError
 
         if isinstance(error, ClientError):
             return self._refusal(*_status_and_code(error))
-        if isinstance(error, NoCredentialsError | PartialError):
-            variables = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            return DvqError(f"{self.server}: there are no credentials; set {variables}")
-        if isinstance(error, BotoCoreError):
-            name = type(error).__name__
+        if not isinstance(error, BotoCoreError):
+            return error
+        name = type(error).__name__
+        if self.is_transient(error):
             return DvqError(f"{self.server} does not answer ({name}); is it up, and AWS_ENDPOINT_URL right?")
-        return error
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or log in anew"
+        return DvqError(f"{self.server}: there are no credentials to use ({name}); {remedy}")
 
     def _refusal(self, status: int, code: str) -> Exception:
         context = f"for bucket '{self.name}' ({status} {code})"
@@ -163,10 +166,15 @@ class Connection:
             return DvqError(
                 f"{self.server} is out of space {context}; make room, and the same command goes on"
             )
-        if status in (401, 403):
+        if status in (401, 403) or code in EXPIRED:
             remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do"
             return DvqError(f"{self.server} refuses the credentials {context}; {remedy}")
+        if status == NOT_IMPLEMENTED:
+            remedy = "take an S3 that has it, as Amazon's and SeaweedFS do"
+            return DvqError(f"{self.server} lacks something that a store needs {context}; {remedy}")
         hint = ", as some servers do that are out of space" if status == 500 else ""
+        if code == "500":  # no word of S3's, as where a web page answers
+            hint = "; is AWS_ENDPOINT_URL right?"
         return DvqError(f"{self.server} answers with an error {context}{hint}")
 
 

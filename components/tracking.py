@@ -10,6 +10,7 @@ import re
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,27 +147,32 @@ def is_sent(folder: Path, experiment: str, content: str = "finished") -> bool:
     """Whether MLflow has ``folder``'s ``content`` in the experiment, by a mark in the folder, unless the sqlite file
     is gone. MLflow, which is slow to import, is not asked."""
     file = database()
-    notes = read_json(folder / "tracked.json") or {}
-    return (file is None or file.exists()) and notes.get(_note_key(experiment)) == content
+    return (file is None or file.exists()) and _notes(folder).get(_note_key(experiment)) == content
 
 
 def is_sent_anywhere(folder: Path, experiment: str) -> bool:
     """Whether MLflow, under any address, has the finished trial in the experiment."""
-    notes = read_json(folder / "tracked.json") or {}
-    return any(place.endswith(f" {experiment}") and content == "finished" for place, content in notes.items())
+    notes = _notes(folder).items()
+    return any(place.endswith(f" {experiment}") and content == "finished" for place, content in notes)
 
 
 def mark_sent(folder: Path, experiment: str, content: str = "finished") -> None:
     """Record in the folder that MLflow has ``content`` in the experiment."""
-    notes = read_json(folder / "tracked.json") or {}
-    write_json(folder / "tracked.json", {**notes, _note_key(experiment): content})
+    write_json(folder / "tracked.json", {**_notes(folder), _note_key(experiment): content})
 
 
 def unmark_sent(folder: Path, experiment: str) -> None:
     """Remove that record, so that MLflow is asked."""
-    notes = read_json(folder / "tracked.json") or {}
+    notes = _notes(folder)
     if notes.pop(_note_key(experiment), None):
         write_json(folder / "tracked.json", notes)
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    """What is noted in the folder; nothing where that is damaged, so that MLflow is asked."""
+    with suppress(DvqError):
+        return read_json(folder / "tracked.json") or {}
+    return {}
 
 
 def _note_key(experiment: str) -> str:

@@ -3,8 +3,8 @@
 ``events/000000.jsonl``, ``events/000001.jsonl``, …: every process that appends opens the next file, so that no two
 ever write to the same one. A line is ``{"kind": …, "time": seconds since 1970, …}``:
 
-- ``state``: ``state`` is training, interrupted, evaluating, analyzing or finished; ``pid`` of the process; and, of an
-  interruption because the machine cannot compute, the ``reason``
+- ``state``: ``state`` is training, interrupted, evaluating, evaluated, analyzing or finished; ``pid`` of the process;
+  and, of an interruption because the machine cannot compute, the ``reason``
 - ``metrics``: ``step`` and ``values`` {name: number}
 - ``failure``: ``reason``, one sentence
 - ``image``: ``step``, ``name`` and ``path`` (relative to the trial's folder) of a picture

@@ -89,9 +89,9 @@ def check(job: Job) -> Profile:
         )
     largest_run = sorted(map(overrides, job.sweep.points()), key=len)[-profile.cluster.limit :]
     for name, value in {**job.arguments, "the trials of a run": json.dumps(largest_run)}.items():
-        if len(value.encode()) > PARAMETER:
+        if (size := len(value.encode())) > PARAMETER:
             raise DvqError(
-                f"the sweep '{job.sweep.name}' is too large for one pipeline ({name}: {len(value) >> 10} KiB of "
+                f"the sweep '{job.sweep.name}' is too large for one pipeline ({name}: {-(-size >> 10)} KiB of "
                 f"{PARAMETER >> 10}); move what trials share to 'base', or make two sweeps of it"
             )
     name = image.name(profile, pushed=True)

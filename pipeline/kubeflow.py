@@ -18,8 +18,10 @@ from pipeline.profile import Cluster
 
 ATTEMPTS = 3
 """How often something is looked for that we, or somebody at the same time, made."""
-GOING = ("PENDING", "RUNNING", "PAUSED", "CANCELING")
 SUCCEEDED = "SUCCEEDED"
+ENDED = (SUCCEEDED, "SKIPPED", "FAILED", "CANCELED")
+"""A run in any other state goes on, also in none: KFP has no state, or RUNTIME_STATE_UNSPECIFIED, of a run that Argo
+has not looked at yet."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Run:
 
     @property
     def going(self) -> bool:
-        return self.state in GOING
+        return self.state not in ENDED
 
 
 class Kubeflow(Connection):
@@ -126,7 +128,7 @@ class Kubeflow(Connection):
         """The id of the experiment's latest run that has not ended, if there is one."""
         ask = self._runs.run_service_list_runs
         page = self._ask(ask, experiment_id=experiment, sort_by="created_at desc", page_size=20)
-        return next((str(run.run_id) for run in page.runs or () if run.state in GOING), None)
+        return next((str(run.run_id) for run in page.runs or () if run.state not in ENDED), None)
 
     def look(self, run: str) -> Run:
         """The run as it is."""

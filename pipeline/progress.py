@@ -20,7 +20,7 @@ from rich.text import Text
 from dvq.events import Tail
 from dvq.trial import Trial
 
-WAITING, FINISHED, FAILED = "waiting", "finished", "failed"
+WAITING, TRAINING, FINISHED, FAILED = "waiting", "training", "finished", "failed"
 STYLES = {WAITING: "dim", FINISHED: "green", FAILED: "red"}
 LOOK = 0.5
 """Seconds between two looks at the events."""
@@ -42,12 +42,12 @@ class Row:
     state: str = WAITING
     reason: str = ""
     step: int = 0
-    base: int = 0  # the step that training last went on from
+    base: int = 0  # the first step that was seen since training last began
     images_per_second: float | None = None
     bits_per_dim: float | None = None
     evaluated: bool = False  # whether bits_per_dim is an evaluation's, not the training curve's
-    began: float = 0.0
-    at: float = 0.0
+    began: float = 0.0  # its time; 0 if there is none
+    at: float = 0.0  # the last step's time
     news: list[str] = field(default_factory=list)
     """what happened since this was last emptied, in words"""
 
@@ -60,8 +60,8 @@ class Row:
     def _take(self, event: dict[str, Any]) -> None:
         if event["kind"] == "state":
             self.state = event["state"]
-            if self.state == "training":  # perhaps again, after an interruption
-                self.began, self.base = event["time"], self.step
+            if self.state == TRAINING:  # perhaps again, from an earlier step
+                self.began = self.at = 0.0
             has_result = self.state == FINISHED and self.bits_per_dim
             self.news.append(f"{FINISHED}: {self.bits_per_dim:.3f} bits/dim" if has_result else self.state)
         elif event["kind"] == "failure":
@@ -71,8 +71,8 @@ class Row:
             self._measure(event["step"], event["values"], event["time"])
 
     def _measure(self, step: int, values: dict[str, float], at: float) -> None:
-        if self.state == WAITING or step < self.base:  # it began before we looked
-            self.state, self.began, self.base = "training", at, step
+        if not self.began:
+            self.state, self.began, self.base = TRAINING, at, step
         self.step, self.at = step, at
         self.images_per_second = values.get("images_per_second", self.images_per_second)
         evaluated = values.get(f"{self.trial.split}/bits_per_dim")
@@ -86,7 +86,7 @@ class Row:
 
     def seconds_left(self, now: float | None = None) -> float | None:
         """Seconds until the last step, evaluations along the way included; None while nothing is known."""
-        over = self.state in (FINISHED, FAILED) or self.step >= self.trial.steps
+        over = self.state != TRAINING or self.step >= self.trial.steps
         if over or self.step <= self.base or self.at <= self.began:
             return None
         remaining = (self.trial.steps - self.step) * (self.at - self.began) / (self.step - self.base)
@@ -204,12 +204,13 @@ def _caption(rows: list[Row], note: str, jobs: int, elapsed: float, now: float) 
 
 
 def sweep_seconds_left(rows: list[Row], jobs: int, now: float) -> float | None:
-    """A guess: waiting trials will take as long per step as the running ones do on average."""
+    """A guess: trials of which nothing is known yet will take as long per step as the others on average."""
     running = [(row, seconds) for row in rows if (seconds := row.seconds_left(now)) is not None]
     if not running:
         return None
     per_step = fmean((row.at - row.began) / (row.step - row.base) for row, _ in running)
-    waiting = sum((row.trial.steps - row.base) * per_step for row in rows if row.state == WAITING)
+    others = (row for row in rows if row.state not in (FINISHED, FAILED) and row.seconds_left(now) is None)
+    waiting = sum((row.trial.steps - row.step) * per_step for row in others)
     remaining = [seconds for _, seconds in running]
     return max(max(remaining), (sum(remaining) + waiting) / jobs)
 

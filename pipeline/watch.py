@@ -69,7 +69,7 @@ def _row(name: str, trial: Trial, store: Store) -> Row:
         row.state, row.step, row.bits_per_dim = FINISHED, trial.steps, results["evaluation"]["bits_per_dim"]
         row.news.append(f"{FINISHED} before: {row.bits_per_dim:.3f} bits/dim")
     else:
-        row.step = row.base = store.reached_step(trial)
+        row.step = store.reached_step(trial)
     return row
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.stub import Stubber
 
 from components import datasets, reports
 from components.bucket import Bucket
@@ -164,6 +165,43 @@ def test_credentials_with_a_line_break_are_told_at_once(monkeypatch: pytest.Monk
     with pytest.raises(DvqError, match=r"the AWS_\* credentials hold a line break") as told:
         Bucket("s3://bucket/prefix").client  # noqa: B018
     assert "hidden" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "says"),
+    [
+        (501, "NotImplemented", "lacks something that a store needs .*; take an S3 that has it"),
+        (400, "ExpiredToken", "refuses the credentials .*; check AWS_ACCESS_KEY_ID"),
+        (500, "500", r"answers with an error .*; is AWS_ENDPOINT_URL right\?"),
+    ],
+    ids=["no conditions", "expired", "a web page"],
+)
+def test_an_s3_that_cannot_is_told_with_what_to_do(
+    status: int, code: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "key")
+    bucket = Bucket("s3://bucket")
+    bucket.patience = 300.0 * (status != 500)  # only this one may pass
+    with Stubber(bucket.client) as stub:
+        stub.add_client_error("put_object", code, http_status_code=status)
+        with pytest.raises(DvqError, match=says):
+            bucket.check_conditions()
+
+
+def test_a_login_that_is_over_is_no_server_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text(
+        "[profile lab]\nsso_start_url = https://lab.example.org\nsso_region = eu-west-1\n"
+        "sso_account_id = 123456789012\nsso_role_name = me\n"
+    )
+    for name, value in {"CONFIG_FILE": str(tmp_path / "config"), "PROFILE": "lab"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(f"AWS_{name}", raising=False)
+    with pytest.raises(DvqError, match=r"no credentials to use \(SSOTokenLoadError\); .* or log in anew"):
+        Bucket("s3://bucket").check()
 
 
 def test_data_in_s3_is_an_object() -> None:

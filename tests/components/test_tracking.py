@@ -541,6 +541,16 @@ def test_no_password_is_noted_or_told(tmp_path: Path, monkeypatch: pytest.Monkey
     assert tracking.explanation(OSError("http://me:secret@h/x is away")) == "http://h/x is away"
 
 
+def test_a_damaged_note_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow is asked, and no trial is lost for it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.org:5000")
+    (tmp_path / "tracked.json").write_text('{"http')
+    run = tracking.TrialRun(tmp_path, "sweep")
+    assert not run.settled()
+    tracking.mark_sent(tmp_path, "sweep")
+    assert run.settled()
+
+
 def test_no_uri_means_no_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     folder, _ = folder_with(tmp_path, 1)

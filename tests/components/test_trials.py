@@ -40,7 +40,7 @@ def test_a_trial_becomes_results(store: Store, prepared: Path, tmp_path: Path) -
     for made in {"results.json", "analysis.npz", "patches.npz", "pictures.npz"} | drawn:
         assert (tmp_path / "analysis" / made).stat().st_size > 0
     states = [event["state"] for event in events.read(store.trial(key)) if event["kind"] == "state"]
-    assert states == ["training", "evaluating", "analyzing", "finished"]
+    assert states == ["training", "evaluating", "evaluated", "analyzing", "finished"]
 
 
 @pytest.mark.parametrize("with_store", [True, False])

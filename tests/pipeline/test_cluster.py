@@ -81,7 +81,7 @@ def test_a_profile_without_a_cluster_is_refused(dry_run: bool) -> None:
     ("job", "told"),
     [
         ({"place": ""}, "set DVQ_STORE=s3://bucket/prefix"),
-        ({"base": "x" * 70000}, r"too large for one pipeline \(base: 68 KiB of 64\)"),
+        ({"base": "x" * 70000}, r"too large for one pipeline \(base: 69 KiB of 64\)"),
         (
             {
                 "profile": PLAIN.model_copy(update={"cluster": Cluster(pull_policy="Never", limit=4000)}),

@@ -22,7 +22,8 @@ EVENTS = [
     (3690, "state", "training"), (3700, "metrics", ""), (3790, "metrics", ""),
     (4000, "state", "evaluating"),  # had to wait for a GPU, and was killed, an hour later started again
     (7600, "state", "evaluating"), (7605, "failure", ""),  # and the next day once more
-    (90000, "state", "evaluating"), (90005, "state", "analyzing"), (90100, "state", "finished"),
+    (90000, "state", "evaluating"), (90005, "state", "evaluated"),  # analyzed on the day after that
+    (180000, "state", "analyzing"), (180100, "state", "finished"),
 ]  # fmt: skip
 HELD = 90 + 10 + 90 + 5 + 5
 Sweeps = Callable[..., Sweep]

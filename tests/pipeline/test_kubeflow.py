@@ -103,7 +103,10 @@ def test_a_run_from_its_start_to_its_end(address: str, server: KubeflowServer) -
     assert server.runs[run].runtime_config.parameters == {"sweep": "{}"}
     assert server.runs[run].service_account == "account"
     assert kubeflow.link(run) == f"{kubeflow.host}/#/runs/details/{run}"
-    assert kubeflow.look(run).going
+    for state in (None, "RUNTIME_STATE_UNSPECIFIED", "RUNNING"):  # Argo has not looked at it; then it has
+        server.runs[run].state = state
+        assert kubeflow.look(run).going
+        assert kubeflow.going(experiment) == run
     server.runs[run].state = "SUCCEEDED"
     assert not kubeflow.look(run).going
     assert kubeflow.going(experiment) is None

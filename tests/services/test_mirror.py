@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,6 @@ import pytest
 
 from components import mirror as mirrors
 from components.bucket import Bucket
-from components.folder import State
 from components.manifest import Manifest, Piece, list_files, parse
 from components.mirror import Mirror, OvertakenError
 from components.s3 import MissingError
@@ -41,12 +39,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def worker(bucket: Bucket, folder: Path) -> Mirror:
     """A worker with its cache in ``folder``; those with different ones are as on different machines."""
-    return Mirror(
-        bucket,
-        "trials/x-1",
-        folder,
-        lambda folder: asdict(State("interrupted", step=len(list_files(folder)))),
-    )
+    return Mirror(bucket, "trials/x-1", folder)
 
 
 def claimed(bucket: Bucket, folder: Path) -> Mirror:
@@ -363,12 +356,12 @@ def test_of_publishers_at_once_one_is_left_and_no_garbage(
 ) -> None:
     def data(name: str) -> Mirror:
         write(tmp_path / name, images="1")
-        return Mirror(bucket, "data/x", tmp_path / name, lambda _: {})
+        return Mirror(bucket, "data/x", tmp_path / name)
 
     bucket.put("data/x/of-a-dead-worker", b"")
     proxy.at(r"PUT .*/data/x/.*/images", calling(data("a").publish_once))
     data("b").publish_once()
-    found = Mirror(bucket, "data/x", tmp_path / "c", lambda _: {})
+    found = Mirror(bucket, "data/x", tmp_path / "c")
     assert {key.removeprefix("data/x/") for key in bucket.list("data/x/")} == found.read().objects()
     found.fetch()
     assert contents(found.folder) == {"images": b"1"}
@@ -455,7 +448,7 @@ def test_a_removed_trial_is_gone_everywhere(bucket: Bucket, tmp_path: Path) -> N
     write(one.folder, a="1")
     one.push()
     worker(bucket, tmp_path / "b").remove()
-    with pytest.raises(OvertakenError, match="overtaken by its removal"):
+    with pytest.raises(OvertakenError, match="removed, as FRESH=1 does, while process"):
         one.push()
     worker(bucket, tmp_path / "b").remove()
     assert bucket.list("trials/") == {}
@@ -493,7 +486,7 @@ from components.bucket import Bucket
 from components.mirror import Mirror
 from dvq.events import Events
 url, place, folder = sys.argv[1:]
-one = Mirror(Bucket(url), place, Path(folder), lambda _: {})
+one = Mirror(Bucket(url), place, Path(folder))
 one.claim()
 diary = Events(one.folder)
 for step in range(20):
@@ -520,7 +513,7 @@ def test_eight_writers_at_once_lose_nothing(bucket: Bucket, tmp_path: Path, toge
     assert [one.wait(120) for one in writers] == [0] * 8
     found = []
     for place in set(places):
-        reader = Mirror(bucket, place, tmp_path / "reader" / place, lambda _: {})
+        reader = Mirror(bucket, place, tmp_path / "reader" / place)
         reader.adopt(reader.read())
         reader.fetch()
         files = sorted((reader.folder / "events").iterdir())
