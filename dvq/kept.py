@@ -111,6 +111,11 @@ def _shown(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
 
 
 def _named(results: Sequence[Result]) -> list[Result]:
+    """The results as figures name them: in these an autoregressive prior, fitted afterwards, changes nothing."""
+    results = [
+        {**one, "trial": {field: x for field, x in one["trial"].items() if field != "autoregressive_steps"}}
+        for one in results
+    ]
     trials = [trial(one["trial"]) for one in results]
     common = _shared([one.changed() for one in trials])
     return [

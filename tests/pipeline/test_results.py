@@ -261,10 +261,12 @@ def test_figures_name_what_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -
     drawn: list[str] = []
     monkeypatch.setattr(report, "draw", lambda _, found, *__: drawn.extend(one["name"] for one in found))
     base = {"estimator": "vq-ema", "features": 32, "learning_rate": 1e-3}
-    trials = [
-        trial({**base, **more}) for more in ({"steps": 10}, {"steps": 20}, {"steps": 20, "commitment": 1.0})
+    ends: list[dict[str, Any]] = [
+        {"steps": 10},
+        {"steps": 20},
+        {"steps": 20, "commitment": 1.0, "autoregressive_steps": 9},  # no figure shows the prior
     ]
-    kept.draw(Path(), [{"trial": values(one)} for one in trials])
+    kept.draw(Path(), [{"trial": values(trial({**base, **end}))} for end in ends])
     assert drawn == [f"vq-ema-c512-k8-s0-steps-{end}" for end in ("10", "20", "20-commitment-1.0")]
     kept.draw(Path(), [])
 
