@@ -159,9 +159,10 @@ class Categorical(Codebooks):
         logits = self.logits(v)
         if not logits.is_cuda:  # as in above_underflow; log q is less by up to log C, 7 for 1,096 codes
             logits = torch.maximum(logits, logits.amax(-1, keepdim=True) + (LOWEST + 7))
-        q = logits.softmax(-1)
-        below, log_sum = cumulative(q), logits.logsumexp(-1)
-        return self._sample(logits, below, log_sum, self.kl(logits), q.sum(1), generator)
+        rate, q = self.kl(logits), logits.softmax(-1)
+        sample = self._sample(logits, cumulative(q), logits.logsumexp(-1), rate, q.sum(1), generator)
+        overridden = getattr(self.sample, "__func__", None) is not Categorical.sample
+        return sample._replace(again=None) if overridden else sample  # there each sample may be changed
 
     def _sample(
         self, logits: Tensor, below: Tensor, log_sum: Tensor, rate: Tensor, mass: Tensor, generator: Generator

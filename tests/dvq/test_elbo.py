@@ -183,6 +183,24 @@ def test_the_posterior_is_computed_once_for_all_draws(monkeypatch: pytest.Monkey
     assert len(computed) == 2 + 3 * 2
 
 
+def test_a_sample_of_ones_own_is_taken_for_every_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a class, or an object alone, changes what Categorical.sample returns."""
+
+    def shifted(sample: Sample) -> Sample:
+        return sample._replace(vectors=sample.vectors + 3)
+
+    class Shifted(Categorical):
+        def sample(self, v: torch.Tensor, generator: torch.Generator) -> Sample:
+            return shifted(super().sample(v, generator))
+
+    by_class, by_object = tiny("gs-soft"), tiny("gs-soft")
+    by_class.latents.__class__, of = Shifted, by_object.latents.sample
+    by_object.latents.sample = lambda v, generator: shifted(of(v, generator))
+    found = [evaluate(model, images(3), bound_samples=3) for model in (by_class, by_object)]
+    monkeypatch.setattr(Sample, "again", None)
+    assert found == [evaluate(by_class, images(3), bound_samples=3)] * 2
+
+
 @torch.no_grad()
 def test_no_exponential_of_a_posterior_underflows_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """MKL's is slow there. No number changes."""
