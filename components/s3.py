@@ -121,11 +121,12 @@ class Connection:
 
     def is_transient(self, error: BaseException) -> bool:
         """Whether the operation may succeed later, as it may if bucket and credentials have worked before."""
-        from botocore.exceptions import ClientError, EndpointConnectionError, HTTPClientError
+        from botocore.exceptions import ClientError, HTTPClientError
+        from botocore.exceptions import ConnectionError as UnreachableError
         from botocore.exceptions import IncompleteReadError as CutShortError
 
         if not isinstance(error, ClientError):
-            return isinstance(error, EndpointConnectionError | HTTPClientError | CutShortError)
+            return isinstance(error, UnreachableError | HTTPClientError | CutShortError)
         status, code = _status_and_code(error)
         if self._worked and (status in (401, 403) or code in EXPIRED | {"NoSuchBucket"}):
             return code != "RequestTimeTooSkewed"

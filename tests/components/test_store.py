@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ConnectTimeoutError, ProxyConnectionError, SSLError
 from botocore.stub import Stubber
 
 from components import datasets, reports
@@ -187,6 +188,30 @@ def test_an_s3_that_cannot_is_told_with_what_to_do(
         stub.add_client_error("put_object", code, http_status_code=status)
         with pytest.raises(DvqError, match=says):
             bucket.check_conditions()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectTimeoutError(endpoint_url="https://s3.example.org"),
+        ProxyConnectionError(proxy_url="http://proxy.example.org"),
+        SSLError(endpoint_url="https://s3.example.org", error="unexpected EOF"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_server_out_of_reach_does_not_lack_credentials(error: Exception) -> None:
+    """And is asked again, as one that refuses connections."""
+    bucket, errors = Bucket("s3://bucket"), [error]
+
+    def attempt() -> str:
+        if errors:
+            raise errors[0]
+        return "found"
+
+    bucket.patience = 0
+    with pytest.raises(DvqError, match=rf"does not answer \({type(error).__name__}\)"):
+        bucket.retry(attempt)
+    assert bucket.is_transient(errors.pop())
 
 
 def test_a_login_that_is_over_is_no_server_that_does_not_answer(
