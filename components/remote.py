@@ -40,6 +40,7 @@ class RemoteStore(Store):
         self.place = str(self.bucket)
         self._listed: dict[str, str] = {}  # the manifests' ETags by trial
         self._manifests: dict[str, Manifest] = {}
+        self._followed: dict[str, str] = {}  # and as they were when :meth:`follow` last fetched a trial
 
     def check(self) -> None:
         self.bucket.check()
@@ -65,7 +66,9 @@ class RemoteStore(Store):
         requested = set(keys)
         self.look(requested)
         present = sorted(requested & self._listed.keys())
-        self.bucket.map(lambda key: self.bring(key, _shows_progress), present)
+        changed = [key for key in present if self._followed.get(key) != self._listed[key]]
+        self.bucket.map(lambda key: self.bring(key, _shows_progress), changed)
+        self._followed.update({key: self._listed[key] for key in changed})
 
     def _manifest(self, key: str) -> Manifest:
         """A trial's manifest, from the cache if the bucket has the same."""
