@@ -186,9 +186,10 @@ def wrapped(label: str) -> str:
 
 
 def new_figure(title: str, results: Sequence[Result], width: float, height: float) -> Figure:
-    """An empty figure [inches] with its title, and under it the notice."""
+    """An empty figure [inches] with its title, in lines that it has room for, and under it the notice."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(f"{title}\n{notice(results)}".strip(), x=0.01, ha="left")
+    lines = "\n".join(textwrap.wrap(title, int(10.5 * width)))
+    figure.suptitle(f"{lines}\n{notice(results)}".strip(), x=0.01, ha="left")
     return figure
 
 

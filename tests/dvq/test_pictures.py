@@ -45,6 +45,15 @@ def test_a_trial_has_its_images_reconstructions_and_samples():
     assert "a trial" in words(figure)
 
 
+def test_a_long_name_is_a_title_of_several_lines():
+    name = "gs-soft-c512-k16-s0" + "-annealing-after-61200" * 6
+    figure = pictures.of_trial(Pictures(plain(1), plain(2), plain(3)), name)
+    title = figure._suptitle
+    assert title.get_text().replace("\n", "") == name
+    figure.draw_without_rendering()
+    assert title.get_window_extent().x1 < figure.bbox.x1
+
+
 def test_a_sweep_has_a_row_a_trial_of_the_first_seed():
     results = sweep(sizes=(16,), seeds=(0, 1))
     made = {one["name"]: Pictures(plain(1), plain(10 + n), plain(20 + n)) for n, one in enumerate(results)}
