@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,6 +75,12 @@ class Bucket(Connection):
         """An object's size [bytes] and its ETag; MissingError if there is none."""
         answer = self.call("head_object", Key=self.prefix + key)
         return answer["ContentLength"], answer["ETag"]
+
+    def age(self, key: str) -> float:
+        """Seconds since an object was stored, by the server's clock; MissingError if there is none."""
+        answer = self.call("head_object", Key=self.prefix + key)
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return float((now - answer["LastModified"]).total_seconds())
 
     def put(self, key: str, content: bytes, etag: str | None = None) -> str:
         """Store an object; its ETag.

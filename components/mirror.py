@@ -39,8 +39,7 @@ class Mirror(Files):
         while True:
             manifest = self.read()
             silence = silence + POLL if self._etag == seen_etag else 0.0
-            mine = manifest.owner in (self._index.owner, self._claim)
-            if not manifest.active or mine or silence >= SILENCE:
+            if not manifest.active or manifest.owner == self._claim or silence >= SILENCE:
                 self._reconcile()
                 garbage, uploads = self._garbage()
                 self._claim = new_owner()
@@ -96,6 +95,17 @@ class Mirror(Files):
                 raise
             garbage = {name for name in self._garbage()[0] if name.startswith(owner)}
         self._delete(garbage)
+
+    def check_idle(self) -> None:
+        """DvqError if a worker on another machine is at work on the folder."""
+        manifest = self.read()
+        if manifest.active and manifest.owner != self._claim:
+            seconds = SILENCE - self.bucket.age(f"{self.place}.json")
+            if seconds > 0:
+                raise DvqError(
+                    f"{self.name}: {manifest.by} is at work on it; stop that first (if it died, try again in "
+                    f"{seconds:.0f} s)"
+                )
 
     def remove(self) -> None:
         """Remove the mirror; pushes of a worker that is still at work are refused from then on."""

@@ -117,6 +117,12 @@ class RemoteStore(Store):
             with _pushing(mirror, work):
                 yield work
 
+    @contextmanager
+    def idle(self, key: str) -> Iterator[None]:
+        with super().idle(key):
+            self._mirror(key).check_idle()
+            yield
+
     def remove(self, key: str) -> None:
         super().remove(key)
         self._mirror(key).remove()

@@ -145,6 +145,8 @@ class Connection:
 
         if isinstance(error, ClientError):
             return self._refusal(*_status_and_code(error))
+        if isinstance(error, RecursionError):  # botocore's, which follows redirections without end
+            return DvqError(f"{self.server} redirects; is AWS_ENDPOINT_URL right, https where it must be?")
         if not isinstance(error, BotoCoreError):
             return error
         name = type(error).__name__
@@ -174,7 +176,7 @@ class Connection:
             remedy = "take an S3 that has it, as Amazon's and SeaweedFS do"
             return DvqError(f"{self.server} lacks something that a store needs {context}; {remedy}")
         hint = ", as some servers do that are out of space" if status == 500 else ""
-        if code == "500":  # no word of S3's, as where a web page answers
+        if code == str(status):  # no word of S3's, as where a web page answers
             hint = "; is AWS_ENDPOINT_URL right?"
         return DvqError(f"{self.server} answers with an error {context}{hint}")
 

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,30 @@ def test_an_s3_that_cannot_is_told_with_what_to_do(
         stub.add_client_error("put_object", code, http_status_code=status)
         with pytest.raises(DvqError, match=says):
             bucket.check_conditions()
+
+
+@pytest.mark.parametrize("status", [301, 307, 308])
+def test_a_server_that_redirects_is_told(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that has moved from http to https; botocore follows some redirections until Python's stack ends."""
+
+    class Moved(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Location", f"https://s3.example.org{self.path}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+    with HTTPServer(("127.0.0.1", 0), Moved) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(f"AWS_{name}", "key")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(DvqError, match="is AWS_ENDPOINT_URL right"):
+            Bucket("s3://bucket").check()
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from components import mirror as mirrors
 from components.bucket import Bucket
 from components.manifest import Manifest, Piece, list_files, parse
 from components.mirror import Mirror, OvertakenError
+from components.remote import RemoteStore
 from components.s3 import MissingError
 from dvq import DvqError
 from dvq.events import Events
@@ -168,6 +170,40 @@ def test_an_owner_at_work_is_waited_for(
     claimed(bucket, tmp_path / "b")
     assert "is at work on it; waiting for it" in capsys.readouterr().out
     assert list(steps) == []
+
+
+def test_to_have_looked_at_an_owners_work_is_not_to_own_it(bucket: Bucket, tmp_path: Path) -> None:
+    one = claimed(bucket, tmp_path / "a")
+    write(one.folder, a="1")
+    one.push()
+    reader = worker(bucket, tmp_path / "b")
+    reader.adopt(reader.read())
+    reader.fetch()
+    with pytest.raises(
+        DvqError, match=r"is at work on it; stop that first \(if it died, try again in \d+ s\)"
+    ):
+        worker(bucket, tmp_path / "b").check_idle()
+    worker(bucket, tmp_path / "a").check_idle()  # no process of its own machine has the lock: it died
+    began = time.monotonic()
+    claimed(bucket, tmp_path / "b")
+    assert time.monotonic() - began >= mirrors.SILENCE
+
+
+def test_a_trial_is_removed_only_when_nobody_is_at_work_on_it(
+    tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = claimed(bucket, tmp_path / "a")
+    write(one.folder, a="1")
+    one.push()
+    monkeypatch.setattr(mirrors, "SILENCE", 60.0)
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "b"))
+    store = RemoteStore(str(bucket))
+    with pytest.raises(DvqError, match="is at work on it; stop that first"):
+        store.remove("x-1")
+    one.push(active=False)
+    assert visible(bucket, tmp_path / "c") == {"a": b"1"}
+    store.remove("x-1")
+    assert bucket.list("trials/") == {}
 
 
 def test_work_that_was_not_pushed_before_a_death_is_gone_on_with(bucket: Bucket, tmp_path: Path) -> None:
