@@ -31,14 +31,9 @@ def pick() -> torch.device:
             does not start.
         DvqError: ``DVQ_DEVICE`` has another value.
     """
-    wanted = os.environ.get("DVQ_DEVICE", "")
-    if wanted not in ("", "cpu", "cuda"):
-        raise DvqError(
-            f"DVQ_DEVICE = '{wanted}': give cuda, cpu, or nothing, which takes a GPU where there is one"
-        )
-    count = 0 if wanted == "cpu" else torch.cuda.device_count()
+    count = gpus()
     if not count:
-        if wanted == "cuda":  # the GPU is paid for: better no trial than a slow one
+        if os.environ.get("DVQ_DEVICE") == "cuda":  # the GPU is paid for: better no trial than a slow one
             raise UnusableError(
                 f"DVQ_DEVICE=cuda, but torch {torch.__version__} sees no GPU: is it a build with CUDA, and the "
                 "folder of the driver's libcuda.so.1 in LD_LIBRARY_PATH?"
@@ -56,6 +51,16 @@ def pick() -> torch.device:
             f"({reason}); {remedy}"
         ) from None
     return device
+
+
+def gpus() -> int:
+    """The number of GPUs that :func:`pick` takes one of; DvqError if ``DVQ_DEVICE`` has another value."""
+    wanted = os.environ.get("DVQ_DEVICE", "")
+    if wanted not in ("", "cpu", "cuda"):
+        raise DvqError(
+            f"DVQ_DEVICE = '{wanted}': give cuda, cpu, or nothing, which takes a GPU where there is one"
+        )
+    return 0 if wanted == "cpu" else torch.cuda.device_count()
 
 
 def check(device: object, threads: int) -> None:

@@ -61,11 +61,14 @@ def submit(
         )
     job = checked_job(sweep, jobs, data, limits, fresh)
     budget_hours = preflight.hours(budget) or (limits.budget if limits else None)
+    if dry_run or budget_hours:
+        place = limits or _own_processes()
+        plan = forecast.plan(job.trials, job.store, place, fresh)
+        if dry_run:
+            _print_plan(plan, job, place, on, budget_hours)
+        forecast.check(plan, budget_hours, place)
     if dry_run:
-        return _print_plan(job, budget_hours, on, fresh)
-    if budget_hours:
-        place = limits or Profile()
-        forecast.check(forecast.plan(job.trials, job.store, place, fresh), budget_hours, place)
+        return
     job.store.check_writing()
     if on == "kfp":
         from pipeline import cluster
@@ -104,14 +107,18 @@ def checked_job(name: str, jobs: str, source: str, profile: Profile | None, fres
     return job
 
 
-def _print_plan(job: Job, budget: float | None, on: str, fresh: bool) -> None:
-    profile = job.profile or Profile(parallelism=job.jobs)
-    plan = forecast.plan(job.trials, job.store, profile, fresh)
+def _own_processes() -> Profile:
+    """What a trial takes as a process of this machine."""
+    from dvq import device  # whose torch takes seconds to import
+
+    return Profile(gpu=min(device.gpus(), 1))
+
+
+def _print_plan(plan: forecast.Plan, job: Job, profile: Profile, on: str, budget: float | None) -> None:
     name = image.name(profile, pushed=on == "kfp") if on != "local" else "none: processes of this machine"
     print(f"{job.sweep.name}, ON={on}, the store {job.store.place}; nothing is started")
     for line in forecast.lines(plan, profile, job.jobs, name, budget):
         print(f"  {line}")
-    forecast.check(plan, budget, profile)
 
 
 def prepare(job: Job) -> Job:

@@ -12,7 +12,8 @@ from dvq import DvqError
 from dvq.events import Events
 from dvq.sweep import Sweep
 from dvq.trial import values
-from pipeline import forecast
+from pipeline import forecast, submit
+from pipeline.preflight import find_sweep
 from pipeline.profile import Cluster, Profile
 
 GPU = Profile(gpu=1, parallelism=4, cluster=Cluster())
@@ -206,3 +207,18 @@ def test_for_a_sweep_that_is_finished_no_other_is_looked_at(
     monkeypatch.setattr(Store, "look", lambda _, keys: looked.extend(keys))
     assert forecast.plan(whole.trials(), store, GPU).states["finished"] == 1
     assert looked == [one.key() for one in whole.trials().values()]
+
+
+@pytest.mark.parametrize(("gpus", "unit"), [(0, "CPU"), (4, "GPU")])
+def test_trials_of_this_machine_are_forecast_by_what_they_would_run_on(
+    gpus: int, unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path))
+    monkeypatch.delenv("DVQ_DEVICE", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    another = find_sweep("smoke").model_copy(update={"seeds": [7]})
+    finish(Store(tmp_path), another, next(iter(another.trials())))
+    submit.submit("smoke", dry_run=True)
+    told = capsys.readouterr().out
+    assert f"devices  2 {unit} at most" in told
+    assert ("measured on cuda:0 (H200)" in told) == (gpus > 0)

@@ -21,6 +21,7 @@ DVQ_IN_PIPELINE = {
     "dvq.choices",
     "dvq.config",
     "dvq.data",
+    "dvq.device",
     "dvq.disk",
     "dvq.events",
     "dvq.findings",
