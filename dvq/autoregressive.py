@@ -23,6 +23,7 @@ from torch import Generator, Tensor, nn
 
 from dvq import DvqError, inputs, saved
 from dvq.device import exact
+from dvq.minutely import Minutely
 from dvq.model import Model, in_evaluation
 from dvq.randomness import minibatch, noise, seeded
 
@@ -126,6 +127,7 @@ def fit(
             prior = Autoregressive(model)
         optimizer = torch.optim.Adam(prior.parameters(), lr=learning_rate)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+        minutely = Minutely()
         for step in range(steps):
             images = training[minibatch(step, batch_size, len(training), seed)]
             generator, at_once = noise(seed, step, prior.place.device), model.trial.images_at_once
@@ -135,6 +137,7 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+            minutely.say(f"autoregressive prior: {step + 1:,} of {steps:,} steps")
     return prior.eval()
 
 

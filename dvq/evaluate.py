@@ -15,6 +15,7 @@ from dvq import DvqError, inputs
 from dvq.autoregressive import Autoregressive
 from dvq.device import exact
 from dvq.latents import Codebooks, Sample, per_image
+from dvq.minutely import Minutely
 from dvq.model import Model, in_evaluation
 from dvq.quantizers import Deterministic
 
@@ -118,8 +119,10 @@ def evaluate(
     if isinstance(model.latents, Codebooks):
         gathered.usage = torch.zeros(model.latents.codebook.shape[:2], dtype=torch.long, device=device)
     draws = 1 if isinstance(model.latents, Deterministic) else bound_samples
-    for batch in batches(images, at_once, device):
+    minutely = Minutely()
+    for number, batch in enumerate(batches(images, at_once, device)):
         gathered.judge(model, batch, _samples(model, batch, first, more, draws), prior)
+        minutely.say(f"evaluation: {number * at_once + len(batch):,} of {len(images):,} images")
     result = _summary(gathered, bound_samples, model)
     if training is not None:
         fitted = fit(copy.deepcopy(model), training, batch_size, seed)

@@ -15,6 +15,7 @@ from dvq import DvqError, checkpoint, events, goodput
 from dvq.data import Data
 from dvq.evaluate import evaluate
 from dvq.events import Events
+from dvq.minutely import Minutely
 from dvq.pictures import COLUMNS, mosaic
 from dvq.probe import probe
 from dvq.provenance import provenance
@@ -23,9 +24,6 @@ from dvq.saved import publish
 from dvq.style import save_png
 from dvq.trainer import Trainer
 from dvq.trial import Loss, Trial
-
-SAYS_AFTER = 60
-"""seconds between lines of progress in the log, which is all that a pod shows of a training"""
 
 
 class Interrupted(BaseException):
@@ -83,7 +81,8 @@ class Training:
             self._go_on(last)
         self.events_before = events.sizes(folder)
         self.saved = self.done if last else None
-        self.saved_at = self.said_at = self.since = time.perf_counter()
+        self.saved_at = self.since = time.perf_counter()
+        self.minutely = Minutely()
 
     def _go_on(self, last: checkpoint.Checkpoint) -> None:
         self.trainer.restore(last.tensors)
@@ -186,13 +185,10 @@ class Training:
         speed = len(self.terms) * self.trial.batch_size / (self.seconds - self.seconds_at_point)
         named = {f"train/{name}": value for name, value in values.items()}
         self.events.metrics(self.done, named | {"images_per_second": speed})
-        if self.since - self.said_at >= SAYS_AFTER:
-            bits, of = values["bits_per_dim"], f"{self.done:,} of {self.trial.steps:,} steps"
-            print(
-                f"{self.trial.describe()}: {of}, {bits:.3f} bits/dim in training, {speed:.0f} images/s",
-                flush=True,
-            )
-            self.said_at = self.since
+        bits, of = values["bits_per_dim"], f"{self.done:,} of {self.trial.steps:,} steps"
+        self.minutely.say(
+            f"{self.trial.describe()}: {of}, {bits:.3f} bits/dim in training, {speed:.0f} images/s"
+        )
 
     def _evaluate(self) -> None:
         """Evaluate on all evaluation images, and draw some reconstructions."""

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,21 @@ def test_large_images_are_fitted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     assert sizes == [10, 10, 10, 10, 10, 10, 4] * 3
     for one, other in zip(whole.parameters(), pieces.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
+
+
+def test_how_far_it_is_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """And how far an evaluation is: each can take an hour on a CPU."""
+    now = itertools.count(step=40.0)
+    monkeypatch.setattr("dvq.minutely.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    model = tiny()
+    fit(model, images(16), steps=4)
+    evaluate(model, images(20), batch_size=6)
+    assert capsys.readouterr().out.splitlines() == [
+        "autoregressive prior: 2 of 4 steps",
+        "autoregressive prior: 4 of 4 steps",
+        "evaluation: 12 of 20 images",
+        "evaluation: 20 of 20 images",
+    ]
 
 
 def test_it_is_kept_beside_its_model(tmp_path: Path) -> None:

@@ -324,7 +324,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
         return timed
 
-    monkeypatch.setattr("dvq.training.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for module in ("training", "minutely"):
+        monkeypatch.setattr(f"dvq.{module}.time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(Trainer, "step", takes(1.0, Trainer.step))
     monkeypatch.setattr(Training, "_evaluate", takes(1000.0, lambda *_: None))
     return now
