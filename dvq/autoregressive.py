@@ -114,10 +114,10 @@ def fit(
     Args:
         model: a trained model, which is not changed.
         training: the images (N, H, W, 3) uint8 that it was trained on.
-        steps: 1 or more.
+        steps, batch_size: 1 or more.
 
     Raises:
-        DvqError: images of another shape, fewer than one step, or a model whose latent variables are continuous.
+        DvqError: no images, or others; a number below 1; or a model whose latent variables are continuous.
     """
     steps, batch_size = inputs.count(steps, "steps"), inputs.count(batch_size, "batch_size")
     training = inputs.arrays(training, model.trial, "the training images")

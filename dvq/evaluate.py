@@ -106,13 +106,13 @@ def evaluate(
         ``perplexity`` (mean over k of exp H(usage_k)) and ``dead_codes``.
 
     Raises:
-        DvqError: no images, or others; a number below 1; a ``prior`` of codes for continuous latent variables.
+        DvqError: no images, or others; a number below 1; a ``prior`` of codes that the model does not have.
     """
     images = inputs.arrays(images, model.trial, "the images to evaluate")
     bound_samples = inputs.count(bound_samples, "bound_samples")
     at_once = model.trial.images_at_once if batch_size is None else inputs.count(batch_size, "batch_size")
     if prior is not None:
-        inputs.discrete(model.trial)
+        inputs.prior(prior.trial, model.trial)
     first, more = model.generator(2 * seed), model.generator(2 * seed + 1)
     device = first.device
     gathered = _Pass()

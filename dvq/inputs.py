@@ -76,6 +76,14 @@ def stochastic(trial: Trial) -> Stochastic:
     )
 
 
+def prior(fitted: Trial, trial: Trial) -> None:
+    """DvqError unless a prior that was fitted to a model of the trial ``fitted`` is one of this trial's codes."""
+    theirs, ours = ((*one.grid, one.num_latents, one.num_codes) for one in map(discrete, (fitted, trial)))
+    if theirs != ours:
+        told = ("{}×{} positions of {} codes among {}".format(*one) for one in (theirs, ours))
+        raise DvqError("the prior is of {}, the model of {}: give one that was fitted to it".format(*told))
+
+
 def codes(given: Any, trial: Trial, device: torch.device) -> Tensor:
     """The codes (B, H/4, W/4, K) as an int64 tensor on ``device``; DvqError if ``trial`` has no such codes."""
     count = discrete(trial).num_codes

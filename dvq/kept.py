@@ -31,7 +31,7 @@ PUBLISHED = """\
 | VQ-VAE at its best C | 4.81 | the paper |
 | VQ-VAE | 4.67 | van den Oord et al. 2017, "Neural Discrete Representation Learning" |
 | VAE; VIMCO | 4.51; 5.14 | the same |
-| continuous latent variables | 4.54 | Gregor et al. 2016, "Towards Conceptual Compression", as the paper cites it |
+| a deep convolutional VAE | 4.54 | Gregor et al. 2016, "Towards Conceptual Compression", as both of these cite it |
 | VQ-VAE | about 4.82 | github.com/bshall/VectorQuantizedVAE, another implementation of the paper |
 | GS-Soft | about 4.6 | github.com/bshall/VectorQuantizedVAE |"""
 

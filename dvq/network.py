@@ -1,7 +1,7 @@
 """The network: encoder and decoder.
 
 Source: "Continuous Relaxation Training of Discrete Latent Variable Image Models" (NeurIPS 2017 workshop on
-Bayesian Deep Learning), section 3; the residual blocks are those of van den Oord et al. 2017, section 4.1.
+Bayesian Deep Learning); the residual blocks are those of van den Oord et al. 2017, section 4.1.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def _norm(trial: Trial) -> nn.Module:
 
 
 class Residual(nn.Module):
-    """h + 1×1(ReLU(3×3(ReLU(h))))."""
+    """h + 1×1(ReLU(3×3(ReLU(h)))), both convolutions with batch normalization where the trial has it."""
 
     def __init__(self, trial: Trial) -> None:
         super().__init__()

@@ -19,10 +19,10 @@ LOOKED_AT = 4  # images, with one latent variable of each enumerated
 
 @in_evaluation
 def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: int) -> dict[str, float]:
-    """Bias and variance of the surrogate's gradient by the posterior's logits l, against the ELBO's.
+    """Bias and variance of the surrogate's gradient by the posterior's logits l, against that of −ELBO.
 
         variance = E‖g − E g‖² / ‖E g‖², over all latent variables of the images;
-        bias = ‖E g − r‖ / ‖r‖ over one latent variable of each image, where r is the ELBO's gradient with
+        bias = ‖E g − r‖ / ‖r‖ over one latent variable of each image, where r is the gradient of −ELBO with
         that variable summed out: r_c = q_c (f_c − Σ q f) + β ∂KL/∂l_c, f_c = E −log p(x | z_c, other z), and β
         the KL's weight in warm-up,
 
@@ -35,7 +35,8 @@ def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: 
     Args:
         model: one with a categorical posterior.
         images: (B, H, W, 3) uint8.
-        draws: of g, and of the other latent variables in f; r costs LOOKED_AT·C·draws passes of the decoder.
+        draws: of g, and of the other latent variables in f, 2 or more; r costs LOOKED_AT·C·draws passes of the
+            decoder.
         step: the training step, for temperature and warm-up.
     """
     gradients = torch.stack([_gradient(model, images, generator, step) for _ in range(draws)])  # (S, K, N, C)
@@ -98,7 +99,7 @@ def _reference(
     generator: Generator,
     weight: float | Tensor,
 ) -> Tensor:
-    """The gradient of the ELBO, its KL by its ``weight`` in warm-up, by logits[k, p], with z[k, p] summed out:
+    """The gradient of −ELBO, its KL by its ``weight`` in warm-up, by logits[k, p], with z[k, p] summed out:
     (1, H, W, 3), (K, P, C) → (C,)."""
     latents, (_, positions, codes) = model.latents, logits.shape
     distortion = torch.zeros_like(logits[k, p])

@@ -95,9 +95,10 @@ class Rounded(Deterministic):
     """The posterior of FSQ: each dimension of v is bounded and rounded to one of its L levels.
 
     b = h·tanh(v + atanh(o/h)) − o with h = (L − 1)(1 + ε)/2 and o = ½ for even L, else 0, rounds to −⌊L/2⌋, …,
-    ⌈L/2⌉ − 1; the decoder sees round(b) / ⌊L/2⌋, in [−1, 1]. (The authors' listing has 1 − ε and tan(o/h), which are
-    not of two levels; this is vector-quantize-pytorch's form.) The codes count the first dimension's levels
-    fastest, and the codebooks, all the same, list them.
+    ⌈L/2⌉ − 1, and b = 0 where v = 0; the decoder sees round(b) / ⌊L/2⌋, in [−1, 1]. (The authors' listing has tan in
+    place of atanh, which one of them calls a mistake, and 1 − ε, with which o/h > 1 for two levels. This is
+    vector-quantize-pytorch's form.) The codes count the first dimension's levels fastest, and the codebooks, all the
+    same, list them.
     """
 
     EPSILON = 1e-3

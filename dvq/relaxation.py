@@ -144,8 +144,8 @@ class _Relaxed(torch.autograd.Function):
     @staticmethod
     @differentiated_once
     def backward(ctx: Any, g_z: Tensor, g_kl: Tensor) -> tuple[Tensor | None, ...]:
-        """With g_y = g_z Mᵀ, and so Σ g_y·y = g_z·(y M), g_s = (g_y − Σ g_y·y)·y/τ, and g_codes = yᵀ g_z; see
-        :func:`posterior_gradients`."""
+        """With g_y = g_z Mᵀ, and so Σ g_y·y = g_z·(y M), g_s = (g_y − Σ g_y·y)·y/τ, and g_codes = yᵀ g_z,
+        hard: onehotᵀ g_z; see :func:`posterior_gradients`."""
         v, codebook, log_sum, kl, log_prior, y, factor, mean, codes = ctx.saved_tensors
         g_seen = g_z * factor  # y is without its factor
         g_left = torch.cat([g_seen, -(g_seen * mean).sum(-1, keepdim=True)], -1) / ctx.temperature

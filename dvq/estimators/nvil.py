@@ -23,17 +23,17 @@ class NVIL(Stochastic):
 
         surrogate = −stopgrad(signal)·log q(z|x) − log p(x, z) + (stopgrad(w − c) − b(x))²
 
-    The encoder's gradient is divided by max(1, σ), σ² the running variance of w − b(x) within a minibatch. The paper
-    divides the signal, but there q and p share no parameters. Here they share the codebooks, and a divided signal
-    would scale only one of the two parts of the codebooks' gradient.
+    The encoder's gradient is divided by max(1, σ), σ² the running variance of w − b(x) within a minibatch. Mnih &
+    Gregor divide the signal, but their q and p share no parameters. Here they share the codebooks, and a divided
+    signal would scale only one of the two parts of the codebooks' gradient.
 
     Source: Mnih & Gregor 2014, "Neural Variational Inference and Learning in Belief Networks", section 2.3
-    and algorithm 1.
+    and, in appendix A, algorithm 1.
     """
 
     estimator: Literal["nvil"] = "nvil"
     baseline_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    """of the running mean and variance"""
+    """of the running mean and variance; Mnih & Gregor have 0.8"""
 
     def latents(self) -> "Baselined":
         from dvq.latents import Baselined

@@ -22,10 +22,9 @@ class ReinMax(Stochastic):
         g_l = ½ q·(g − g_z) + ½ onehot(z)·(g_z − Σ_c q_c g_c).
 
     Unbiased where −log p(x|z) is quadratic in each latent variable's vector, whatever the others are; the decoder is
-    trained on exact samples. There is no temperature: this is the paper's τ = 1, where its π is q.
+    trained on exact samples. There is no temperature: this is τ = 1 of Liu et al., where their π is q.
 
-    Source: Liu et al. 2023, "Bridging Discrete and Backpropagation: Straight-Through and Beyond", section 4 and
-    algorithm 2.
+    Source: Liu et al. 2023, "Bridging Discrete and Backpropagation: Straight-Through and Beyond", algorithm 2.
     """
 
     estimator: Literal["reinmax"] = "reinmax"

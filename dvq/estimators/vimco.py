@@ -25,16 +25,16 @@ class VIMCO(Stochastic):
 
     It trains L_S, which for S > 1 is not the ELBO by which models are compared.
 
-    Source: Mnih & Rezende 2016, "Variational Inference for Monte Carlo Objectives", eqs. 5 to 11.
+    Source: Mnih & Rezende 2016, "Variational Inference for Monte Carlo Objectives", eqs. 9 to 11.
     """
 
     estimator: Literal["vimco"] = "vimco"
     samples: TwoOrMore = 4
     """S; each costs a pass through the decoder"""
     backward: Literal["all", "one"] = "all"
-    """which samples' decoder gradients are taken: all, weighted by w̃, as in the paper; or one, drawn in proportion
-    to w̃, which is just as unbiased (but for batch normalization, whose statistics are then that sample's), noisier,
-    and a good third less work at S = 4"""
+    """which samples' decoder gradients are taken: all, weighted by w̃, as Mnih & Rezende do; or one, drawn in
+    proportion to w̃, which is just as unbiased (but for batch normalization, whose statistics are then that sample's),
+    noisier, and a good third less work at S = 4"""
 
     def loss(self, model: "Model", images: "Tensor", generator: "Generator", step: "Step") -> Loss:
         import torch

@@ -403,6 +403,15 @@ def test_a_prior_of_codes_is_not_one_of_continuous_latent_variables() -> None:
         evaluate(model, some, prior=autoregressive.Autoregressive(codes))
 
 
+@pytest.mark.parametrize("field", ["num_codes", "num_latents"])
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_prior_of_another_models_codes_is_refused(field: str, more: int) -> None:
+    one = Model(config.trial(TINY))
+    other = Model(config.trial(TINY | {field: TINY[field] + more}))
+    with pytest.raises(DvqError, match=r"^the prior is of 8×8 .*, the model of 8×8 .*: give one"):
+        evaluate(other, np.zeros((2, 32, 32, 3), np.uint8), prior=autoregressive.Autoregressive(one))
+
+
 def test_paths_may_be_text_and_load_is_among_the_names(tmp_path: Path) -> None:
     saved.save(Model(config.trial(TINY)), str(tmp_path / "model"))
     assert "load" in dir(dvq)
