@@ -154,7 +154,7 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int | None = None
     The statistics lag because they are running averages (for GS-Soft, besides, of mixtures of codes instead of single
     ones), the prior because the optimizer's steps are small, the more so the fewer codes an estimator uses. The
     statistics become the mean over up to ``STATISTICS`` minibatches of the trial's size, with hard samples (Ioffe &
-    Szegedy 2015, "Batch Normalization", algorithm 2), unless training fixed them. Then a prior that is trained
+    Szegedy 2015, "Batch Normalization", algorithm 2), unless they are fixed. Then a prior that is trained
     becomes p(z_k = c) = (n_kc + 1) / (n_k + C), with the counts n of one draw for each image.
 
     Args:
@@ -182,7 +182,8 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int | None = None
 
 def _fit_normalization(model: Model, training: NDArray[np.uint8], generator: torch.Generator) -> None:
     layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    if not layers or model.trial.normalization_fixed_at(model.trial.steps - 1):
+    layers = [layer for layer in layers if not getattr(layer, "fixed", False)]  # PyTorch's own never are
+    if not layers:
         return
     momenta = [layer.momentum for layer in layers]
     for layer in layers:

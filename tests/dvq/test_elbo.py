@@ -292,6 +292,19 @@ def test_statistics_are_fitted_to_so_many_minibatches_at_most(monkeypatch: pytes
     assert torch.equal(found, right)
 
 
+def test_statistics_that_are_fixed_are_not_fitted() -> None:
+    """By whomever: they were reset, and nothing came after it."""
+    model = tiny("vq-ema", batch_size=4)
+    norm, free = model.encoder.body[1], model.decoder.body[1]
+    for layer in (norm, free):
+        layer.running_mean.fill_(7.0)
+    model.fix_normalization(True)
+    free.fixed = False
+    fit(model, images(8))
+    assert (norm.running_mean == 7).all()
+    assert (free.running_mean != 7).all()
+
+
 @pytest.mark.parametrize("estimator", ["gs-soft", "vq-ema", "fsq", "gaussian"])
 def test_what_is_told_as_fitted_is_the_fitted_models_elbo(estimator: str) -> None:
     torch.manual_seed(0)
