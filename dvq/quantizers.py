@@ -44,10 +44,11 @@ class Nearest(Deterministic):
         self.register_buffer("counts", torch.ones(trial.num_latents, trial.num_codes))  # N
         self.register_buffer("sums", self.codebook.detach().clone())  # S
 
+    @torch.no_grad()
     def codes(self, v: Tensor) -> Tensor:
         """The nearest code of each vector, with the largest 2 v·m − ‖m‖²: (K, N, D) → (K, N)."""
         codes = torch.empty(v.shape[:2], dtype=torch.long, device=v.device)
-        logits = Logits(v, self.codebook.detach(), 1.0)
+        logits = Logits(v, self.codebook, 1.0)
         for at in tiles(v, self.codebook.shape[1]):
             codes[at] = largest(logits[at])
         return codes

@@ -81,9 +81,11 @@ def test_vq_rate_is_the_code_length_under_the_prior() -> None:
 
 
 def test_vq_codes_are_the_nearest() -> None:
+    """In training too, where encodings have a gradient: an author need not detach them."""
     latents: Nearest = tiny("vq-ema").latents
-    v = some_v(50)
+    v = some_v(50).requires_grad_()
     assert torch.equal(latents.codes(v), torch.cdist(v, latents.codebook).argmin(-1))
+    assert torch.equal(latents.sample(v, torch.Generator()).codes, latents.codes(v))
 
 
 def test_evaluation_draws_the_codes_from_the_posterior() -> None:
