@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dvq import DvqError, inputs
 from dvq.autoregressive import Autoregressive
+from dvq.codes import code_counts
 from dvq.device import exact
 from dvq.latents import Codebooks, Sample, per_image
 from dvq.model import Model, in_evaluation
@@ -64,7 +65,7 @@ class _Pass:
         if sample.codes is not None:
             if self.usage is None:
                 raise DvqError("latent variables that have codes are of a class of dvq.latents.Codebooks")
-            counts = torch.zeros_like(self.usage).scatter_add_(1, sample.codes, torch.ones_like(sample.codes))
+            counts = code_counts(sample.codes, self.usage.shape[1])
             self.usage += counts
             self.mass = self.mass + (counts if sample.mass is None else sample.mass).double()
 
@@ -205,7 +206,7 @@ def _fit_prior(
     counts = torch.ones_like(model.latents.prior_logits, dtype=torch.double)
     for batch in batches(training, batch_size, generator.device):
         codes = model.latents.sample(model.encoder(batch), generator).codes
-        counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.double))
+        counts += code_counts(codes, counts.shape[1])
     model.latents.prior_logits.copy_(counts.log())
 
 
