@@ -59,12 +59,6 @@ def name(one: Trial) -> str:
     return f"{one.describe()}{split}-{one.steps}-{hashlib.sha256(chosen).hexdigest()[:8]}"
 
 
-def _told_apart(one: Trial, *but: str) -> str:
-    """``gs-soft-c512-k16-s0``, and the fields that decide numbers and differ from the defaults, except those in
-    ``but``."""
-    return short_name(one, {field: x for field, x in one.changed().items() if field not in ("data", *but)})
-
-
 def _rounded(numbers: Any) -> Any:
     """Five digits of each number in nested lists: what a figure can show."""
     return [_rounded(one) for one in numbers] if isinstance(numbers, list) else float(f"{numbers:.5g}")
@@ -111,15 +105,18 @@ def _shown(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
 
 
 def _named(results: Sequence[Result]) -> list[Result]:
-    """The results as figures name them: in these an autoregressive prior, fitted afterwards, changes nothing."""
+    """The results as figures name them: ``gs-soft-c512-k16-s0``, and the fields that decide numbers and differ among
+    them. An autoregressive prior, which is fitted afterwards, is none of these."""
     results = [
         {**one, "trial": {field: x for field, x in one["trial"].items() if field != "autoregressive_steps"}}
         for one in results
     ]
     trials = [trial(one["trial"]) for one in results]
-    common = _shared([one.changed() for one in trials])
+    changes = [one.changed() for one in trials]
+    common = {"data", *_shared(changes)}
     return [
-        {**result, "name": _told_apart(one, *common)} for result, one in zip(results, trials, strict=True)
+        {**result, "name": short_name(one, {field: x for field, x in changed.items() if field not in common})}
+        for result, one, changed in zip(results, trials, changes, strict=True)
     ]
 
 
