@@ -69,7 +69,7 @@ def _seen_logits(latents: Categorical) -> Iterator[list[Tensor]]:
     """The logits that the estimator's loss makes, which with a method of one's own is in the plain form, kept for
     their gradient."""
     made: list[Tensor] = []
-    make = latents.logits
+    make, own = latents.logits, vars(latents).get("logits")
 
     def logits(v: Tensor) -> Tensor:
         made.append(make(v))
@@ -80,6 +80,8 @@ def _seen_logits(latents: Categorical) -> Iterator[list[Tensor]]:
         yield made
     finally:
         del latents.logits  # the class's method is seen again
+        if own:  # of this object alone
+            latents.logits = own  # type: ignore[method-assign]
 
 
 def _gradient(model: Model, images: Tensor, generator: Generator, step: int) -> Tensor:

@@ -366,6 +366,16 @@ def test_logits_or_a_prior_of_ones_own_are_trained_as_they_are_evaluated(kind: t
     torch.testing.assert_close(torch.stack(rates), right.expand(4))
 
 
+def test_the_probe_leaves_logits_of_ones_own() -> None:
+    model = small("gs-soft")
+    for own in (False, True):
+        if own:
+            model.latents.logits = lambda v: Categorical.logits(model.latents, v)
+        before = dict(vars(model.latents))
+        probe(model, torch.from_numpy(IMAGES[:2]), 2, torch.Generator(), 0)
+        assert vars(model.latents) == before
+
+
 def test_a_trained_temperature_and_scale_get_the_slopes_of_the_fast_form() -> None:
     latents, v, step = small("gs-soft").latents, some_v(6), 1e-5
     tau = torch.tensor(0.6, dtype=v.dtype, requires_grad=True)
