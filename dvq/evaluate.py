@@ -41,7 +41,7 @@ class _Pass:
     usage: Tensor | None = None  # (K, C), counts
     mass: Tensor | float = 0.0  # (K, C), Σ q(z|x)
 
-    def judge(
+    def evaluate(
         self, model: Model, images: Tensor, samples: Iterator[Sample], prior: Autoregressive | None
     ) -> None:
         elbos: list[Tensor] = []
@@ -120,7 +120,7 @@ def evaluate(
         gathered.usage = torch.zeros(model.latents.codebook.shape[:2], dtype=torch.long, device=device)
     draws = 1 if isinstance(model.latents, Deterministic) else bound_samples
     for batch in batches(images, at_once, device):
-        gathered.judge(model, batch, _samples(model, batch, first, more, draws), prior)
+        gathered.evaluate(model, batch, _samples(model, batch, first, more, draws), prior)
     result = _summary(gathered, bound_samples, model)
     if training is not None:
         fitted = fit(copy.deepcopy(model), training, batch_size, seed)
