@@ -65,7 +65,7 @@ def begin(folder: Path, trial: Trial, name: str, shorter: Path | None = None) ->
         _copy_progress(shorter, folder)
     for step in checkpoint.steps(folder):
         if step > trial.steps:
-            shutil.rmtree(folder / "checkpoints" / f"{step:09d}")
+            shutil.rmtree(checkpoint.place(folder, step))
     _drop_events_after_last_checkpoint(folder)
     document = {
         "format": FORMAT,
@@ -127,7 +127,7 @@ def _drop_events_after_last_checkpoint(folder: Path) -> None:
     """Remove the events after the last checkpoint, among them the end of the shorter trial."""
     for step in checkpoint.steps(folder)[-1:]:
         with suppress(DvqError):  # damaged: training goes on from the one before, and says so
-            document = read_json(folder / "checkpoints" / f"{step:09d}" / "checkpoint.json") or {}
+            document = read_json(checkpoint.place(folder, step) / "checkpoint.json") or {}
             events.truncate(folder, document.get("events", {}))
 
 

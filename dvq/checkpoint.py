@@ -32,15 +32,20 @@ class Checkpoint:
     """what was given to :func:`write`"""
 
 
+def place(folder: Path, step: int) -> Path:
+    """Where in a trial's folder the checkpoint of a step is."""
+    return folder / "checkpoints" / f"{step:09d}"
+
+
 def write(folder: Path, step: int, tensors: "dict[str, Tensor]", about: dict[str, Any]) -> Path:
-    """Write ``folder``/checkpoints/<step>, then remove all but the last two; its path.
+    """Write the checkpoint of ``step``, then remove all but the last two; its path.
 
     Raises:
         DvqError: it cannot be written (a full disk, say); the earlier ones are untouched.
     """
     from safetensors.torch import save
 
-    path = folder / "checkpoints" / f"{step:09d}"
+    path = place(folder, step)
     content = save(tensors)
     digest = hashlib.sha256(content).hexdigest()
     document = {"format": FORMAT, "step": step, "sha256": digest, **about}
@@ -54,7 +59,7 @@ def write(folder: Path, step: int, tensors: "dict[str, Tensor]", about: dict[str
             "is kept, and training goes on from it when there is room"
         ) from None
     leftovers = path.parent.glob(".*")  # partial ones, of processes that were killed
-    for old in (*leftovers, *(path.with_name(f"{step:09d}") for step in steps(folder)[:-KEPT])):
+    for old in (*leftovers, *(place(folder, step) for step in steps(folder)[:-KEPT])):
         shutil.rmtree(old, ignore_errors=True)
     return path
 
@@ -73,7 +78,7 @@ def latest(folder: Path, family: str) -> Checkpoint | None:
     from safetensors.torch import load
 
     for step in reversed(steps(folder)):
-        path = folder / "checkpoints" / f"{step:09d}"
+        path = place(folder, step)
         try:
             about = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
             content = (path / "state.safetensors").read_bytes()

@@ -3,13 +3,12 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 import yaml
 
 from dvq.config import estimators, trial
-from dvq.tables import Result, alike, complete, finite
+from dvq.tables import Result, alike, complete, finite, mean_bits_per_dim
 from dvq.trial import Trial
 
 SIZES = ("num_codes", "num_latents")
@@ -20,12 +19,9 @@ FREE = ("code_dim", "seed")
 def chosen(results: Sequence[Result]) -> list[Result]:
     """The results of the setting of lowest mean bits/dim over seeds, the lowest first. Only settings with the most
     finite results are compared: where some seeds diverged or failed, those that are left were lucky."""
-    groups = (sorted(group, key=_bits) for group in alike(finite(results), "seed"))
-    return min(groups, key=lambda group: (-len(group), fmean(map(_bits, group))), default=[])
-
-
-def _bits(result: Result) -> float:
-    return float(result["evaluation"]["bits_per_dim"])
+    groups = alike(finite(results), "seed")
+    lowest = min(groups, key=lambda group: (-len(group), mean_bits_per_dim(group)), default=[])
+    return sorted(lowest, key=lambda result: float(result["evaluation"]["bits_per_dim"]))
 
 
 def chosen_line(results: Sequence[Result]) -> str:

@@ -1,4 +1,4 @@
-"""What is done code by code: looking codes up, summing what belongs to each, the rotation trick, and k-means."""
+"""What is done code by code: look-ups, counts and sums, the rotation trick, and k-means."""
 
 from typing import Any
 
@@ -30,6 +30,11 @@ def ordered_code_sums(terms: Tensor, codes: Tensor, count: int) -> Tensor:
     the codes' one-hot rows, one codebook at a time."""
     every = torch.arange(count, device=codes.device).unsqueeze(1)
     return torch.stack([(every == z).to(t.dtype) @ t for z, t in zip(codes, terms, strict=True)])
+
+
+def code_counts(codes: Tensor, count: int) -> Tensor:
+    """How often each code occurs: (K, N) → (K, C), integers."""
+    return codes.new_zeros(len(codes), count).scatter_add_(1, codes, torch.ones_like(codes))
 
 
 class _LookUp(torch.autograd.Function):
@@ -96,6 +101,6 @@ def kmeans(v: Tensor, codes: int, generator: Generator) -> Tensor:
         # (K, N), one codebook at a time, since (N, C) distances may take a gigabyte
         nearest = torch.stack([torch.cdist(*pair).argmin(-1) for pair in zip(v, centers, strict=True)])
         sums = code_sums(v, nearest, codes)
-        counts = torch.zeros_like(centers[..., 0]).scatter_add_(1, nearest, torch.ones_like(v[..., 0]))
-        centers = torch.where(counts.unsqueeze(-1) > 0, sums / counts.unsqueeze(-1), centers)
+        counts = code_counts(nearest, codes).unsqueeze(-1)
+        centers = torch.where(counts > 0, sums / counts, centers)
     return centers

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from dvq.style import DASHES, MOST_GROUPS, method, style, varied, wrapped
 from dvq.tables import Result, alike
 
@@ -18,7 +16,7 @@ class Curve(NamedTuple):
 
     num_latents: int
     points: dict[int, list[Result]]
-    """the evaluations of all seeds by C, ascending; continuous latent variables, which have no C, are under 0"""
+    """the results of all seeds by C, ascending; continuous latent variables, which have no C, are under 0"""
     label: str
     colour: str
     marker: str
@@ -60,15 +58,10 @@ def _methods(along: Sequence[list[Result]]) -> list[tuple[str, list[Result]]]:
     return named
 
 
-def mean(seeds: Sequence[Result]) -> float:
-    """The mean bits/dim over seeds."""
-    return float(np.mean([evaluation["bits_per_dim"] for evaluation in seeds]))
-
-
 def spread(seeds: Sequence[Result]) -> tuple[float, float]:
     """The range of bits/dim over seeds; for a single seed ± its standard error over images."""
-    bits = [evaluation["bits_per_dim"] for evaluation in seeds]
-    error = 0.0 if len(bits) > 1 else seeds[0].get("bits_per_dim_se", 0.0)
+    bits = [result["evaluation"]["bits_per_dim"] for result in seeds]
+    error = 0.0 if len(bits) > 1 else seeds[0]["evaluation"].get("bits_per_dim_se", 0.0)
     return min(bits) - error, max(bits) + error
 
 
@@ -91,5 +84,5 @@ def _setting(trials: Sequence[Result]) -> str:
 def _points(trials: Sequence[Result]) -> dict[int, list[Result]]:
     points: dict[int, list[Result]] = {}
     for result in sorted(trials, key=lambda result: int(result["trial"].get("num_codes", 0))):  # stable
-        points.setdefault(result["trial"].get("num_codes", 0), []).append(result["evaluation"])
+        points.setdefault(result["trial"].get("num_codes", 0), []).append(result)
     return points

@@ -13,8 +13,8 @@ from dvq.posterior import (
     categorical_kl,
     differentiated_once,
     posterior_gradients,
+    softmax_terms,
     tiles,
-    weigh,
 )
 
 
@@ -79,7 +79,7 @@ class _Scored(torch.autograd.Function):
         log_sum, rate = v.new_empty(v.shape[:2]), v.new_zeros(())
         make = Logits(v, codebook, scale)
         for at in tiles(v, codebook.shape[1]):
-            weights, total, log_sum[at], kl = weigh(make[at], log_prior[at[0]])
+            weights, total, log_sum[at], kl = softmax_terms(make[at], log_prior[at[0]])
             codes[at] = inverse_draw(weights, count, generator)
             log_q[at] = weights.gather(-1, codes[at]).log_() - total.log().unsqueeze(-1)
             rate += kl.sum()
@@ -154,7 +154,7 @@ class _ReinMax(torch.autograd.Function):
         codes = torch.empty((*v.shape[:2], 1), dtype=torch.long, device=v.device)
         make = Logits(v, codebook, scale)
         for at in tiles(v, codebook.shape[1]):
-            weights, total, log_sum[at], kl[at] = weigh(make[at], log_prior[at[0]])
+            weights, total, log_sum[at], kl[at] = softmax_terms(make[at], log_prior[at[0]])
             codes[at] = inverse_draw(weights, 1, generator)
             mean[at] = torch.bmm(weights, codebook[at[0]]).div_(total.unsqueeze(-1))
         vectors = look_up(codebook, codes.squeeze(-1))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dvq import DvqError, inputs
 from dvq.autoregressive import Autoregressive
+from dvq.codes import code_counts
 from dvq.device import exact
 from dvq.latents import Codebooks, Sample, per_image
 from dvq.minutely import Minutely
@@ -41,7 +42,7 @@ class _Pass:
     usage: Tensor | None = None  # (K, C), counts
     mass: Tensor | float = 0.0  # (K, C), Σ q(z|x)
 
-    def judge(
+    def evaluate(
         self, model: Model, images: Tensor, samples: Iterator[Sample], prior: Autoregressive | None
     ) -> None:
         elbos: list[Tensor] = []
@@ -65,7 +66,7 @@ class _Pass:
         if sample.codes is not None:
             if self.usage is None:
                 raise DvqError("latent variables that have codes are of a class of dvq.latents.Codebooks")
-            counts = torch.zeros_like(self.usage).scatter_add_(1, sample.codes, torch.ones_like(sample.codes))
+            counts = code_counts(sample.codes, self.usage.shape[1])
             self.usage += counts
             self.mass = self.mass + (counts if sample.mass is None else sample.mass).double()
 
@@ -121,7 +122,7 @@ def evaluate(
     draws = 1 if isinstance(model.latents, Deterministic) else bound_samples
     minutely = Minutely()
     for number, batch in enumerate(batches(images, at_once, device)):
-        gathered.judge(model, batch, _samples(model, batch, first, more, draws), prior)
+        gathered.evaluate(model, batch, _samples(model, batch, first, more, draws), prior)
         minutely.say(f"evaluation: {number * at_once + len(batch):,} of {len(images):,} images")
     result = _summary(gathered, bound_samples, model)
     if training is not None:
@@ -157,7 +158,7 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int | None = None
     The statistics lag because they are running averages (for GS-Soft, besides, of mixtures of codes instead of single
     ones), the prior because the optimizer's steps are small, the more so the fewer codes an estimator uses. The
     statistics become the mean over up to ``STATISTICS`` minibatches of the trial's size, with hard samples (Ioffe &
-    Szegedy 2015, "Batch Normalization", algorithm 2), unless training fixed them. Then a prior that is trained
+    Szegedy 2015, "Batch Normalization", algorithm 2), unless they are fixed. Then a prior that is trained
     becomes p(z_k = c) = (n_kc + 1) / (n_k + C), with the counts n of one draw for each image.
 
     Args:
@@ -185,7 +186,8 @@ def fit(model: Model, training: NDArray[np.uint8], batch_size: int | None = None
 
 def _fit_normalization(model: Model, training: NDArray[np.uint8], generator: torch.Generator) -> None:
     layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    if not layers or model.trial.normalization_fixed_at(model.trial.steps - 1):
+    layers = [layer for layer in layers if not getattr(layer, "fixed", False)]  # PyTorch's own never are
+    if not layers:
         return
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
@@ -207,7 +209,7 @@ def _fit_prior(
     counts = torch.ones_like(model.latents.prior_logits, dtype=torch.double)
     for batch in batches(training, batch_size, generator.device):
         codes = model.latents.sample(model.encoder(batch), generator).codes
-        counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.double))
+        counts += code_counts(codes, counts.shape[1])
     model.latents.prior_logits.copy_(counts.log())
 
 

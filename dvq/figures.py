@@ -18,9 +18,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from dvq.analyze import Analysis, Floats
-from dvq.curves import Curve, curves, mean, spread
+from dvq.curves import Curve, curves, spread
 from dvq.style import Analyses, Group, counted, legend, look, new_figure, shown, style
-from dvq.tables import Result, discrete
+from dvq.tables import Result, discrete, mean_bits_per_dim
 
 PAPER = {
     "VQ-VAE, best C: 4.81": 4.81,
@@ -87,7 +87,7 @@ def _sizes(axes: Axes, settings: Sequence[Curve], apart_by: float) -> None:
     total = Counter(codes for curve in settings for codes in curve.points)
     before: Counter[int] = Counter()
     for curve in settings:
-        means = [mean(seeds) for seeds in curve.points.values()]
+        means = [mean_bits_per_dim(seeds) for seeds in curve.points.values()]
         low, high = zip(*map(spread, curve.points.values()), strict=True)
         drawn: dict[str, Any] = {"color": curve.colour, "ls": curve.dashes, "lw": 1.8, "label": curve.label}
         if 0 in curve.points:  # a continuous latent variable has no C

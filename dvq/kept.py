@@ -41,8 +41,8 @@ PARTIAL = "fewer steps than 100,000, or a smaller network: nothing here compares
 def write(result: Mapping[str, Any], analysis: Analysis | None, sweep: str, folder: Path) -> Path:
     """Write the results to their file in ``folder``; its path."""
     one = trial(result["trial"])
-    judged = {key: value for key, value in result["evaluation"].items() if key != "samples"}
-    document = {**result, "evaluation": judged, "name": name(one), "sweep": sweep, "numerics": NUMERICS}
+    evaluation = {key: value for key, value in result["evaluation"].items() if key != "samples"}
+    document = {**result, "evaluation": evaluation, "name": name(one), "sweep": sweep, "numerics": NUMERICS}
     if analysis and PAPERS_SIZE.items() <= document["trial"].items():
         document["codebooks"] = {part: _rounded(getattr(analysis, part).tolist()) for part in CODEBOOKS}
     path = folder / f"{document['name']}.json"
@@ -57,12 +57,6 @@ def name(one: Trial) -> str:
     chosen = json.dumps(one.changed(), sort_keys=True).encode()
     split = "" if one.split == "test" else f"-{one.split}"
     return f"{one.describe()}{split}-{one.steps}-{hashlib.sha256(chosen).hexdigest()[:8]}"
-
-
-def _told_apart(one: Trial, *but: str) -> str:
-    """``gs-soft-c512-k16-s0``, and the fields that decide numbers and differ from the defaults, except those in
-    ``but``."""
-    return short_name(one, {field: x for field, x in one.changed().items() if field not in ("data", *but)})
 
 
 def _rounded(numbers: Any) -> Any:
@@ -111,15 +105,18 @@ def _shown(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
 
 
 def _named(results: Sequence[Result]) -> list[Result]:
-    """The results as figures name them: in these an autoregressive prior, fitted afterwards, changes nothing."""
+    """The results as figures name them: ``gs-soft-c512-k16-s0``, and the fields that decide numbers and differ among
+    them. An autoregressive prior, which is fitted afterwards, is none of these."""
     results = [
         {**one, "trial": {field: x for field, x in one["trial"].items() if field != "autoregressive_steps"}}
         for one in results
     ]
     trials = [trial(one["trial"]) for one in results]
-    common = _shared([one.changed() for one in trials])
+    changes = [one.changed() for one in trials]
+    common = {"data", *_shared(changes)}
     return [
-        {**result, "name": _told_apart(one, *common)} for result, one in zip(results, trials, strict=True)
+        {**result, "name": short_name(one, {field: x for field, x in changed.items() if field not in common})}
+        for result, one, changed in zip(results, trials, changes, strict=True)
     ]
 
 
@@ -217,34 +214,34 @@ def _told(settings: Mapping[str, Any]) -> str:
 
 def _row(result: Result, place: str, others: Mapping[str, Any]) -> dict[str, str]:
     """A trial's cells by their columns."""
-    fields, judged, provenance = result["trial"], result["evaluation"], result["provenance"]
+    fields, evaluation, provenance = result["trial"], result["evaluation"], result["provenance"]
     one = trial(fields)
     # of a deterministic code, whose rate is −log p(z)
     deterministic = isinstance(one, Discrete) and not isinstance(one, Stochastic)
-    uniform = judged["distortion"] + judged["rate_uniform"] if deterministic else None
+    uniform = evaluation["distortion"] + evaluation["rate_uniform"] if deterministic else None
     return {
         "estimator": style(fields["estimator"])[0],
         "C": str(fields.get("num_codes", "–")),
         "K": str(fields["num_latents"]),
         "steps": f"{fields['steps']:,}",
         "other settings": _told(others),
-        "bits/dim": f"{judged['bits_per_dim']:.3f} ± {judged['bits_per_dim_se']:.3f}",
-        "fitted": _number(judged.get("fitted_bits_per_dim"), ".3f"),
-        "AR prior": _number(judged.get("autoregressive_bits_per_dim"), ".3f"),
-        "rate": f"{judged['rate']:.3f}",
-        "distortion": f"{judged['distortion']:.3f}",
+        "bits/dim": f"{evaluation['bits_per_dim']:.3f} ± {evaluation['bits_per_dim_se']:.3f}",
+        "fitted": _number(evaluation.get("fitted_bits_per_dim"), ".3f"),
+        "AR prior": _number(evaluation.get("autoregressive_bits_per_dim"), ".3f"),
+        "rate": f"{evaluation['rate']:.3f}",
+        "distortion": f"{evaluation['distortion']:.3f}",
         "L_S": _number(
-            None if deterministic else judged.get("bound"), ".3f", f" (S = {fields['bound_samples']})"
+            None if deterministic else evaluation.get("bound"), ".3f", f" (S = {fields['bound_samples']})"
         ),
         "uniform prior": _number(uniform, ".3f"),
-        "perplexity": _number(judged.get("perplexity"), ".1f"),
+        "perplexity": _number(evaluation.get("perplexity"), ".1f"),
         "dead": _number(
-            judged.get("dead_codes"), "d", f"/{fields.get('num_codes', 0) * fields['num_latents']}"
+            evaluation.get("dead_codes"), "d", f"/{fields.get('num_codes', 0) * fields['num_latents']}"
         ),
         "minutes": f"{result['training']['seconds'] / 60:.1f}",
         "device": provenance["device"],
         "code": provenance["commit"],
-        "evaluated by": judged.get("provenance", {}).get("commit", "not recorded"),
+        "evaluated by": evaluation.get("provenance", {}).get("commit", "not recorded"),
         "file": f"[json]({place}{result['name']}.json)",
     }
 

@@ -108,12 +108,21 @@ class Categorical(Codebooks):
         """whether to compute the equations as they stand, where there is a faster form"""
 
     def _plainly(self, temperature: float | Tensor = 1.0) -> bool:
-        """Whether to compute the equations as they stand: the faster forms give s and τ no gradient, and raise exp(l)
-        to the power 1/τ, so that for τ > 1 what underflows in exp(l) would still have counted."""
+        """Whether to compute the equations as they stand: the faster forms have logits and prior of this class alone,
+        give s and τ no gradient, and raise exp(l) to the power 1/τ, so that for τ > 1 what underflows in exp(l) would
+        still have counted."""
         trained = isinstance(temperature, Tensor) and temperature.requires_grad
         # a tensor's value is not read: a GPU would be waited for
         hot = not isinstance(temperature, Tensor) and temperature > 1
-        return self.plain or trained or hot or isinstance(self.scale, Tensor)
+        own = self._overrides("logits", "log_prior")
+        return self.plain or trained or hot or own or isinstance(self.scale, Tensor)
+
+    def _overrides(self, *methods: str) -> bool:
+        """Whether a subclass, or this object alone, has one of the methods of its own."""
+        return any(
+            getattr(getattr(self, name), "__func__", None) is not getattr(Categorical, name)
+            for name in methods
+        )
 
     def logits(self, v: Tensor) -> Tensor:
         """l, less ‖v‖², which the softmax does not see: (K, N, D) → (K, N, C)."""
@@ -161,8 +170,8 @@ class Categorical(Codebooks):
             logits = torch.maximum(logits, logits.amax(-1, keepdim=True) + (LOWEST + 7))
         rate, q = self.kl(logits), logits.softmax(-1)
         sample = self._sample(logits, cumulative(q), logits.logsumexp(-1), rate, q.sum(1), generator)
-        overridden = getattr(self.sample, "__func__", None) is not Categorical.sample
-        return sample._replace(again=None) if overridden else sample  # there each sample may be changed
+        # where each sample may be changed, each is made by sample itself
+        return sample._replace(again=None) if self._overrides("sample") else sample
 
     def _sample(
         self, logits: Tensor, below: Tensor, log_sum: Tensor, rate: Tensor, mass: Tensor, generator: Generator

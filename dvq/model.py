@@ -27,7 +27,7 @@ def in_evaluation(function: Callable[P, R]) -> Callable[P, R]:
     in the modes they were in before."""
 
     @wraps(function)
-    def judged(*args: P.args, **named: P.kwargs) -> R:
+    def evaluated(*args: P.args, **named: P.kwargs) -> R:
         model = args[0] if args else named["model"]
         assert isinstance(model, nn.Module)
         modes = {part: part.training for part in model.modules()}
@@ -40,7 +40,7 @@ def in_evaluation(function: Callable[P, R]) -> Callable[P, R]:
             for part, mode in modes.items():
                 part.training = mode
 
-    return judged
+    return evaluated
 
 
 class Model(nn.Module):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dvq import DvqError
 from dvq.likelihood import VALUES, plain_nll, tiled_nll
 from dvq.trial import Trial
 
@@ -53,6 +54,11 @@ class _Network(nn.Module):
     """whether the convolutions are in bfloat16 in training"""
 
     def autocast(self, like: Tensor) -> torch.autocast:
+        if torch.is_autocast_enabled(like.device.type):
+            raise DvqError(
+                "torch.autocast around a loss rounds the posterior too: leave it out, and call model.mix(True) for "
+                "bfloat16 where it does no harm"
+            )
         mixed = self.mixed and self.training
         # no cache: an autocast around the whole training would keep it over all steps, with the first step's weights
         return torch.autocast(like.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)

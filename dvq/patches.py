@@ -5,7 +5,6 @@ Neurophysiology knows it as the spike-triggered average (de Boer & Kuyper 1968):
 Shapes: K latent variables, each with a codebook of C codes, of which the n most used are kept; patches of S×S pixels.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +59,8 @@ def take(model: "Model", images: NDArray[np.uint8]) -> Patches:
         DvqError: other images, or a model whose latent variables are continuous.
     """
     images = np.array(images[: -(-PLACES // model.trial.positions)])
-    pieces = np.split(images, range(at_once := max(1, model.trial.images_at_once // 5), len(images), at_once))
+    at_once = max(1, model.trial.images_at_once // 5)
+    pieces = np.split(images, range(at_once, len(images), at_once))
     generator = model.generator(0)
     piece_codes = [model.encode(piece, generator).cpu().numpy() for piece in pieces]  # each (B, H/4, W/4, K)
     codes = np.concatenate(piece_codes).reshape(-1, model.trial.num_latents).T  # (K, N)
@@ -70,9 +70,11 @@ def take(model: "Model", images: NDArray[np.uint8]) -> Patches:
     occurs = codes[:, None] == most[..., None]  # (K, n, N)
     size = (SIDE, SIDE, images.shape[-1])
     sums, total = np.zeros((*most.shape, math.prod(size))), np.zeros(math.prod(size))
-    for start, piece in zip(itertools.count(0, at_once * model.trial.positions), pieces, strict=False):
+    done = 0
+    for piece in pieces:
         patches = _patches(piece)
-        chosen = occurs[..., start : start + len(patches)].astype(np.float32)
+        chosen = occurs[..., done : done + len(patches)].astype(np.float32)
+        done += len(patches)
         sums += chosen @ patches  # whole numbers under 2²⁴: exact
         total += patches.sum(axis=0, dtype=np.float64)
     means = sums / times.clip(min=1)[..., None]

@@ -87,7 +87,7 @@ def above_underflow(logits: Tensor) -> Tensor:
     return logits if logits.is_cuda else logits.clamp_(min=LOWEST)
 
 
-def weigh(
+def softmax_terms(
     logits: Tensor, log_prior: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """w = exp(l − max l), its sum, log Σ exp l, and KL(q ‖ p), for a tile; ``logits`` is overwritten.
@@ -128,7 +128,7 @@ def posterior_gradients(
     g_θ = g_kl (N softmax θ − Σ_n q).
 
     Args:
-        log_sum, kl: (K, N), log Σ exp l and KL(q ‖ p), by :func:`weigh`.
+        log_sum, kl: (K, N), log Σ exp l and KL(q ‖ p), by :func:`softmax_terms`.
         g_codes: (K, C, D), what the sample itself gives M.
         sample_gradient: g_s of a tile, from its place, its q and all of g_M, to which it may add.
     """

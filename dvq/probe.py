@@ -67,20 +67,22 @@ def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: 
 
 @contextmanager
 def _seen_logits(latents: Categorical) -> Iterator[list[Tensor]]:
-    """The logits that the estimator's loss makes, kept for their gradient."""
+    """The logits that the estimator's loss makes, which with a method of one's own is in the plain form, kept for
+    their gradient."""
     made: list[Tensor] = []
-    make, plain = latents.logits, latents.plain
+    make, own = latents.logits, vars(latents).get("logits")
 
     def logits(v: Tensor) -> Tensor:
         made.append(make(v))
         return made[-1]
 
-    latents.logits, latents.plain = logits, True  # type: ignore[method-assign]
+    latents.logits = logits  # type: ignore[method-assign]
     try:
         yield made
     finally:
-        latents.plain = plain
         del latents.logits  # the class's method is seen again
+        if own:  # of this object alone
+            latents.logits = own  # type: ignore[method-assign]
 
 
 def _gradient(model: Model, images: Tensor, generator: Generator, step: int) -> Tensor:

@@ -6,7 +6,7 @@ Shapes are those of :mod:`dvq.latents`.
 import torch
 from torch import Generator, Tensor
 
-from dvq.codes import code_sums, largest
+from dvq.codes import code_counts, code_sums, largest
 from dvq.estimators.fsq import FSQ
 from dvq.latents import Codebooks, Sample, normal_codes
 from dvq.posterior import Logits, tiles
@@ -44,10 +44,11 @@ class Nearest(Deterministic):
         self.register_buffer("counts", torch.ones(trial.num_latents, trial.num_codes))  # N
         self.register_buffer("sums", self.codebook.detach().clone())  # S
 
+    @torch.no_grad()
     def codes(self, v: Tensor) -> Tensor:
         """The nearest code of each vector, with the largest 2 v·m − ‖m‖²: (K, N, D) → (K, N)."""
         codes = torch.empty(v.shape[:2], dtype=torch.long, device=v.device)
-        logits = Logits(v, self.codebook.detach(), 1.0)
+        logits = Logits(v, self.codebook, 1.0)
         for at in tiles(v, self.codebook.shape[1]):
             codes[at] = largest(logits[at])
         return codes
@@ -65,8 +66,8 @@ class Nearest(Deterministic):
         shrinks to the origin once its N is below ε, a thousand steps later. Codebooks that learn by gradient have
         only their counts kept.
         """
-        n = torch.zeros_like(self.counts).scatter_add_(1, codes, torch.ones_like(codes, dtype=v.dtype))
-        self.counts.lerp_(n, 1 - self.decay)
+        n = code_counts(codes, self.counts.shape[1])
+        self.counts.lerp_(n.to(v.dtype), 1 - self.decay)
         if not self.trained:
             self.sums.lerp_(code_sums(v, codes, self.counts.shape[1]), 1 - self.decay)
             total = self.counts.sum(1, keepdim=True)

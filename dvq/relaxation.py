@@ -15,8 +15,8 @@ from dvq.posterior import (
     differentiated_once,
     logits_of,
     posterior_gradients,
+    softmax_terms,
     tiles,
-    weigh,
 )
 
 SHARP = 0.5
@@ -128,7 +128,7 @@ class _Relaxed(torch.autograd.Function):
         make = Logits(v, codebook, scale)
         for at in tiles(v, codebook.shape[1]):
             logits = make[at]
-            weights, _, log_sum[at], kl[at] = weigh(logits, log_prior[at[0]], out=y[at])
+            weights, _, log_sum[at], kl[at] = softmax_terms(logits, log_prior[at[0]], out=y[at])
             weights /= exponential(logits, noise)
             if sharp:
                 weights /= weights.amax(-1, keepdim=True)

@@ -7,7 +7,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from matplotlib.style import context
 from numpy.typing import NDArray
 
 from dvq.analyze import Analysis
-from dvq.tables import Result, alike, finite
+from dvq.tables import Result, alike, finite, mean_bits_per_dim
 from dvq.trial import Trial
 
 Analyses = Mapping[str, Analysis]
@@ -130,7 +129,9 @@ def shown(results: Sequence[Result]) -> list[Group]:
 
 def _chosen(groups: Sequence[list[Result]]) -> list[list[Result]]:
     """Those of many groups that :func:`shown` names; which they are does not depend on their order."""
-    lowest = sorted(groups, key=lambda group: (_bits(group), min(result["name"] for result in group)))
+    lowest = sorted(
+        groups, key=lambda group: (mean_bits_per_dim(group), min(result["name"] for result in group))
+    )
     papers = [group for group in lowest if PAPERS_SIZE.items() <= group[0]["trial"].items()]
     first: dict[tuple[str, str | None], list[Result]] = {}
     for group in [*papers, *lowest]:
@@ -144,11 +145,6 @@ def _chosen(groups: Sequence[list[Result]]) -> list[list[Result]]:
 def method(result: Result) -> tuple[str, str | None]:
     """What a figure shows at least one setting of: the estimator, and its gradient if it has several."""
     return result["trial"]["estimator"], result["trial"].get("gradient")
-
-
-def _bits(group: Sequence[Result]) -> float:
-    """The mean bits/dim over seeds."""
-    return fmean(result["evaluation"]["bits_per_dim"] for result in group)
 
 
 def counted(title: str, drawn: int, results: Sequence[Result]) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,11 @@ def _bits(row: Row) -> float:
 def finite(results: Sequence[Result]) -> list[Result]:
     """The results whose bits/dim is finite."""
     return [result for result in results if math.isfinite(result["evaluation"]["bits_per_dim"])]
+
+
+def mean_bits_per_dim(results: Sequence[Result]) -> float:
+    """The mean bits/dim of a setting's results, one for each seed."""
+    return fmean(result["evaluation"]["bits_per_dim"] for result in results)
 
 
 def discrete(results: Sequence[Result]) -> list[Result]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dvq import DvqError, disk, failures
+from dvq import DvqError, checkpoint, disk, failures
 from dvq.config import estimators
 from dvq.config import trial as make_trial
 from dvq.data import Data, load
@@ -104,9 +104,9 @@ def _stopped_by_signals(training: Training) -> Iterator[None]:
 
 def _done(trial: Trial, folder: Path) -> dict[str, Any] | None:
     """What a training left that has made all its steps and published its model; None if there is no such."""
-    last = folder / "checkpoints" / f"{trial.steps:09d}" / "checkpoint.json"
+    last = checkpoint.place(folder, trial.steps)
     try:
-        about = json.loads(last.read_text(encoding="utf-8"))
+        about = json.loads((last / "checkpoint.json").read_text(encoding="utf-8"))
         summary: dict[str, Any] = json.loads((folder / "model" / "training.json").read_text(encoding="utf-8"))
         return summary if (about["family"], summary["steps"]) == (trial.family(), trial.steps) else None
     except (OSError, ValueError, KeyError, TypeError):

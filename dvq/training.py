@@ -70,7 +70,7 @@ class Training:
         events.truncate(folder, last.about["events"] if last else {})
         self.events = Events(folder)
         self.events.state("training")
-        self.judged, _ = data.evaluation(trial.split)
+        self.evaluation_images, _ = data.evaluation(trial.split)
         self.trainer = Trainer(trial, data.training(trial.split)[0], torch.device(device), torch.float32)
         self.done = 0
         self.terms: list[Tensor] = []  # of the steps since the last point of the curves
@@ -193,11 +193,11 @@ class Training:
     def _evaluate(self) -> None:
         """Evaluate on all evaluation images, and draw some reconstructions."""
         model = self.trainer.model
-        result = evaluate(model, self.judged)
+        result = evaluate(model, self.evaluation_images)
         names = ("bits_per_dim", "distortion", "rate", "perplexity", "dead_codes", "rate_least")
         split = self.trial.split
         self.events.metrics(self.done, {f"{split}/{name}": result[name] for name in names if name in result})
-        shown = np.asarray(self.judged[:COLUMNS])
+        shown = np.asarray(self.evaluation_images[:COLUMNS])
         picture = mosaic(shown, model.reconstruct(shown, model.generator(0)).cpu().numpy())
         path = Path("images") / f"reconstructions-{self.done:08d}.png"
         (self.folder / "images").mkdir(exist_ok=True)

@@ -57,7 +57,7 @@ class VQEMA(LearnedCodes):
 
         latents: Nearest = model.latents
         v = model.encoder(images)  # (K, N, D)
-        codes = latents.codes(v.detach())
+        codes = latents.codes(v)
         vectors = latents.vectors(codes).detach()
         decoded = rotated(v, vectors) if self.gradient == "rotation" else v + (vectors - v).detach()
         distortion = model.distortion(decoded, images)[0] / len(images)

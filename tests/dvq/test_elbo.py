@@ -81,9 +81,11 @@ def test_vq_rate_is_the_code_length_under_the_prior() -> None:
 
 
 def test_vq_codes_are_the_nearest() -> None:
+    """In training too, where encodings have a gradient: an author need not detach them."""
     latents: Nearest = tiny("vq-ema").latents
-    v = some_v(50)
+    v = some_v(50).requires_grad_()
     assert torch.equal(latents.codes(v), torch.cdist(v, latents.codebook).argmin(-1))
+    assert torch.equal(latents.sample(v, torch.Generator()).codes, latents.codes(v))
 
 
 def test_evaluation_draws_the_codes_from_the_posterior() -> None:
@@ -290,6 +292,19 @@ def test_statistics_are_fitted_to_so_many_minibatches_at_most(monkeypatch: pytes
         for some in (images(15), images(8))
     )
     assert torch.equal(found, right)
+
+
+def test_statistics_that_are_fixed_are_not_fitted() -> None:
+    """By whomever: they were reset, and nothing came after it."""
+    model = tiny("vq-ema", batch_size=4)
+    norm, free = model.encoder.body[1], model.decoder.body[1]
+    for layer in (norm, free):
+        layer.running_mean.fill_(7.0)
+    model.fix_normalization(True)
+    free.fixed = False
+    fit(model, images(8))
+    assert (norm.running_mean == 7).all()
+    assert (free.running_mean != 7).all()
 
 
 @pytest.mark.parametrize("estimator", ["gs-soft", "vq-ema", "fsq", "gaussian"])

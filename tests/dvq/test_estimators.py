@@ -339,6 +339,43 @@ def test_a_trained_scale_and_temperature_get_the_gradients_of_the_equations(
     torch.testing.assert_close(found, torch.autograd.grad(sampled(latents, method, v, tau), inputs))
 
 
+class Leaning(Categorical):
+    """A posterior of one's own: it prefers the last codes."""
+
+    def logits(self, v: Tensor) -> Tensor:
+        return super().logits(v) + 3 * torch.arange(5)
+
+
+class Skewed(Categorical):
+    """A prior of one's own, likewise."""
+
+    def log_prior(self) -> Tensor:
+        return (self.prior_logits + torch.arange(5)).log_softmax(-1)
+
+
+@pytest.mark.parametrize("kind", [Leaning, Skewed])
+def test_logits_or_a_prior_of_ones_own_are_trained_as_they_are_evaluated(kind: type[Categorical]) -> None:
+    """The fast forms, which know the class's own equations alone, trained another posterior than was evaluated."""
+    latents, v = small("gs-soft").latents, some_v(6)
+    as_it_was = latents.sample(v, torch.Generator()).rate.sum()
+    latents.__class__ = kind
+    right = latents.sample(v, torch.Generator()).rate.sum()
+    assert abs(right - as_it_was) > 1
+    rates = [latents.relax(v, 0.5, hard, torch.Generator())[1] for hard in (False, True)]
+    rates += [latents.reinmax(v, torch.Generator())[1], latents.score(v, 2, torch.Generator())[2]]
+    torch.testing.assert_close(torch.stack(rates), right.expand(4))
+
+
+def test_the_probe_leaves_logits_of_ones_own() -> None:
+    model = small("gs-soft")
+    for own in (False, True):
+        if own:
+            model.latents.logits = lambda v: Categorical.logits(model.latents, v)
+        before = dict(vars(model.latents))
+        probe(model, torch.from_numpy(IMAGES[:2]), 2, torch.Generator(), 0)
+        assert vars(model.latents) == before
+
+
 def test_a_trained_temperature_and_scale_get_the_slopes_of_the_fast_form() -> None:
     latents, v, step = small("gs-soft").latents, some_v(6), 1e-5
     tau = torch.tensor(0.6, dtype=v.dtype, requires_grad=True)

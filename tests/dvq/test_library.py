@@ -478,6 +478,19 @@ def test_an_interrupt_while_the_model_is_published_is_not_lost(
         train(config.trial({**TINY, "steps": 1}), images, tmp_path)
 
 
+@pytest.mark.parametrize("estimator", ["gs-soft", "vimco"])
+def test_a_loss_is_not_rounded_by_an_autocast_around_it(estimator: str) -> None:
+    """Where it ended at all, and not in a TypeError, its posterior was of bfloat16."""
+    model = Model(config.trial({**TINY, "estimator": estimator}))
+    some, noise = torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.Generator()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(DvqError, match=r"leave it out, and call model\.mix\(True\)"):
+            model.trial.loss(model, some, noise, 0)
+        model.encode(some), evaluate(model, some.numpy())
+    model.mix(True)
+    assert torch.isfinite(model.trial.loss(model, some, noise, 0).surrogate)
+
+
 def test_a_part_that_is_frozen_stays_frozen() -> None:
     model = Model(config.trial(TINY)).train()
     model.encoder.eval()

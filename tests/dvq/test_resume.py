@@ -306,7 +306,7 @@ def test_with_the_split_tune_it_trains_without_the_images_that_judge_it(
     data = load(prepared)
     training = Training(trial({**TINY, "split": "tune", "steps": 2}), data, tmp_path, "cpu", 1)
     np.testing.assert_array_equal(training.trainer.images, data.arrays["train_images"][:27])
-    np.testing.assert_array_equal(training.judged, data.arrays["train_images"][27:])
+    np.testing.assert_array_equal(training.evaluation_images, data.arrays["train_images"][27:])
     training.run()
     told = {name.partition("/")[0] for event in events.read(tmp_path) for name in event.get("values", {})}
     assert told == {"train", "tune", "images_per_second"}
