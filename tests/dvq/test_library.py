@@ -75,6 +75,14 @@ def test_the_pieces_of_the_readme_beside_the_code_train(capsys: pytest.CaptureFi
     assert 7 < float(capsys.readouterr().out) < 9
 
 
+def test_a_loss_in_a_loop_of_ones_own_takes_no_other_numbers_for_pixel_values() -> None:
+    """Of those from 0 to 1, as a DataLoader gives them, nearly all were the likelihood's 0."""
+    model = Model(config.trial(TINY))
+    images = torch.from_numpy(data.read_sample()["train_images"][:2])
+    with pytest.raises(DvqError, match=r"images are float32 .*; \(x \* 255\)\.round\(\)\.byte\(\)"):
+        model.trial.loss(model, images / 255, torch.Generator(), 0)
+
+
 SMALL: dict[str, Any] = {"data": "cifar10-sample", "features": 4, "num_latents": 2}
 TINY: dict[str, Any] = {
     "estimator": "gs-soft",
