@@ -196,8 +196,9 @@ def _fit_normalization(model: Model, training: NDArray[np.uint8], generator: tor
         layer.train()  # this layer alone: the rest stays as in evaluation, in float32
     size = min(model.trial.batch_size, len(training))
     whole = training[: min(len(training) // size, STATISTICS) * size]
+    decode = getattr(model.decoder, "hidden", model.decoder)  # without the head, if it has one
     for batch in batches(whole, size, generator.device):
-        model.decoder.hidden(model.latents.sample(model.encoder(batch), generator).vectors)
+        decode(model.latents.sample(model.encoder(batch), generator).vectors)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
         layer.eval()

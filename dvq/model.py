@@ -87,7 +87,11 @@ class Model(nn.Module):
 
         Returns:
             a scalar, and (B,).
+
+        Raises:
+            DvqError: other images; as numbers from 0 to 1, say, nearly all would be the pixel value 0.
         """
+        images = inputs.images(images, self.trial, vectors.device)
         total, nll = self.decoder.nll(vectors, images, weigh)
         return total, nll.sum(1)
 

@@ -115,10 +115,12 @@ def _half(half: str, given: dict[str, npt.NDArray[Any]], source: str) -> dict[st
     if images is None:
         raise DvqError(f"DATA={source}: there is no {half}_images in it; give {WANTED}")
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) < LEAST[half]:
-        gray = f"; for gray images without channels: {half}_images[..., None]" if images.ndim == 3 else ""
+        hint = f"; for gray images without channels: {half}_images[..., None]" if images.ndim == 3 else ""
+        if images.dtype.kind in "fb" and images.size and images.min() >= 0 and images.max() <= 1:
+            hint += f'; for numbers from 0 to 1: ({half}_images * 255).round().astype("uint8")'
         raise DvqError(
             f"DATA={source}: {half}_images is {images.dtype} {images.shape}; give uint8 (N, height, width, 3), "
-            f"or 1 in gray, values from 0 to 255, at least {LEAST[half]} of them{gray}"
+            f"or 1 in gray, values from 0 to 255, at least {LEAST[half]} of them{hint}"
         )
     channels = fingerprints.CHANNELS
     if images.shape[1] in channels and images.shape[3] not in channels:

@@ -75,7 +75,7 @@ def load(path: str | Path) -> Model:
             )
             raise DvqError(f"{folder}: no model here: {name} is missing{hint}")
     try:
-        trial = make_trial(_fields(folder), where=str(folder / "trial.json"))
+        trial = _trial(folder / "trial.json")
         model = _network(trial, folder)
         read_weights(model, folder / "model.safetensors")
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -115,11 +115,17 @@ def damaged(folder: Path, error: Exception) -> DvqError:
     return DvqError(f"{folder}: the model's files are damaged: {str(error).splitlines()[0]}")
 
 
-def _fields(folder: Path) -> dict[str, Any]:
-    fields = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
+def _trial(file: Path) -> Trial:
+    fields = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(fields, dict):
-        raise ValueError("trial.json holds no trial")
-    return fields
+        raise ValueError(f"{file.name} holds no trial")
+    try:
+        return make_trial(fields, where=str(file))
+    except DvqError as error:  # whose advice is for those who write a sweep
+        raise DvqError(
+            f"{str(error).partition('; ')[0]}; load the model with the code that trained it, its estimator in "
+            "dvq.estimators.ESTIMATORS"
+        ) from None
 
 
 def _network(trial: Trial, folder: Path) -> Model:

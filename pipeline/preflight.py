@@ -18,6 +18,7 @@ import typer
 from components import datasets, tracking
 from components.store import Store
 from dvq import DvqError, disk
+from dvq.fingerprints import FINGERPRINTS
 from dvq.sweep import LONGEST, Sweep, load_sweep
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -170,10 +171,15 @@ def check_place(place: str) -> None:
 
 def find_source(source: str, name: str) -> str:
     """The source of the dataset: DATA, as an absolute path if it is a path. Prints a warning if it is given for the
-    sample, which needs none."""
+    sample, which needs none. DvqError for images of one's own, if the sweep is on others."""
     if tracking.redacted(source) != source or SIGNED.search(source):
         raise DvqError(
             "DATA has a password or signature in its address, which logs would show; fetch it, and give the file"
+        )
+    if source.endswith(".npz") and name in FINGERPRINTS:
+        raise DvqError(
+            f"DATA={source}: images of your own, and the sweep is on {name}; make data DATA={source} says what to "
+            "write as 'data' in its base"
         )
     if source and name == "cifar10-sample":
         print(
@@ -187,10 +193,13 @@ def find_source(source: str, name: str) -> str:
 
 
 def check_data(name: str, source: str, store: Store) -> None:
-    """DvqError unless the dataset is in the store or can be prepared from ``source``."""
-    from dvq import data
+    """DvqError unless the dataset is in the store or can be prepared from ``source``; or if ``source`` are other
+    images."""
+    from dvq import data, own
 
     if store.has_data(name):
+        if name not in FINGERPRINTS and Path(source).is_file():  # it may have been edited since
+            own.check(name, source)
         return
     if source.startswith("s3://"):
         datasets.check(source)

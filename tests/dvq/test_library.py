@@ -20,6 +20,7 @@ from dvq import DvqError, autoregressive, config, data, disk, events, saved
 from dvq.estimators import ESTIMATORS
 from dvq.estimators.gs_soft import GSSoft
 from dvq.evaluate import evaluate, fit
+from dvq.likelihood import plain_nll
 from dvq.model import Model
 from dvq.randomness import seeded
 from dvq.sweep import load_sweep
@@ -73,6 +74,42 @@ def test_the_pieces_of_the_readme_beside_the_code_train(capsys: pytest.CaptureFi
     assert found["codes"].shape == (4, 100)
     assert found["mine"].encoder(found["minibatch"]).shape == (4, 32 * 8 * 8, 8)
     assert 7 < float(capsys.readouterr().out) < 9
+
+
+def test_a_loss_in_a_loop_of_ones_own_takes_no_other_numbers_for_pixel_values() -> None:
+    """Of those from 0 to 1, as a DataLoader gives them, nearly all were the likelihood's 0."""
+    model = Model(config.trial(TINY))
+    images = torch.from_numpy(data.read_sample()["train_images"][:2])
+    with pytest.raises(DvqError, match=r"images are float32 .*; \(x \* 255\)\.round\(\)\.byte\(\)"):
+        model.trial.loss(model, images / 255, torch.Generator(), 0)
+
+
+class OwnDecoder(torch.nn.Module):
+    """What dvq/README.md asks of a decoder that is replaced whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.BatchNorm2d(6), torch.nn.ConvTranspose2d(6, 768, 4, 4))
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        h = vectors.transpose(0, 1).reshape(-1, 8, 8, 6).permute(0, 3, 1, 2)
+        return self.body(h).permute(0, 2, 3, 1).flatten(1, 2)  # type: ignore[no-any-return]
+
+    def nll(
+        self, vectors: torch.Tensor, images: torch.Tensor, weigh: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert weigh is None
+        nll = plain_nll(self(vectors), images.flatten(1, 2))
+        return nll.sum(), nll.detach()
+
+
+def test_a_decoder_that_is_replaced_whole_is_trained_judged_and_fitted() -> None:
+    model, some = Model(config.trial(TINY)), data.read_sample()["train_images"][:8]
+    model.decoder = OwnDecoder()  # type: ignore[assignment]
+    model.trial.loss(model, torch.from_numpy(some), torch.Generator(), 0).surrogate.backward()
+    found = evaluate(model, some, training=some)
+    assert found["fitted_bits_per_dim"] == evaluate(fit(model, some), some)["bits_per_dim"]
+    assert found["fitted_bits_per_dim"] != found["bits_per_dim"]
 
 
 SMALL: dict[str, Any] = {"data": "cifar10-sample", "features": 4, "num_latents": 2}

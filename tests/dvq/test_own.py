@@ -155,7 +155,11 @@ def test_a_sweep_with_another_name_says_how_to_get_one(wrong):
         ({"train_images": images(20), "test_imges": images(2)}, "'test_imges' is none of its arrays"),
         (
             {"train_images": images(20) / 255, "test_images": images(2)},
-            r"train_images is float64 \(20, 32, 32, 3\)",
+            r"train_images is float64 \(20, 32, 32, 3\).*; .* 1: \(train_images \* 255\)\.round\(\)\.astype\(\"uint8",
+        ),
+        (
+            {"train_images": images(20) > 9, "test_images": images(2)},
+            r"train_images is bool .*; for numbers from 0 to 1: \(train_images \* 255\)",
         ),
         ({"train_images": images(19), "test_images": images(2)}, "at least 20 of them"),
         ({"train_images": images(20), "test_images": images(1)}, "at least 2 of them"),

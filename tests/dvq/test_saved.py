@@ -211,6 +211,14 @@ DAMAGE = {
     "bfloat16": (lambda folder: _other_type(folder, torch.bfloat16), "another network"),
     "float8": (lambda folder: _other_type(folder, torch.float8_e5m2), "another network"),
     "float64": (lambda folder: _other_type(folder, torch.float64), "another network"),
+    "another estimator": (
+        lambda folder: _other_size(folder, estimator="mine"),
+        "unknown estimator 'mine'; load the model with the code that trained it, its estimator in dvq.estimators",
+    ),
+    "another field": (
+        lambda folder: _other_size(folder, decay=1),
+        r"trial\.json: .* has no 'decay'; load the model with the code that trained it",
+    ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
 }
 

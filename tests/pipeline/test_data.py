@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import data
+from dvq import DvqError
+from pipeline import data, preflight
 
 
-def draw(path: Path, train: int = 40, test: int = 6) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (train, 32, 32, 3), np.uint8)
+def draw(path: Path, train: int = 40, test: int = 6, seed: int = 0) -> None:
+    images = np.random.default_rng(seed).integers(0, 256, (train, 32, 32, 3), np.uint8)
     np.savez(path, train_images=images, test_images=255 - images[:test])
 
 
@@ -59,6 +60,20 @@ def test_test_images_among_the_training_images_are_a_warning(
     said, warned = prepared(str(tmp_path / "white.npz"), capsys)
     assert "data: white@" in said
     assert warned.startswith("warning: 3 of the 3 test images are training images too")
+
+
+def test_a_file_that_was_edited_is_not_taken_for_what_the_store_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
+    source = str(tmp_path / "birds.npz")
+    draw(tmp_path / "birds.npz")
+    name, store = prepared(source, capsys)[0].rpartition("data: ")[2].strip(), preflight.find_store()
+    preflight.check_data(name, source, store)
+    draw(tmp_path / "birds.npz", seed=1)
+    with pytest.raises(DvqError, match=f"these are not the images {name}, but birds@"):
+        preflight.check_data(name, source, store)
+    preflight.check_data(name, "", store)
 
 
 def test_no_images_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

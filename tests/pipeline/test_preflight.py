@@ -154,7 +154,7 @@ def test_a_password_in_an_address(
 def test_a_home_is_found_where_the_shell_did_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "birds.npz").touch()
-    assert preflight.find_source("~/birds.npz", "cifar10") == str(tmp_path / "birds.npz")
+    assert preflight.find_source("~/birds.npz", "birds@0123456789abcdef") == str(tmp_path / "birds.npz")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     monkeypatch.setenv("DVQ_STORE", "~/store")
@@ -248,6 +248,16 @@ def test_trials_that_test_images_cannot_choose_among_are_noted(
     assert capsys.readouterr().err.startswith(
         "note: sweep 'tiny': its trials differ in temperature: a choice"
     )
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-sample"])
+def test_images_of_ones_own_for_a_sweep_on_others_are_refused(
+    name: str, refusal: Refusal, write_sweep: Callable[..., Path]
+) -> None:
+    """Which ran on CIFAR-10, if the store had it."""
+    write_sweep({"data": name}, grid=GRID)
+    said = refusal("tiny.yaml", "--data", "birds.npz")
+    assert f"images of your own, and the sweep is on {name}; make data DATA=birds.npz says" in said
 
 
 def test_data_for_a_sweep_of_the_sample_is_said_not_to_be_used(
