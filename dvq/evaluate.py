@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from dvq.minutely import Minutely
 from dvq.model import Model, in_evaluation
 from dvq.quantizers import Deterministic
 
+Prior = Callable[[Tensor], Tensor]
 STATISTICS = 200
 """how many minibatches, at most, batch normalization's statistics are estimated from"""
 
@@ -42,9 +43,7 @@ class _Pass:
     usage: Tensor | None = None  # (K, C), counts
     mass: Tensor | float = 0.0  # (K, C), Σ q(z|x)
 
-    def evaluate(
-        self, model: Model, images: Tensor, samples: Iterator[Sample], prior: Autoregressive | None
-    ) -> None:
+    def evaluate(self, model: Model, images: Tensor, samples: Iterator[Sample], prior: Prior | None) -> None:
         elbos: list[Tensor] = []
         weights: list[Tensor] = []
         for sample in samples:
@@ -79,7 +78,7 @@ def evaluate(
     seed: int = 0,
     bound_samples: int = 1,
     training: NDArray[np.uint8] | None = None,
-    prior: Autoregressive | None = None,
+    prior: Prior | None = None,
 ) -> dict[str, Any]:
     """The single-sample ELBO with hard samples z ~ q(z|x), on all ``images`` (N, H, W, 3) uint8.
 
@@ -93,7 +92,8 @@ def evaluate(
     one draw at a time, so that memory does not grow with S. Of a deterministic q (VQ-VAE, FSQ) it is the ELBO.
 
     With ``training``, the images that the model was trained on, also the ELBO of the model that :func:`fit` makes
-    of it. With an autoregressive ``prior`` of the model's codes, also the ELBO with it in place of p(z).
+    of it. With a ``prior`` r of the model's codes, also the ELBO with it in place of p(z): an autoregressive one, or
+    any other function from codes (B, H/4, W/4, K) to log r(z) [nats], (B,), with Σ_z r(z) ≤ 1.
 
     Returns:
         all in bits/dim: ``bits_per_dim``, ``rate`` and ``distortion``, with standard errors over images
@@ -107,12 +107,15 @@ def evaluate(
         ``perplexity`` (mean over k of exp H(usage_k)) and ``dead_codes``.
 
     Raises:
-        DvqError: no images, or others; a number below 1; a ``prior`` of codes that the model does not have.
+        DvqError: no images, or others; a number below 1; a ``prior`` of codes that the model does not have, or that
+            does not give a number for each image.
     """
     images = inputs.arrays(images, model.trial, "the images to evaluate")
     bound_samples = inputs.count(bound_samples, "bound_samples")
     at_once = model.trial.images_at_once if batch_size is None else inputs.count(batch_size, "batch_size")
     if prior is not None:
+        inputs.discrete(model.trial)
+    if isinstance(prior, Autoregressive):
         inputs.prior(prior.trial, model.trial)
     first, more = model.generator(2 * seed), model.generator(2 * seed + 1)
     device = first.device
@@ -143,11 +146,16 @@ def _samples(
         yield sample
 
 
-def _rate_under(prior: Autoregressive, model: Model, sample: Sample, images: int) -> Tensor:
+def _rate_under(prior: Prior, model: Model, sample: Sample, images: int) -> Tensor:
     """log q(z|x) − log r(z) [nats] of each image, by its draw: (B,)."""
     assert sample.codes is not None
     log_q = per_image(sample.log_ratio + model.latents.log_p_each(sample.codes), images)
-    return log_q - prior(sample.codes.T.unflatten(0, (images, *model.trial.grid)))
+    log_r = prior(sample.codes.T.unflatten(0, (images, *model.trial.grid)))
+    if log_r.shape != log_q.shape:
+        raise DvqError(
+            f"the prior gives {tuple(log_r.shape)} for {images} images: give log r(z) [nats] of each, ({images},)"
+        )
+    return log_q - log_r
 
 
 @torch.no_grad()

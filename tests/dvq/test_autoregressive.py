@@ -1,6 +1,7 @@
 """The autoregressive prior: a distribution over codes, which begins as the model's own prior and learns more."""
 
 import itertools
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,6 +136,21 @@ def test_bits_under_it_are_the_elbos_with_it_for_the_prior(estimator: str) -> No
         name: x for name, x in found.items() if "autoregressive" not in name
     }
     assert moved["rate_autoregressive"] > found["rate_autoregressive"]
+
+
+def test_a_prior_of_ones_own_is_any_function_of_the_codes() -> None:
+    model = tiny()
+
+    def uniform(z: torch.Tensor) -> torch.Tensor:
+        assert z.shape[1:] == (2, 1, 2)
+        return torch.full((len(z),), -z[0].numel() * math.log(3))
+
+    found = evaluate(model, images(30), prior=uniform)
+    assert found["rate_autoregressive"] == pytest.approx(found["rate_uniform"])
+    with pytest.raises(
+        DvqError, match=r"the prior gives \(\) for 30 images: give log r\(z\) \[nats\] of each, \(30,\)"
+    ):
+        evaluate(model, images(30), prior=lambda z: uniform(z).sum())
 
 
 def test_fitted_to_codes_that_hang_together_it_costs_less_than_any_factorial_prior() -> None:
