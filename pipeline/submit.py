@@ -3,7 +3,6 @@
 python -m pipeline.submit SWEEP [--on local|docker|kfp] [--jobs 2] [--profile NAME] [--data SOURCE] [--fresh] …
 """
 
-import json
 import os
 import re
 import signal
@@ -22,9 +21,10 @@ from components.store import DID_NOT_FINISH, DID_NOT_START
 from dvq import DvqError, choices, fingerprints
 from dvq.trial import Trial, values
 from pipeline import conclusion, containers, forecast, image, local, preflight, tracker
+from pipeline.job import Job, remove
 from pipeline.profile import JOBS, Profile, find_profile
 from pipeline.progress import FAILED, FINISHED, Row
-from pipeline.watch import Job, remove, rows, watch
+from pipeline.watch import rows, watch
 
 ERROR = re.compile(r"([\w.]*(Error|Exception)|error): (?!\d+ of \d+ trials failed: )")
 """begins a line that says why something failed; the report's last line only repeats the trials' reasons"""
@@ -88,16 +88,9 @@ def checked_job(name: str, jobs: str, source: str, profile: Profile | None, fres
     if warning := choices.warning(map(values, trials.values())):
         print(f"note: sweep '{sweep.name}': {warning}", file=sys.stderr)
     store = preflight.find_store()
-    data = next(iter(trials.values())).data
-    arguments = {
-        "sweep": sweep.model_dump_json(),
-        "base": json.dumps(sweep.base),
-        "data_name": data,
-        "source": preflight.find_source(source, data),
-        "experiment": sweep.name,
-    }
+    source = preflight.find_source(source, next(iter(trials.values())).data)
     folder = preflight.outputs() / "logs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sweep.name}"
-    job = Job(sweep, trials, store, arguments, number, folder, profile)
+    job = Job(sweep, trials, store, source, number, folder, profile)
     store.look(job.keys(), "results.json")
     for trial in () if fresh else trials.values():
         store.finished(trial)
@@ -121,7 +114,7 @@ def prepare(job: Job) -> Job:
         containers.check_image(image_name)
         job = replace(job, profile=job.profile.model_copy(update={"image": image_name}))
     local.check(job.folder, job.arguments)
-    preflight.check_data(job.data, job.arguments["source"], job.store)
+    preflight.check_data(job.data, job.source, job.store)
     fault = tracker.check()
     if fault:
         print(
