@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -160,15 +159,21 @@ def _interrupt(*_: object) -> NoReturn:
 def _note(shown: list[Row], job: Job) -> str:
     """What is going on apart from the trials."""
     if not (job.store.data(job.data) / "data.json").exists():
-        downloads = DOWNLOAD.findall((job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace"))
+        downloads = DOWNLOAD.findall(_log(job))
         return f"preparing {job.data}" + (f": {downloads[-1]}" if downloads else "")
     return "writing the report" if all(row.state in (FINISHED, FAILED) for row in shown) else ""
+
+
+def _log(job: Job) -> str:
+    """What kfp and the tasks have printed so far."""
+    return (job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace")
 
 
 def conclude(job: Job, code: int, console: Console) -> int:
     """Print the sweep's outcome; 0 if every trial finished and the pipeline succeeded, else 1."""
     failures = conclusion.show(job.sweep, job.trials, job.store, console)
-    for line in _log_excerpt(code, failures, job.folder / "kfp.log"):
+    log = _log(job)
+    for line in _log_excerpt(code, failures, log):
         conclusion.say(console, line)
     finished = [trial for name, trial in job.trials.items() if name not in failures]
     behind = [trial for trial in finished if not _tracked(job, trial)]
@@ -178,7 +183,7 @@ def conclude(job: Job, code: int, console: Console) -> int:
             f"MLflow lacks {len(behind)} of the finished trials: the log says why; once that is mended, make replay "
             "sends a sweep's",
         )
-    elif finished and not _has_champion(job):
+    elif finished and not _has_champion(job, log):
         conclusion.say(console, "MLflow lacks the champion: make replay names it; the log says why")
     conclusion.show_places(job.sweep, job.store, console)
     conclusion.say(console, f"log:    {job.folder / 'kfp.log'}")
@@ -190,18 +195,16 @@ def _tracked(job: Job, trial: Trial) -> bool:
     return bool(job.profile) or tracking.is_sent(job.store.trial(trial.key()), job.sweep.name)
 
 
-def _has_champion(job: Job) -> bool:
+def _has_champion(job: Job, log: str) -> bool:
     """Whether MLflow took the sweep's champion, if it names one, by the report's log."""
     if not (job.sweep.champion and os.environ.get("MLFLOW_TRACKING_URI")):
         return True
-    text = (job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace")
-    return f"the champion of {job.sweep.name} {tracking.BEHIND}" not in text
+    return f"the champion of {job.sweep.name} {tracking.BEHIND}" not in log
 
 
-def _log_excerpt(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
+def _log_excerpt(code: int, failures: Mapping[str, str], log: str) -> list[str]:
     """The lines of kfp's log that say more than the trials' own reasons."""
-    text = image.COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
-    lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
+    lines = [line.strip() for line in image.COLOUR.sub("", log).splitlines() if line.strip(" -")]
     deaths = [
         line for line in lines if line.startswith(containers.ENDED) and not line.endswith("exit code 1")
     ]

@@ -214,9 +214,8 @@ def test_where_one_trial_is_at_work_fresh_removes_none(tmp_path: Path) -> None:
     assert all(store.has(trial.key(), "trial.json") for trial in trials.values())
 
 
-def test_why_nothing_started_is_not_the_reports_repetition(tmp_path: Path) -> None:
-    log = tmp_path / "kfp.log"
-    log.write_text(
+def test_why_nothing_started_is_not_the_reports_repetition() -> None:
+    log = (
         "yaml.parser.ParserError: expected ',' or ']'\n"
         "dvq.DvqError: 1 of 2 trials failed: a: it did not start\n"
     )
@@ -231,9 +230,6 @@ def test_why_nothing_started_is_not_the_reports_repetition(tmp_path: Path) -> No
         ("nothing", "; the end of its log:"),
     ],
 )
-def test_why_a_report_failed_is_not_kfps_own_end(text: str, says: str, tmp_path: Path) -> None:
-    log = tmp_path / "kfp.log"
-    log.write_text(
-        f"{text}\nFile kfp.py\nRuntimeError: Pipeline 'x' finished with status FAILURE. Inner task\n"
-    )
+def test_why_a_report_failed_is_not_kfps_own_end(text: str, says: str) -> None:
+    log = f"{text}\nFile kfp.py\nRuntimeError: Pipeline 'x' finished with status FAILURE. Inner task\n"
     assert _log_excerpt(1, {}, log)[0] == f"the pipeline failed after the trials{says}"
