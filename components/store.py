@@ -14,6 +14,7 @@ from typing import Any
 
 from components.folder import State, check_values, clear, damaged, read_json, state
 from dvq import DvqError, checkpoint, disk, fingerprints
+from dvq.data import is_prepared
 from dvq.trial import Trial
 
 DID_NOT_START = "it did not start"
@@ -104,8 +105,6 @@ class Store:
 
     def has_data(self, name: str) -> bool:
         """Whether the store has the prepared dataset."""
-        from dvq.data import is_prepared
-
         return is_prepared(name, self.data(name))
 
     def fetch_data(self, name: str) -> None:

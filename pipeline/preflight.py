@@ -17,7 +17,7 @@ import typer
 
 from components import datasets, tracking
 from components.store import Store
-from dvq import DvqError, disk
+from dvq import DvqError, data, disk
 from dvq.sweep import LONGEST, Sweep, load_sweep
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -188,8 +188,6 @@ def find_source(source: str, name: str) -> str:
 
 def check_data(name: str, source: str, store: Store) -> None:
     """DvqError unless the dataset is in the store or can be prepared from ``source``."""
-    from dvq import data
-
     if store.has_data(name):
         return
     if source.startswith("s3://"):
