@@ -30,6 +30,8 @@ class Work:
     """the lock's descriptor; processes that inherit it hold the lock too"""
     lost: DvqError | None = None
     """why this worker has lost the trial"""
+    own: bool = True
+    """whether its weights and images are the trial's own, so that what is made of them are its results"""
 
     def check(self) -> None:
         """Raise the reason if this worker has lost the trial."""
