@@ -15,7 +15,7 @@ from mlflow.entities import Run as MlflowRun
 
 from components import logged
 from components.folder import read_json
-from components.tracking import database, experiment_id
+from components.mlflow_server import database, experiment_id
 from dvq import DvqError, fingerprints
 from dvq.events import Tail
 

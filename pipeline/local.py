@@ -36,7 +36,7 @@ ARGUMENT = 96 << 10
 """Bytes of an argument as JSON, at most: kfp passes a task's inputs in one word of its command line, of which Linux
 takes 128 KiB."""
 
-TRACKING = "from components import tracking; tracking.ensure_database()"
+TRACKING = "from components import mlflow_server; mlflow_server.ensure_database()"
 """Creates MLflow's tables before several tasks would; in a process of its own, since importing MLflow is slow."""
 
 

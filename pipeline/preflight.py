@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from components import datasets, tracking
+from components import datasets, mlflow_server
 from components.store import Store
 from dvq import DvqError, data, disk
 from dvq.sweep import LONGEST, Sweep, load_sweep
@@ -121,7 +121,7 @@ def find_store() -> Store:
     os.environ["DVQ_STORE"] = place if place.startswith("s3://") else _absolute(place)
     os.environ["DVQ_CACHE"] = _absolute(os.environ.get("DVQ_CACHE") or str(home / "cache"))
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
-    if file := tracking.database():  # a container has another working folder
+    if file := mlflow_server.database():  # a container has another working folder
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{file.absolute()}"
     store = Store.from_environment()
     assert store
@@ -171,7 +171,7 @@ def check_place(place: str) -> None:
 def find_source(source: str, name: str) -> str:
     """The source of the dataset: DATA, as an absolute path if it is a path. Prints a warning if it is given for the
     sample, which needs none."""
-    if tracking.redacted(source) != source or SIGNED.search(source):
+    if mlflow_server.redacted(source) != source or SIGNED.search(source):
         raise DvqError(
             "DATA has a password or signature in its address, which logs would show; fetch it, and give the file"
         )

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 from rich.console import Console
 
-from components import reports, tracking
+from components import mlflow_server, reports
 from pipeline import conclusion, preflight
 
 
@@ -16,7 +16,7 @@ def report(name: preflight.SweepName = "smoke") -> None:
     console = Console()
     failures = conclusion.show(sweep, sweep.trials(), store, console)
     with suppress(Exception):  # reports.write prints what is wrong with MLflow's file, and writes the report
-        tracking.ensure_database()
+        mlflow_server.ensure_database()
     reports.write(sweep, store)
     conclusion.show_places(sweep, store, console)
     raise SystemExit(1 if failures else 0)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from components import tracking
+from components import mlflow_server
 from dvq import DvqError
 from pipeline import preflight, tracker
 from pipeline.services import HOST
@@ -33,11 +33,11 @@ def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> N
     if uri.startswith("http"):
         print(f"{uri.rstrip('/')}/{_start_page()}")
         return
-    file = tracking.database()
+    file = mlflow_server.database()
     if file and not file.exists():
         raise DvqError(f"there is no {file}, for no sweep was tracked in it yet: make submit-sweep")
     _check_port(port)
-    tracking.ensure_database()
+    mlflow_server.ensure_database()
     print(f"MLflow on {file or uri}; Ctrl-C ends it\nhttp://{HOST}:{port}/{_start_page()}", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     command += ["--host", HOST, "--port", port, "--workers", "1", "--uvicorn-opts", "--log-level warning"]
@@ -46,7 +46,7 @@ def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> N
 
 def _start_page() -> str:
     """The page of the latest sweep's runs; from the list of experiments MLflow leads to pages for language models."""
-    experiment = tracking.newest_experiment()
+    experiment = mlflow_server.newest_experiment()
     return f"#/experiments/{experiment}/runs{FORM}" if experiment else f"#/experiments{FORM}"
 
 
