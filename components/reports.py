@@ -103,7 +103,7 @@ def _pictures_and_patches(
 def _load(kind: type[A], file: str, results: Iterable[Mapping[str, Any]], store: Store) -> dict[str, A]:
     """The arrays in the file of that name, of the trials that have it, by trial."""
     keys = {result["name"]: result["key"] for result in results}
-    store.look(keys.values(), file)
+    store.fetch(keys.values(), file)
     paths = {name: store.trial(key) / file for name, key in keys.items()}
     return {name: kind.load(path) for name, path in paths.items() if path.exists()}
 

@@ -74,8 +74,11 @@ class Store:
     def check_writing(self) -> None:
         """DvqError if the store cannot ensure that a trial has one owner at a time."""
 
-    def look(self, keys: Iterable[str], *names: str) -> None:
-        """Look at these trials and fetch their named files; the methods below answer as of the last look."""
+    def look(self, keys: Iterable[str], *parts: str) -> None:
+        """Look at these trials and fetch parts of them; the methods below answer as of the last look."""
+
+    def fetch(self, keys: Iterable[str], *parts: str) -> None:
+        """Fetch these files and folders of the trials, which were looked at."""
 
     def follow(self, keys: Iterable[str]) -> None:
         """Look at these trials and fetch their events and results."""

@@ -124,3 +124,23 @@ def test_a_look_at_others_forgets_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     store.look([first])
     store.follow([second])
     assert [store.state(key).name for key in (first, second)] == ["interrupted", "interrupted"]
+
+
+@pytest.mark.usefixtures("proxy")
+def test_parts_of_what_was_looked_at_are_fetched_without_another_look(
+    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "a"))
+    here = RemoteStore(f"s3://dvq/{tmp_path.name}")
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "b"))
+    there = RemoteStore(here.place)
+    key = trial({"estimator": "gs-soft"}).key()
+    with here.working(key) as work:
+        Events(work.folder).failure("a reason")
+        write_json(work.folder / "events.json", {})
+    there.look([key])
+    proxy.clear()
+    there.fetch([key], "events", "results.json")
+    assert [event["reason"] for event in read(there.trial(key))] == ["a reason"]
+    assert not (there.trial(key) / "events.json").exists()
+    assert not [line for line in proxy.requests if "list-type" in line]
