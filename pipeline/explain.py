@@ -55,7 +55,7 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> 
     if name not in trials:
         raise DvqError(f"the sweep has no trial '{name}'; its trials: {', '.join(trials)}")
     key = trials[name].key()
-    store.look([key], "results.json")
+    store.look([key], "results.json", "model")
     results = store.finished(trials[name])
     if results is None:
         state = store.state(key)

@@ -11,6 +11,7 @@ from components.manifest import Manifest, Piece
 from components.remote import RemoteStore
 from dvq.config import trial
 from dvq.events import Events, read
+from pipeline.explain import ledger
 from tests.services.proxy import Proxy, calling
 
 TRIALS = 1000
@@ -144,3 +145,21 @@ def test_parts_of_what_was_looked_at_are_fetched_without_another_look(
     assert [event["reason"] for event in read(there.trial(key))] == ["a reason"]
     assert not (there.trial(key) / "events.json").exists()
     assert not [line for line in proxy.requests if "list-type" in line]
+
+
+@pytest.mark.usefixtures("proxy")
+def test_explain_brings_the_model_that_it_tells_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "a"))
+    here = RemoteStore(f"s3://dvq/{tmp_path.name}")
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "b"))
+    there = RemoteStore(here.place)
+    one = trial({"estimator": "gs-soft"})
+    numbers = {"bits_per_dim": 7.0, "bits_per_dim_se": 0.02, "rate": 0.5, "distortion": 6.5, "images": 500}
+    evaluation = {"split": "test", **numbers, "ledger": {"latents": [0.5], "channels": [2.0, 2.0, 2.5]}}
+    with here.working(one.key()) as work:
+        (work.folder / "model").mkdir(parents=True)
+        (work.folder / "model" / "trial.json").write_text("{}")
+        write_json(work.folder / "results.json", {"evaluation": evaluation, "data": {"label": "a sample"}})
+    model = there.trial(one.key()) / "model"
+    assert ledger("a", {"a": one}, there, "s").splitlines()[-1] == f'its model: dvq.load("{model}")'
+    assert (model / "trial.json").exists()
