@@ -125,8 +125,7 @@ class RemoteStore(Store):
         self._manifests.pop(key, None)
 
     def state(self, key: str) -> State:
-        manifest = self._manifests.get(key)
-        return State(**(manifest.state if manifest and manifest.state else {"name": "new"}))
+        return self._manifests.get(key, Manifest()).state
 
     def silent(self, key: str) -> bool:
         return self._manifests.get(key, Manifest()).active

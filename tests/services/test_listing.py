@@ -1,7 +1,6 @@
 """What a store of a thousand trials costs to look at."""
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ def test_a_thousand_trials_are_a_few_requests(
     }
 
     def manifest(name: str, step: int = 0) -> bytes:
-        return Manifest("o", 1, state=asdict(State(name, step=step)), files=files).content()
+        return Manifest("o", 1, state=State(name, step=step), files=files).content()
 
     store.bucket.map(lambda key: store.bucket.put(f"trials/{key}.json", manifest("finished")), keys)
     store.bucket.map(lambda key: store.bucket.put(f"trials/{key}/o-1/images/0.png", b"x"), keys)
@@ -121,7 +120,7 @@ def test_a_look_at_others_forgets_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     store = RemoteStore(f"s3://dvq/{tmp_path.name}")
     first, second = (trial({"estimator": "gs-soft", "seed": seed}).key() for seed in (1, 2))
     for key in (first, second):
-        store.bucket.put(f"trials/{key}.json", Manifest("o", 1, state=asdict(State("interrupted"))).content())
+        store.bucket.put(f"trials/{key}.json", Manifest("o", 1, state=State("interrupted")).content())
     store.look([first])
     store.follow([second])
     assert [store.state(key).name for key in (first, second)] == ["interrupted", "interrupted"]
