@@ -18,7 +18,7 @@ from rich.console import Console
 from components import tracking
 from components.store import DID_NOT_FINISH, DID_NOT_START
 from dvq import DvqError, choices, fingerprints
-from dvq.trial import Trial, values
+from dvq.trial import values
 from pipeline import conclusion, containers, forecast, image, local, preflight, tracker
 from pipeline.job import Job, remove
 from pipeline.profile import JOBS, Profile, find_profile
@@ -176,7 +176,7 @@ def conclude(job: Job, code: int, console: Console) -> int:
     for line in _log_excerpt(code, failures, log):
         conclusion.say(console, line)
     finished = [trial for name, trial in job.trials.items() if name not in failures]
-    behind = [trial for trial in finished if not _tracked(job, trial)]
+    behind = [one for one in finished if not tracking.is_sent(job.store.trial(one.key()), job.sweep.name)]
     if behind and os.environ.get("MLFLOW_TRACKING_URI"):
         conclusion.say(
             console,
@@ -188,11 +188,6 @@ def conclude(job: Job, code: int, console: Console) -> int:
     conclusion.show_places(job.sweep, job.store, console)
     conclusion.say(console, f"log:    {job.folder / 'kfp.log'}")
     return 1 if failures or code != 0 else 0
-
-
-def _tracked(job: Job, trial: Trial) -> bool:
-    """Whether MLflow has the trial; unknown, hence True, of containers, which may use another address for MLflow."""
-    return bool(job.profile) or tracking.is_sent(job.store.trial(trial.key()), job.sweep.name)
 
 
 def _has_champion(job: Job, log: str) -> bool:

@@ -16,19 +16,21 @@ from dvq.sweep import Sweep
 from dvq.trial import Trial, values
 from pipeline import conclusion
 from pipeline.job import Job, remove
+from pipeline.profile import Profile
 from pipeline.submit import _log_excerpt, conclude
 
 SWEEP = Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft", "vq-ema", "vimco"]})
 
 
+@pytest.mark.parametrize("profile", [None, Profile()])
 def test_finished_trials_that_mlflow_lacks_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: Profile | None
 ) -> None:
-    """Its own faults are in the log alone, where nobody looks after a success."""
+    """Its own faults are in the log alone, where nobody looks after a success. Containers get the same address."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     trials, store = SWEEP.trials(), Store(tmp_path)
     (tmp_path / "kfp.log").touch()
-    job = Job(SWEEP, trials, store, "", 1, tmp_path, None)
+    job = Job(SWEEP, trials, store, "", 1, tmp_path, profile)
     first, _, failed = trials
     monkeypatch.setattr(conclusion, "show", lambda *_: {failed: "why not"})
     for name, lacks in ((first, "MLflow lacks 1 of"), (None, "MLflow lacks 2 of")):
