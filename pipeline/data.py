@@ -10,6 +10,7 @@ import typer
 from components import datasets
 from dvq import own
 from pipeline import preflight
+from pipeline.command import application
 
 
 def bring(
@@ -35,7 +36,7 @@ def bring(
     )
 
 
-app = preflight.application(bring)
+app = application(bring)
 
 if __name__ == "__main__":
     app()

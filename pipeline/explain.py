@@ -14,10 +14,11 @@ from dvq import DvqError
 from dvq.fingerprints import CHANNELS
 from dvq.trial import Trial
 from pipeline import preflight
+from pipeline.command import SweepName, application
 
 
 def explain(
-    name: preflight.SweepName = "smoke",
+    name: SweepName = "smoke",
     trial: Annotated[str, typer.Option(help="a trial of the sweep, for its ledger")] = "",
 ) -> None:
     """Say of each trial whether it would be computed, and why; of one trial, where its bits go."""
@@ -85,7 +86,7 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> 
     return "\n".join(lines)
 
 
-app = preflight.application(explain)
+app = application(explain)
 
 if __name__ == "__main__":
     app()

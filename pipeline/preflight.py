@@ -1,71 +1,23 @@
-"""Checks before any work: a wrong input ends a command with one sentence on standard error and exit status 2."""
+"""Checks before any work: a wrong input is a DvqError, with which the command ends (pipeline/command.py)."""
 
-import contextlib
-import errno
-import io
 import json
 import os
 import re
-import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from components import datasets, mlflow_server
 from components.store import Store
-from dvq import DvqError, data, disk
+from dvq import DvqError, data
 from dvq.sweep import LONGEST, Sweep, load_sweep
+from pipeline.command import outputs
+from pipeline.profile import DEFAULTS
+from pipeline.stack import Stack
 
 SWEEPS = Path(__file__).parent / "sweeps"
 SIGNED = re.compile(r"[?&][^=&]*(signature|sig|token|secret)=", re.IGNORECASE)
 """in an address that is a password itself"""
-SweepName = Annotated[str, typer.Argument(metavar="sweep", help="a name in pipeline/sweeps, or a YAML file")]
-ProfileName = Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")]
-PROFILE = {"docker": "docker", "kfp": "nvidia"}
-"""The default profile of each place that has profiles."""
-
-REFUSED = (errno.EACCES, errno.ENAMETOOLONG)
-"""Errors about a file that the user named; others, except those of a full disk, are bugs."""
-
-
-@contextlib.contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Turn a DvqError, or an error of a disk that is full or not writable, into a sentence and exit status 2."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see pipeline/__init__.py
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack ±; standard error escapes it
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        yield
-    except DvqError as error:
-        message = str(error)
-    except OSError as error:
-        if error.errno not in disk.NO_ROOM + REFUSED:
-            raise
-        place = error.filename or "the disk"
-        remedy = "; make room, or set DVQ_STORE to a folder that can be written"
-        message = f"{place}: {error.strerror}" + remedy * (error.errno in disk.NO_ROOM)
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def application(*commands: Callable[..., None]) -> typer.Typer:
-    """A program of these commands, which ends with a sentence on a DvqError."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    for command in commands:
-        app.command()(exit_on_error()(command))
-    return app
-
-
-def outputs() -> Path:
-    """The folder of logs, and by default of the store and MLflow's database: ``outputs`` in the current folder."""
-    return Path("outputs").absolute()
 
 
 def find_sweep(name: str) -> Sweep:
@@ -110,8 +62,6 @@ def sweep_of_results(path: Path) -> Sweep:
 
 def find_store() -> Store:
     """The store. Sets the environment variables that lead tasks to it and to MLflow, unless they are set."""
-    from pipeline.stack import Stack  # which imports this module
-
     home = outputs()
     for name, value in Stack(home / "stack").environment().items():
         os.environ.setdefault(name, value)
@@ -163,7 +113,7 @@ def hours(text: str) -> float | None:
 
 
 def check_place(place: str) -> None:
-    places = ("local", *PROFILE)
+    places = ("local", *DEFAULTS)
     if place not in places:
         raise DvqError(f"ON = '{place}': a sweep runs ON={', ON='.join(places)}")
 

@@ -4,9 +4,10 @@ import os
 
 from components import mlflow_server, reports
 from pipeline import preflight, tracker
+from pipeline.command import SweepName, application
 
 
-def replay(name: preflight.SweepName = "smoke") -> None:
+def replay(name: SweepName = "smoke") -> None:
     """Send MLflow all that it lacks of a sweep; exit status 1 if that fails."""
     sweep = preflight.find_sweep(name)
     store = preflight.find_store()
@@ -22,7 +23,7 @@ def replay(name: preflight.SweepName = "smoke") -> None:
     raise SystemExit(0 if all(sent.values()) else 1)
 
 
-app = preflight.application(replay)
+app = application(replay)
 
 if __name__ == "__main__":
     app()

@@ -6,9 +6,10 @@ from rich.console import Console
 
 from components import mlflow_server, reports
 from pipeline import conclusion, preflight
+from pipeline.command import SweepName, application
 
 
-def report(name: preflight.SweepName = "smoke") -> None:
+def report(name: SweepName = "smoke") -> None:
     """Write a sweep's report again; exit status 1 if one of its trials is not finished."""
     sweep = preflight.find_sweep(name)
     store = preflight.find_store()
@@ -22,7 +23,7 @@ def report(name: preflight.SweepName = "smoke") -> None:
     raise SystemExit(1 if failures else 0)
 
 
-app = preflight.application(report)
+app = application(report)
 
 if __name__ == "__main__":
     app()

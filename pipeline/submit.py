@@ -20,8 +20,9 @@ from components.store import DID_NOT_FINISH, DID_NOT_START
 from dvq import DvqError, choices, fingerprints
 from dvq.trial import values
 from pipeline import conclusion, containers, forecast, image, local, preflight, tracker
+from pipeline.command import ProfileName, SweepName, application, outputs
 from pipeline.job import Job, remove
-from pipeline.profile import JOBS, Profile, find_profile
+from pipeline.profile import DEFAULTS, JOBS, Profile, find_profile
 from pipeline.progress import FAILED, FINISHED, Row
 from pipeline.watch import rows, watch
 
@@ -34,14 +35,14 @@ DOWNLOAD = re.compile(r"downloading: .*")
 
 
 def submit(
-    sweep: preflight.SweepName = "smoke",
+    sweep: SweepName = "smoke",
     on: Annotated[str, typer.Option(help="where it runs: local, docker or kfp")] = "local",
     jobs: Annotated[str, typer.Option(help="trials at a time; by default the profile's, or 2")] = "",
     data: Annotated[
         str,
         typer.Option(help="where CIFAR-10 is: archive, folder or address; or your own images' file"),
     ] = "",
-    profile: preflight.ProfileName = "",
+    profile: ProfileName = "",
     fresh: Annotated[bool, typer.Option(help="compute its trials anew")] = False,
     wait: Annotated[bool, typer.Option(help="on kfp: follow it to its end")] = False,
     budget: Annotated[str, typer.Option(help="hours of GPUs that the forecast must not exceed")] = "",
@@ -53,7 +54,7 @@ def submit(
         raise DvqError(
             f"PROFILE = '{profile}': this machine's own processes have none; give ON=docker or ON=kfp"
         )
-    limits = None if on == "local" else find_profile(profile or preflight.PROFILE[on])
+    limits = None if on == "local" else find_profile(profile or DEFAULTS[on])
     if on == "kfp" and limits and limits.cluster is None:
         raise DvqError(
             "ON=kfp: the profile has no 'cluster'; name one that has: PROFILE=nvidia, gke, eks, kind"
@@ -88,7 +89,7 @@ def checked_job(name: str, jobs: str, source: str, profile: Profile | None, fres
         print(f"note: sweep '{sweep.name}': {warning}", file=sys.stderr)
     store = preflight.find_store()
     source = preflight.find_source(source, next(iter(trials.values())).data)
-    folder = preflight.outputs() / "logs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sweep.name}"
+    folder = outputs() / "logs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sweep.name}"
     job = Job(sweep, trials, store, source, number, folder, profile)
     store.look(job.keys(), "results.json")
     for trial in () if fresh else trials.values():
@@ -216,7 +217,7 @@ def _log_excerpt(code: int, failures: Mapping[str, str], log: str) -> list[str]:
     return []
 
 
-app = preflight.application(submit)
+app = application(submit)
 
 if __name__ == "__main__":
     app()

@@ -10,6 +10,7 @@ import typer
 from components import mlflow_server
 from dvq import DvqError
 from pipeline import preflight, tracker
+from pipeline.command import application, outputs
 from pipeline.services import HOST
 from pipeline.stack import Stack
 
@@ -25,7 +26,7 @@ QUIET = {
 
 def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> None:
     """Print the address of MLflow's pages; serve them if no server does."""
-    home = preflight.outputs()
+    home = outputs()
     if "MLFLOW_TRACKING_URI" not in os.environ:
         os.environ.update(Stack(home / "stack").environment())
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
@@ -59,7 +60,7 @@ def _check_port(port: str) -> None:
         raise DvqError(f"PORT = '{port}' cannot be listened on ({reason}): name another") from None
 
 
-app = preflight.application(ui)
+app = application(ui)
 
 if __name__ == "__main__":
     app()

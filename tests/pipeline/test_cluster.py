@@ -21,8 +21,7 @@ from pipeline import cancel, cluster, conclusion, containers, forecast, image, s
 from pipeline.connection import UnreachableError
 from pipeline.job import Job
 from pipeline.kubeflow import Kubeflow, Run
-from pipeline.preflight import PROFILE
-from pipeline.profile import Cluster, Profile, find_profile
+from pipeline.profile import DEFAULTS, Cluster, Profile, find_profile
 from tests.kubeflow_server import KubeflowServer, RefusedError
 
 PLAIN = Profile(cpu=1, image="r.example.org/dvq:1", cluster=Cluster(pull_policy="Never"))
@@ -147,7 +146,7 @@ def test_what_is_pushed_is_what_the_sweep_and_the_manifests_name(
     daemon = Daemon()
     monkeypatch.setattr(image, "connect", lambda: daemon)
     image.image(profile, True)
-    wanted = image.name(find_profile(profile or PROFILE["kfp"]), pushed=True)
+    wanted = image.name(find_profile(profile or DEFAULTS["kfp"]), pushed=True)
     assert capsys.readouterr().out.strip() == wanted
     assert daemon.pushed == [f"r.example.org/me/{IMAGE}", wanted]
 

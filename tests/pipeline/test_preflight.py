@@ -20,6 +20,7 @@ from dvq import DvqError
 from dvq.sweep import load_sweep
 from dvq.trial import values
 from pipeline import conclusion, containers, explain, local, preflight, replay, report, stack, submit, ui
+from pipeline.command import application
 from pipeline.stack import Stack
 
 GRID = {"estimator": ["gs-soft"]}
@@ -516,7 +517,7 @@ def test_a_full_disk_is_one_sentence(
 
 def test_a_terminal_without_a_character_has_another_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    preflight.application(lambda: print("6.9 ± 0.1", flush=True))([], standalone_mode=False)
+    application(lambda: print("6.9 ± 0.1", flush=True))([], standalone_mode=False)
     assert sys.stdout.buffer.getvalue() == b"6.9 ? 0.1\n"  # type: ignore[attr-defined]
 
 
