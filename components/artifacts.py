@@ -70,8 +70,8 @@ def working(trial: Trial) -> Iterator[Work]:
 def working_on(trial: Trial, data: Data, model: Path) -> Iterator[Work]:
     """The trial's folder in the store, if ``model`` and ``data`` are the trial's own; else a temporary one with the
     artifact's content."""
-    store = Store.from_environment()
-    if store and data.fits(trial):
+    store, own_images = Store.from_environment(), data.fits(trial)
+    if store and own_images:
         store.look([trial.key()])
         if store.has(trial.key(), "model"):
             with store.working(trial.key()) as work:
@@ -90,7 +90,7 @@ def working_on(trial: Trial, data: Data, model: Path) -> Iterator[Work]:
         shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns(RUN, *HISTORY))
         if (model / RUN).exists():
             shutil.copy(model / RUN, folder / "trial.json")
-        yield Work(folder)
+        yield Work(folder, own=own_images and store is None)
 
 
 def _same(model: Path, other: Path) -> bool:

@@ -1,7 +1,6 @@
 """What prepare_data does: take a prepared dataset from the store, or make it and put it there."""
 
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from components.bucket import Bucket
 from components.s3 import MissingError
@@ -9,8 +8,8 @@ from components.store import Store
 from dvq import DvqError, data, disk, fingerprints
 
 
-def prepare(name: str, source: str, path: Path) -> dict[str, Any]:
-    """Put the dataset ``name`` at ``path``; returns its data.json."""
+def prepare(name: str, source: str, path: Path) -> data.Data:
+    """Put the dataset ``name`` at ``path``, and return it."""
     fingerprints.of(name)  # DvqError if this cannot be a dataset's name
     store = Store.from_environment()
     folder = store.data(name) if store else path
@@ -21,7 +20,7 @@ def prepare(name: str, source: str, path: Path) -> dict[str, Any]:
     if store:
         store.publish_data(name)
         data.link(folder, path)
-    return data.load(path).info
+    return data.load(path)
 
 
 def _make(name: str, source: str, folder: Path) -> None:

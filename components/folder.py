@@ -20,7 +20,7 @@ FORMAT = 1
 class State:
     """A trial's state: new, interrupted, failed or finished."""
 
-    name: str
+    name: str = "new"
     reason: str = ""
     """why it failed, or was interrupted because the machine could not compute"""
     step: int = 0

@@ -12,7 +12,6 @@ from typing import Any
 
 from components.artifacts import fail_unless_recorded, read_artifact, working, working_on
 from components.folder import FORMAT, read_json, state, write_json
-from components.store import Store
 from components.tracking import TrialRun
 from dvq import DvqError, events, failures
 from dvq.data import Data, load
@@ -147,8 +146,7 @@ def analyze(
                 _analyze(images, model, result, folder, read_json(folder / "trial.json") or {})
             reason = state(folder).reason
         _copy_to_artifact(folder, analysis)
-        # MLflow's run of the trial gets only the trial's own results.
-        if images.fits(trial) and (work.lock is not None or Store.from_environment() is None):
+        if work.own:
             TrialRun(folder, experiment).sync()
     fail_unless_recorded(reason, record)
 

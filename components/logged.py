@@ -3,17 +3,22 @@
 import shutil
 import tempfile
 import warnings
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import mlflow
+import numpy as np
+from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus, Metric
+from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.tracking.context.registry import resolve_tags
+from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
+import dvq
 from dvq.fingerprints import Shape
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run as MlflowRun
 
 REQUIREMENTS = ("torch", "numpy", "pydantic", "pyyaml", "safetensors", "mlflow")
 """of the logged model"""
@@ -21,16 +26,8 @@ FINAL = ("fitted_bits_per_dim", "autoregressive_bits_per_dim", "bound", "compone
 """The numbers sent beside the curves: few, since MLflow draws a chart of each."""
 
 
-def send_model(server: "MlflowClient", run: "MlflowRun", name: str, shape: Shape, model: Path) -> str:
+def send_model(server: MlflowClient, run: MlflowRun, name: str, shape: Shape, model: Path) -> str:
     """Log the trial's model as a pyfunc of code and safetensors, without a pickle; returns its id."""
-    import mlflow
-    import numpy as np
-    from mlflow.models import Model, ModelSignature
-    from mlflow.tracking.context.registry import resolve_tags
-    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
-
-    import dvq
-
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, *shape))])
     method = ParamSchema([ParamSpec("method", "string", "encode")])
     # mlflow.pyfunc.log_model needs an active run, and ends it as FINISHED before the scores are sent.
@@ -56,12 +53,13 @@ def send_model(server: "MlflowClient", run: "MlflowRun", name: str, shape: Shape
             artifacts={"model": str(model)},
             code_paths=[str(code)],
             signature=ModelSignature(inputs=images, params=method),
-            pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
+            # without what follows a build's +, which no package index has
+            pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
     return str(logged_model.model_id)
 
 
-def ready_model(server: "MlflowClient", run: "MlflowRun") -> str | None:
+def ready_model(server: MlflowClient, run: MlflowRun) -> str | None:
     """The id of the run's model, if it arrived completely."""
     ids = [model.model_id for model in run.outputs.model_outputs] if run.outputs else []
     return next(
@@ -69,7 +67,7 @@ def ready_model(server: "MlflowClient", run: "MlflowRun") -> str | None:
     )
 
 
-def delete_models(server: "MlflowClient", run: "MlflowRun") -> None:
+def delete_models(server: MlflowClient, run: MlflowRun) -> None:
     """Delete a run's models, unless one of them is a version of a registered model."""
     if server.search_model_versions(f"run_id = '{run.info.run_id}'"):
         return
@@ -79,7 +77,7 @@ def delete_models(server: "MlflowClient", run: "MlflowRun") -> None:
         server.delete_logged_model(model.model_id)
 
 
-def versions(server: "MlflowClient", model: str, attempt: str) -> list[str]:
+def versions(server: MlflowClient, model: str, attempt: str) -> list[str]:
     """The versions of the registered model that are of this attempt."""
     try:
         versions = server.search_model_versions(f"name = '{model}'")
@@ -88,15 +86,7 @@ def versions(server: "MlflowClient", model: str, attempt: str) -> list[str]:
     return [str(version.version) for version in versions if version.tags.get("dvq.attempt") == attempt]
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package).partition("+")[0]
-
-
-def send_scores(
-    server: "MlflowClient", run: "MlflowRun", model: str, results: dict[str, Any], at: int
-) -> None:
+def send_scores(server: MlflowClient, run: MlflowRun, model: str, results: dict[str, Any], at: int) -> None:
     """Log the evaluation's numbers on the run and on its model, so that MLflow can compare models. MLflow keeps a
     point that is sent twice once.
 

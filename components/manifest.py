@@ -62,8 +62,8 @@ class Manifest:
     """whether the owner is still at work"""
     by: str = ""
     """where the owner is, in words"""
-    state: dict[str, Any] = field(default_factory=dict)
-    """of a trial, as ``components.folder.State`` has it"""
+    state: State = field(default_factory=State)
+    """of a trial"""
     files: dict[str, list[Piece]] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -95,9 +95,9 @@ def parse(content: bytes, name: str) -> Manifest:
             raise ValueError("its SHA-256 differs")
         if fields["format"] == FORMAT:
             files = {path: [Piece(*piece) for piece in pieces] for path, pieces in fields["files"].items()}
-            manifest = Manifest(**{**fields, "files": files})
+            manifest = Manifest(**{**fields, "files": files, "state": State(**fields["state"])})
             _stay_inside({*files, *manifest.objects()})
-            State(**(manifest.state or {"name": "new"})), manifest.steps()  # can be read
+            manifest.steps()  # can be read
             return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DvqError(f"{name} is damaged ({error}); remove it to have all of it made anew") from None

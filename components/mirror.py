@@ -11,7 +11,7 @@ What grows (events) is stored in pieces that are merged as they become many, so 
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from components.files import Files
 from components.folder import state
@@ -75,8 +75,7 @@ class Mirror(Files):
         """
         old_objects, number = self.manifest.objects(), self._index.push + 1
         files = self._upload(f"{self.manifest.owner}-{number:06d}")
-        now = asdict(state(self.folder))
-        new = replace(self.manifest, push=number, active=active, state=now, files=files)
+        new = replace(self.manifest, push=number, active=active, state=state(self.folder), files=files)
         self._save_index(new)  # before the manifest says so: the folder must never seem older than its mirror
         self._publish(new)
         self._delete(old_objects - new.objects())

@@ -10,7 +10,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class RemoteStore(Store):
     def check_writing(self) -> None:
         self.bucket.check_conditions()
 
-    def look(self, keys: Iterable[str], *names: str) -> None:
+    def look(self, keys: Iterable[str], *parts: str) -> None:
         """Manifests that did not change since a process of this machine read them are taken from the cache."""
         etags = self.bucket.list("trials/", "/")
         self._listed = {Path(name).stem: etag for name, etag in etags.items() if name.endswith(".json")}
@@ -58,16 +58,18 @@ class RemoteStore(Store):
         earlier = {key: manifest for key, manifest in self._manifests.items() if key in self._listed}
         manifests = self.bucket.map(self._manifest, relatives)
         self._manifests = earlier | dict(zip(relatives, manifests, strict=True))
-        if names:
-            present = [key for key in sorted(requested) if any(self.has(key, name) for name in names)]
-            self.bucket.map(lambda key: self.bring(key, names.__contains__), present)
+        self.fetch(requested, *parts)
+
+    def fetch(self, keys: Iterable[str], *parts: str) -> None:
+        present = [key for key in sorted(keys) if any(self.has(key, part) for part in parts)]
+        self.bucket.map(lambda key: self.bring(key, *parts), present)
 
     def follow(self, keys: Iterable[str]) -> None:
         requested = set(keys)
         self.look(requested)
         present = sorted(requested & self._listed.keys())
         changed = [key for key in present if self._followed.get(key) != self._listed[key]]
-        self.bucket.map(lambda key: self.bring(key, _shows_progress), changed)
+        self.bucket.map(lambda key: self.bring(key, "events", "results.json"), changed)
         self._followed.update({key: self._listed[key] for key in changed})
 
     def _manifest(self, key: str) -> Manifest:
@@ -88,8 +90,8 @@ class RemoteStore(Store):
         partial.replace(cached)
         return parse(content, name)
 
-    def bring(self, key: str, wanted: Callable[[str], bool] = lambda _: True) -> Path:
-        """Fetch the ``wanted`` files; none if this machine is at work on the trial, since its folder is ahead."""
+    def bring(self, key: str, *parts: str) -> Path:
+        """Fetch these parts, or all; none if this machine is at work on the trial, since its folder is ahead."""
 
         def busy() -> None:
             raise disk.BusyError
@@ -99,7 +101,7 @@ class RemoteStore(Store):
             mirror.adopt(self._manifests[key])
             while True:
                 with suppress(MissingError):  # a file was replaced since
-                    mirror.fetch(wanted)
+                    mirror.fetch(lambda path: not parts or any(_is_of(path, part) for part in parts))
                     break
                 mirror.adopt(mirror.read())
         return self.trial(key)
@@ -129,15 +131,14 @@ class RemoteStore(Store):
         self._manifests.pop(key, None)
 
     def state(self, key: str) -> State:
-        manifest = self._manifests.get(key)
-        return State(**(manifest.state if manifest and manifest.state else {"name": "new"}))
+        return self._manifests.get(key, Manifest()).state
 
     def silent(self, key: str) -> bool:
         return self._manifests.get(key, Manifest()).active
 
     def has(self, key: str, part: str) -> bool:
         files = self._manifests.get(key, Manifest()).files
-        return part in files or any(path.startswith(f"{part}/") for path in files)
+        return any(_is_of(path, part) for path in files)
 
     def steps(self, key: str) -> list[int]:
         return self._manifests.get(key, Manifest()).steps()
@@ -172,9 +173,9 @@ class RemoteStore(Store):
         self.bucket.delete(self.bucket.list(place).keys() - {place + path for path in files})
 
 
-def _shows_progress(path: str) -> bool:
-    """Whether the file tells a trial's progress or its result."""
-    return path.startswith("events/") or path == "results.json"
+def _is_of(path: str, part: str) -> bool:
+    """Whether the file is this part of a trial, or in this folder of it."""
+    return path == part or path.startswith(f"{part}/")
 
 
 @contextmanager

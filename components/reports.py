@@ -103,7 +103,7 @@ def _pictures_and_patches(
 def _load(kind: type[A], file: str, results: Iterable[Mapping[str, Any]], store: Store) -> dict[str, A]:
     """The arrays in the file of that name, of the trials that have it, by trial."""
     keys = {result["name"]: result["key"] for result in results}
-    store.look(keys.values(), file)
+    store.fetch(keys.values(), file)
     paths = {name: store.trial(key) / file for name, key in keys.items()}
     return {name: kind.load(path) for name, path in paths.items() if path.exists()}
 
@@ -111,9 +111,9 @@ def _load(kind: type[A], file: str, results: Iterable[Mapping[str, Any]], store:
 def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
     """Send MLflow what it lacks of the sweep's finished and failed trials; returns, by name, whether it has all now.
     Other trials are sent by the processes at work on them. ``anew``: ask MLflow even about trials marked as sent."""
-    trials, sent = sweep.trials(), {}
-    store.look([trial.key() for trial in trials.values()], "results.json", "tracked.json")
-    for name, key in ((name, trial.key()) for name, trial in trials.items()):
+    keys, sent = {name: trial.key() for name, trial in sweep.trials().items()}, dict[str, bool]()
+    store.look(keys.values(), "results.json", "tracked.json")
+    for name, key in keys.items():
         if store.state(key).name not in ("finished", "failed"):
             continue
         sent[name] = TrialRun(store.trial(key), sweep.name).settled()

@@ -6,19 +6,18 @@ import re
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import mlflow
+from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.entities import Run as MlflowRun
 
 from components import logged
 from components.folder import read_json
-from components.tracking import database, experiment_id
+from components.mlflow_server import database, experiment_id
 from dvq import DvqError, fingerprints
 from dvq.events import Tail
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run as MlflowRun
 
 BATCH = 500  # metrics in a request; MLflow takes 1,000
 NAME, NOTE = 250, 7_900
@@ -28,9 +27,7 @@ NAME, NOTE = 250, 7_900
 class Run:
     """A trial's run. MLflow is asked once what it has, and then sent what is new."""
 
-    def __init__(
-        self, server: "MlflowClient", folder: Path, experiment: str, document: dict[str, Any]
-    ) -> None:
+    def __init__(self, server: MlflowClient, folder: Path, experiment: str, document: dict[str, Any]) -> None:
         run = _find_or_create(server, experiment_id(server, experiment), document, folder)
         if not run.data.params:
             _send_inputs(server, run.info.run_id, document["trial"])
@@ -146,15 +143,15 @@ def _is_ours(store: str) -> bool:
     return store == ours or bool(database() and store.rsplit("#", 1)[0] == ours.rsplit("#", 1)[0])
 
 
-def _find_runs(server: "MlflowClient", experiment: str, tag: str, value: str) -> "list[MlflowRun]":
+def _find_runs(server: MlflowClient, experiment: str, tag: str, value: str) -> list[MlflowRun]:
     """The runs with a tag that belong to this store, or, without a store, to none."""
     runs = server.search_runs([experiment], f"tags.`{tag}` = '{value}'")
     return [run for run in runs if _is_ours(run.data.tags.get("dvq.store", ""))]
 
 
 def _find_or_create(
-    server: "MlflowClient", experiment: str, document: dict[str, Any], folder: Path
-) -> "MlflowRun":
+    server: MlflowClient, experiment: str, document: dict[str, Any], folder: Path
+) -> MlflowRun:
     """The run of this attempt at the trial. Runs of its earlier attempts are deleted, with their models."""
     for run in _find_runs(server, experiment, "dvq.key", document["key"]):
         if run.data.tags.get("dvq.attempt") == document["attempt"]:
@@ -186,7 +183,7 @@ def _about(document: dict[str, Any]) -> str:
     return f"`{document['name']}` on {fingerprints.label(document['trial']['data'])}"
 
 
-def _send_inputs(server: "MlflowClient", run_id: str, trial: dict[str, Any]) -> None:
+def _send_inputs(server: MlflowClient, run_id: str, trial: dict[str, Any]) -> None:
     """Send the trial's data by fingerprint, and then its fields as parameters in one request."""
     name = trial["data"]
     about = json.dumps({"label": fingerprints.label(name)})
@@ -195,7 +192,7 @@ def _send_inputs(server: "MlflowClient", run_id: str, trial: dict[str, Any]) -> 
     server.log_batch(run_id, params=[Param(key, str(value)) for key, value in trial.items()])
 
 
-def send_report(server: "MlflowClient", experiment: str, folder: Path, note: str, failed: bool) -> None:
+def send_report(server: MlflowClient, experiment: str, folder: Path, note: str, failed: bool) -> None:
     """Make the sweep's ``report`` run anew: its figures, page and table. ``note`` is shown first, its first line
     beside the experiment's name. The former run is deleted once the new one is complete."""
     experiment = experiment_id(server, experiment)
@@ -218,11 +215,9 @@ def _shortened(note: str) -> str:
     return (beginning.rpartition("\n")[0] or beginning) + "\n\n… all rows: table.json"
 
 
-def set_champion(server: "MlflowClient", model: str, experiment: str, best: dict[str, Any]) -> None:
+def set_champion(server: MlflowClient, model: str, experiment: str, best: dict[str, Any]) -> None:
     """Register the trial whose results are ``best`` as a version of ``model`` with the alias champion, tagged with
     its origin."""
-    import mlflow
-
     run = next(iter(_find_runs(server, experiment_id(server, experiment), "dvq.key", best["key"])), None)
     if run is None:
         raise DvqError(f"{best['name']} has no run there; make replay sends it anew")

@@ -14,6 +14,7 @@ from typing import Any
 
 from components.folder import State, check_values, clear, damaged, read_json, state
 from dvq import DvqError, checkpoint, disk, fingerprints
+from dvq.data import is_prepared
 from dvq.trial import Trial
 
 DID_NOT_START = "it did not start"
@@ -29,6 +30,8 @@ class Work:
     """the lock's descriptor; processes that inherit it hold the lock too"""
     lost: DvqError | None = None
     """why this worker has lost the trial"""
+    own: bool = True
+    """whether its weights and images are the trial's own, so that what is made of them are its results"""
 
     def check(self) -> None:
         """Raise the reason if this worker has lost the trial."""
@@ -71,8 +74,11 @@ class Store:
     def check_writing(self) -> None:
         """DvqError if the store cannot ensure that a trial has one owner at a time."""
 
-    def look(self, keys: Iterable[str], *names: str) -> None:
-        """Look at these trials and fetch their named files; the methods below answer as of the last look."""
+    def look(self, keys: Iterable[str], *parts: str) -> None:
+        """Look at these trials and fetch parts of them; the methods below answer as of the last look."""
+
+    def fetch(self, keys: Iterable[str], *parts: str) -> None:
+        """Fetch these files and folders of the trials, which were looked at."""
 
     def follow(self, keys: Iterable[str]) -> None:
         """Look at these trials and fetch their events and results."""
@@ -104,8 +110,6 @@ class Store:
 
     def has_data(self, name: str) -> bool:
         """Whether the store has the prepared dataset."""
-        from dvq.data import is_prepared
-
         return is_prepared(name, self.data(name))
 
     def fetch_data(self, name: str) -> None:

@@ -39,8 +39,8 @@ def unfinished(sweep: Sweep, limit: int = 0, experiment: str = "") -> list[Point
     """
     if limit < 0:
         raise DvqError(f"limit = {limit}: give how many trials at most, or 0 for all")
-    sweep.trials()  # DvqError for wrong ones
-    todo = [(point, sweep.trial(point).key()) for point in sweep.points()]
+    pairs = zip(sweep.points(), sweep.trials().values(), strict=True)
+    todo = [(point, trial.key()) for point, trial in pairs]
     if store := Store.from_environment():
         store.look([key for _, key in todo], "tracked.json")
         todo = [(point, key) for point, key in todo if not _is_done(store, key, experiment)]

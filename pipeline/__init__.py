@@ -1,5 +1,5 @@
 """The pipeline and its launcher. While a command is being imported, which takes seconds, Ctrl-C ends it without a
-traceback; from then on :func:`pipeline.preflight.exit_on_error` lets the command handle it."""
+traceback; from then on :func:`pipeline.command.exit_on_error` lets the command handle it."""
 
 import signal
 import sys

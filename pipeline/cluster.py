@@ -19,9 +19,10 @@ from dvq.fingerprints import FINGERPRINTS, label
 from pipeline import conclusion, containers, definition, forecast, image, pods, preflight
 from pipeline.compile import compiled as as_yaml
 from pipeline.connection import UnreachableError
+from pipeline.job import Job, remove
 from pipeline.kubeflow import SUCCEEDED, Kubeflow, Run
 from pipeline.profile import Profile
-from pipeline.watch import Job, remove, rows, watch
+from pipeline.watch import rows, watch
 
 LOOK = 10.0
 """Seconds between two looks at the cluster."""
@@ -104,7 +105,7 @@ def check(job: Job) -> Profile:
 
 def bring_data(job: Job) -> Job:
     """Upload data of this machine to the store, where pods can reach it; returns the job to run then."""
-    source, name = job.arguments["source"], job.data
+    source, name = job.source, job.data
     if source.startswith("s3://") or (name in FINGERPRINTS and (not source or "://" in source)):
         return job  # the pods find it
     preflight.check_data(name, source, job.store)
@@ -115,7 +116,7 @@ def bring_data(job: Job) -> Job:
         print(f"uploading {name} from {source} to {job.store.place}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             datasets.prepare(name, source, Path(folder, "data"))
-    return replace(job, arguments={**job.arguments, "source": ""})
+    return replace(job, source="")
 
 
 def compiled(profile: Profile, jobs: int, store: str) -> str:
@@ -133,7 +134,7 @@ def compiled(profile: Profile, jobs: int, store: str) -> str:
 def start(job: Job, kubeflow: Kubeflow, experiment: str, version: tuple[str, str], console: Console) -> str:
     """Start a run of the sweep's pipeline; returns its id."""
     name = f"{job.sweep.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    run_id = kubeflow.start(name, experiment, version, dict(job.arguments))
+    run_id = kubeflow.start(name, experiment, version, job.arguments)
     conclusion.say(console, f"run:    {kubeflow.link(run_id)}")
     conclusion.say(console, f"mlflow: {_mlflow(job.sweep.name)}")
     return run_id

@@ -22,7 +22,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 from docker.types import DeviceRequest, Mount
 
-from components import tracking
+from components import mlflow_server
 from dvq import DvqError, disk
 from pipeline.profile import Profile
 
@@ -125,7 +125,7 @@ def settings(profile: Profile, folder: Path, source: str) -> dict[str, Any]:
 def _mounts(environment: Mapping[str, str], written: set[Path], source: str) -> Iterator[Mount]:
     if store := environment.get("DVQ_STORE", ""):
         written.add(Path(environment["DVQ_CACHE"] if "://" in store else store))
-    if file := tracking.database(environment.get("MLFLOW_TRACKING_URI", "")):
+    if file := mlflow_server.database(environment.get("MLFLOW_TRACKING_URI", "")):
         written.add(file.absolute().parent)  # with its journal and the artifacts
     for path in written:
         path.mkdir(parents=True, exist_ok=True)

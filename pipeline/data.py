@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from components import datasets
-from dvq import data, own
+from dvq import own
 from pipeline import preflight
+from pipeline.command import application
 
 
 def bring(
@@ -20,8 +21,8 @@ def bring(
     name = own.name(source)
     preflight.check_cache(store)
     with tempfile.TemporaryDirectory() as folder:
-        info = datasets.prepare(name, source, Path(folder, "data"))
-        arrays = data.load(Path(folder, "data")).arrays
+        prepared = datasets.prepare(name, source, Path(folder, "data"))
+        info, arrays = prepared.info, prepared.arrays
         both = own.shared(arrays["train_images"], arrays["test_images"])
     if both:
         print(
@@ -35,7 +36,7 @@ def bring(
     )
 
 
-app = preflight.application(bring)
+app = application(bring)
 
 if __name__ == "__main__":
     app()

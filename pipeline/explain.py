@@ -14,27 +14,27 @@ from dvq import DvqError
 from dvq.fingerprints import CHANNELS
 from dvq.trial import Trial
 from pipeline import preflight
+from pipeline.command import SweepName, application
 
 
 def explain(
-    name: preflight.SweepName = "smoke",
+    name: SweepName = "smoke",
     trial: Annotated[str, typer.Option(help="a trial of the sweep, for its ledger")] = "",
 ) -> None:
     """Say of each trial whether it would be computed, and why; of one trial, where its bits go."""
     sweep = preflight.find_sweep(name)
     store = preflight.find_store()
     trials = sweep.trials()
-    keys = {trial_name: each.key() for trial_name, each in trials.items()}
-    store.look(keys.values(), "results.json")
     if trial:
         print(ledger(trial, trials, store, name))
         return
     width, todo = max(map(len, trials)), 0
     store.outcomes(trials)  # DvqError for results that are damaged, or of another default
-    for trial_name, key in keys.items():
+    for trial_name, each in trials.items():
+        key, reached = each.key(), store.reached_step(each)
         state, trained = store.state(key), store.has(key, "model")
         todo += state.name != "finished"
-        print(f"{trial_name:{width}}  {_description(state, trained, store.reached_step(trials[trial_name]))}")
+        print(f"{trial_name:{width}}  {_description(state, trained, reached)}")
     print(f"{todo} of {len(trials)} trials to compute; the store is {store.place}")
 
 
@@ -56,6 +56,7 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> 
     if name not in trials:
         raise DvqError(f"the sweep has no trial '{name}'; its trials: {', '.join(trials)}")
     key = trials[name].key()
+    store.look([key], "results.json", "model")
     results = store.finished(trials[name])
     if results is None:
         state = store.state(key)
@@ -85,7 +86,7 @@ def ledger(name: str, trials: Mapping[str, Trial], store: Store, sweep: str) -> 
     return "\n".join(lines)
 
 
-app = preflight.application(explain)
+app = application(explain)
 
 if __name__ == "__main__":
     app()

@@ -9,6 +9,7 @@ from dvq import DvqError
 from dvq.findings import OPEN, Claim, Miniature, bits_per_dim, claims, draw, label, over
 from dvq.sweep import Sweep
 from pipeline import preflight
+from pipeline.command import application
 
 
 def findings() -> None:
@@ -57,7 +58,7 @@ def markdown(mini: Miniature, all_claims: Sequence[Claim]) -> str:
     return "\n".join(lines)
 
 
-app = preflight.application(findings)
+app = application(findings)
 
 if __name__ == "__main__":
     app()

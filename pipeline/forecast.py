@@ -112,7 +112,7 @@ Speed = tuple[float, str]
 def _measured(keys: Iterable[str], store: Store, profile: Profile) -> dict[Kind, Speed]:
     """The slowest measured speed of each :func:`_kind`, of the finished trials among ``keys``."""
     keys = [key for key in sorted(keys) if store.has(key, "results.json")]
-    store.follow(keys)
+    store.fetch(keys, "events", "results.json")
     device_kind, speeds = "cuda" if profile.gpu else "cpu", dict[Kind, Speed]()
     for key in keys:
         with suppress(DvqError, KeyError):  # a damaged one is left out

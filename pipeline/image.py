@@ -24,9 +24,9 @@ from docker.utils.build import exclude_paths
 from components import IMAGE
 from dvq import DvqError, __version__
 from dvq.provenance import commit
-from pipeline import preflight
+from pipeline.command import application
 from pipeline.containers import connect, has_image, reason
-from pipeline.profile import Cluster, Profile, find_profile
+from pipeline.profile import DEFAULTS, Cluster, Profile, find_profile
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = "docker/Dockerfile"
@@ -211,7 +211,7 @@ def image(
 ) -> None:
     """Build the image, unless it is there; push it if that is asked."""
     # To push, as submit-sweep ON=kfp looks for it.
-    profile_name = profile or (preflight.PROFILE["kfp"] if pushed else "")
+    profile_name = profile or (DEFAULTS["kfp"] if pushed else "")
     target = find_profile(profile_name) if profile_name else Profile()
     place = registry(target)
     if pushed and not place:
@@ -227,7 +227,7 @@ def image(
         raise DvqError(f"the image {tag}: {reason(error)}") from None
 
 
-app = preflight.application(image)
+app = application(image)
 
 if __name__ == "__main__":
     app()

@@ -36,7 +36,7 @@ ARGUMENT = 96 << 10
 """Bytes of an argument as JSON, at most: kfp passes a task's inputs in one word of its command line, of which Linux
 takes 128 KiB."""
 
-TRACKING = "from components import tracking; tracking.ensure_database()"
+MAKE_DATABASE = "from components import mlflow_server; mlflow_server.ensure_database()"
 """Creates MLflow's tables before several tasks would; in a process of its own, since importing MLflow is slow."""
 
 
@@ -162,7 +162,7 @@ def _end_with_launcher(lifeline: IO[bytes], script: str) -> None:
 
 def _run(arguments: dict[str, str], jobs: int, folder: Path, profile: Profile | None) -> None:
     tracked = bool(os.environ.get("MLFLOW_TRACKING_URI"))
-    tracking = subprocess.Popen([sys.executable, "-c", TRACKING]) if tracked else None
+    database = subprocess.Popen([sys.executable, "-c", MAKE_DATABASE]) if tracked else None
     from kfp import local
 
     from pipeline.definition import sweep_pipeline
@@ -175,8 +175,8 @@ def _run(arguments: dict[str, str], jobs: int, folder: Path, profile: Profile | 
     if profile:
         runner = containers.runner(profile, folder, arguments["source"])
     local.init(runner, pipeline_root=root, workspace_root=root + "-workspace")
-    if tracking:
-        tracking.wait()
+    if database:
+        database.wait()
     sweep_pipeline(jobs, profile.image if profile else IMAGE)(**arguments)
 
 

@@ -1,72 +1,24 @@
-"""Checks before any work: a wrong input ends a command with one sentence on standard error and exit status 2."""
+"""Checks before any work: a wrong input is a DvqError, with which the command ends (pipeline/command.py)."""
 
-import contextlib
-import errno
-import io
 import json
 import os
 import re
-import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from components import datasets, tracking
+from components import datasets, mlflow_server
 from components.store import Store
-from dvq import DvqError, disk
+from dvq import DvqError, data, own
 from dvq.fingerprints import FINGERPRINTS
 from dvq.sweep import LONGEST, Sweep, load_sweep
+from pipeline.command import outputs
+from pipeline.profile import DEFAULTS
+from pipeline.stack import Stack
 
 SWEEPS = Path(__file__).parent / "sweeps"
 SIGNED = re.compile(r"[?&][^=&]*(signature|sig|token|secret)=", re.IGNORECASE)
 """in an address that is a password itself"""
-SweepName = Annotated[str, typer.Argument(metavar="sweep", help="a name in pipeline/sweeps, or a YAML file")]
-ProfileName = Annotated[str, typer.Option(help="a name in pipeline/profiles, or a YAML file")]
-PROFILE = {"docker": "docker", "kfp": "nvidia"}
-"""The default profile of each place that has profiles."""
-
-REFUSED = (errno.EACCES, errno.ENAMETOOLONG)
-"""Errors about a file that the user named; others, except those of a full disk, are bugs."""
-
-
-@contextlib.contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Turn a DvqError, or an error of a disk that is full or not writable, into a sentence and exit status 2."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see pipeline/__init__.py
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack ±; standard error escapes it
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        yield
-    except DvqError as error:
-        message = str(error)
-    except OSError as error:
-        if error.errno not in disk.NO_ROOM + REFUSED:
-            raise
-        place = error.filename or "the disk"
-        remedy = "; make room, or set DVQ_STORE to a folder that can be written"
-        message = f"{place}: {error.strerror}" + remedy * (error.errno in disk.NO_ROOM)
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def application(*commands: Callable[..., None]) -> typer.Typer:
-    """A program of these commands, which ends with a sentence on a DvqError."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    for command in commands:
-        app.command()(exit_on_error()(command))
-    return app
-
-
-def outputs() -> Path:
-    """The folder of logs, and by default of the store and MLflow's database: ``outputs`` in the current folder."""
-    return Path("outputs").absolute()
 
 
 def find_sweep(name: str) -> Sweep:
@@ -111,8 +63,6 @@ def sweep_of_results(path: Path) -> Sweep:
 
 def find_store() -> Store:
     """The store. Sets the environment variables that lead tasks to it and to MLflow, unless they are set."""
-    from pipeline.stack import Stack  # which imports this module
-
     home = outputs()
     for name, value in Stack(home / "stack").environment().items():
         os.environ.setdefault(name, value)
@@ -122,7 +72,7 @@ def find_store() -> Store:
     os.environ["DVQ_STORE"] = place if place.startswith("s3://") else _absolute(place)
     os.environ["DVQ_CACHE"] = _absolute(os.environ.get("DVQ_CACHE") or str(home / "cache"))
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
-    if file := tracking.database():  # a container has another working folder
+    if file := mlflow_server.database():  # a container has another working folder
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{file.absolute()}"
     store = Store.from_environment()
     assert store
@@ -164,7 +114,7 @@ def hours(text: str) -> float | None:
 
 
 def check_place(place: str) -> None:
-    places = ("local", *PROFILE)
+    places = ("local", *DEFAULTS)
     if place not in places:
         raise DvqError(f"ON = '{place}': a sweep runs ON={', ON='.join(places)}")
 
@@ -172,7 +122,7 @@ def check_place(place: str) -> None:
 def find_source(source: str, name: str) -> str:
     """The source of the dataset: DATA, as an absolute path if it is a path. Prints a warning if it is given for the
     sample, which needs none. DvqError for images of one's own, if the sweep is on others."""
-    if tracking.redacted(source) != source or SIGNED.search(source):
+    if mlflow_server.redacted(source) != source or SIGNED.search(source):
         raise DvqError(
             "DATA has a password or signature in its address, which logs would show; fetch it, and give the file"
         )
@@ -195,8 +145,6 @@ def find_source(source: str, name: str) -> str:
 def check_data(name: str, source: str, store: Store) -> None:
     """DvqError unless the dataset is in the store or can be prepared from ``source``; or if ``source`` are other
     images."""
-    from dvq import data, own
-
     if store.has_data(name):
         if name not in FINGERPRINTS and Path(source).is_file():  # it may have been edited since
             own.check(name, source)

@@ -10,6 +10,8 @@ from dvq import DvqError
 from dvq.sweep import Loader
 
 PROFILES = Path(__file__).parent / "profiles"
+DEFAULTS = {"docker": "docker", "kfp": "nvidia"}
+"""The default profile of each place that has profiles."""
 TRAINS = ("train", "evaluate")
 """The components that use a GPU and take the profile's own limits; the others are light."""
 JOBS = 1000

@@ -4,11 +4,12 @@ from contextlib import suppress
 
 from rich.console import Console
 
-from components import reports, tracking
+from components import mlflow_server, reports
 from pipeline import conclusion, preflight
+from pipeline.command import SweepName, application
 
 
-def report(name: preflight.SweepName = "smoke") -> None:
+def report(name: SweepName = "smoke") -> None:
     """Write a sweep's report again; exit status 1 if one of its trials is not finished."""
     sweep = preflight.find_sweep(name)
     store = preflight.find_store()
@@ -16,13 +17,13 @@ def report(name: preflight.SweepName = "smoke") -> None:
     console = Console()
     failures = conclusion.show(sweep, sweep.trials(), store, console)
     with suppress(Exception):  # reports.write prints what is wrong with MLflow's file, and writes the report
-        tracking.ensure_database()
+        mlflow_server.ensure_database()
     reports.write(sweep, store)
     conclusion.show_places(sweep, store, console)
     raise SystemExit(1 if failures else 0)
 
 
-app = preflight.application(report)
+app = application(report)
 
 if __name__ == "__main__":
     app()

@@ -14,13 +14,14 @@ from components import reports
 from dvq import DvqError, disk, kept
 from dvq.fingerprints import label
 from pipeline import preflight
+from pipeline.command import SweepName, application
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("pipeline/results")
 SECTION = re.compile(r"(<!-- results.*?-->)\n.*?(<!-- end of results -->)", re.DOTALL)
 
 
-def keep(name: preflight.SweepName) -> None:
+def keep(name: SweepName) -> None:
     """Keep the sweep's finished trials, and make tables and figures anew from all kept ones."""
     sweep = preflight.find_sweep(name)
     store = preflight.find_store()
@@ -66,7 +67,7 @@ def write_pages(root: Path) -> None:
     disk.replace(readme, SECTION.sub(lambda match: f"{match[1]}\n{section}\n{match[2]}", text))
 
 
-app = preflight.application(keep)
+app = application(keep)
 
 if __name__ == "__main__":
     app()

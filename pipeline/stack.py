@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dvq import DvqError, disk
-from pipeline import preflight
+from pipeline.command import application, outputs
 from pipeline.services import HOST, PORTS, Service, create_database, endpoint, keys, services
 
 START, STOP = 180, 20
@@ -196,7 +196,7 @@ def _free_ports() -> dict[str, int]:
 @contextlib.contextmanager
 def _here() -> Iterator[Stack]:
     """The stack of the current folder, locked for this process."""
-    folder = preflight.outputs() / "stack"
+    folder = outputs() / "stack"
     with disk.locked(folder / "lock"):
         yield Stack(folder)
 
@@ -219,7 +219,7 @@ def down() -> None:
         print("the stack is down" if stack.down() else "the stack was down")
 
 
-app = preflight.application(up, down)
+app = application(up, down)
 
 if __name__ == "__main__":
     app()

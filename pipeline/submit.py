@@ -3,7 +3,6 @@
 python -m pipeline.submit SWEEP [--on local|docker|kfp] [--jobs 2] [--profile NAME] [--data SOURCE] [--fresh] …
 """
 
-import json
 import os
 import re
 import signal
@@ -11,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -20,11 +18,13 @@ from rich.console import Console
 from components import tracking
 from components.store import DID_NOT_FINISH, DID_NOT_START
 from dvq import DvqError, choices, fingerprints
-from dvq.trial import Trial, values
+from dvq.trial import values
 from pipeline import conclusion, containers, forecast, image, local, preflight, tracker
-from pipeline.profile import JOBS, Profile, find_profile
+from pipeline.command import ProfileName, SweepName, application, outputs
+from pipeline.job import Job, remove
+from pipeline.profile import DEFAULTS, JOBS, Profile, find_profile
 from pipeline.progress import FAILED, FINISHED, Row
-from pipeline.watch import Job, remove, rows, watch
+from pipeline.watch import rows, watch
 
 ERROR = re.compile(r"([\w.]*(Error|Exception)|error): (?!\d+ of \d+ trials failed: )")
 """begins a line that says why something failed; the report's last line only repeats the trials' reasons"""
@@ -35,14 +35,14 @@ DOWNLOAD = re.compile(r"downloading: .*")
 
 
 def submit(
-    sweep: preflight.SweepName = "smoke",
+    sweep: SweepName = "smoke",
     on: Annotated[str, typer.Option(help="where it runs: local, docker or kfp")] = "local",
     jobs: Annotated[str, typer.Option(help="trials at a time; by default the profile's, or 2")] = "",
     data: Annotated[
         str,
         typer.Option(help="where CIFAR-10 is: archive, folder or address; or your own images' file"),
     ] = "",
-    profile: preflight.ProfileName = "",
+    profile: ProfileName = "",
     fresh: Annotated[bool, typer.Option(help="compute its trials anew")] = False,
     wait: Annotated[bool, typer.Option(help="on kfp: follow it to its end")] = False,
     budget: Annotated[str, typer.Option(help="hours of GPUs that the forecast must not exceed")] = "",
@@ -54,7 +54,7 @@ def submit(
         raise DvqError(
             f"PROFILE = '{profile}': this machine's own processes have none; give ON=docker or ON=kfp"
         )
-    limits = None if on == "local" else find_profile(profile or preflight.PROFILE[on])
+    limits = None if on == "local" else find_profile(profile or DEFAULTS[on])
     if on == "kfp" and limits and limits.cluster is None:
         raise DvqError(
             "ON=kfp: the profile has no 'cluster'; name one that has: PROFILE=nvidia, gke, eks, kind"
@@ -91,16 +91,9 @@ def checked_job(name: str, jobs: str, source: str, profile: Profile | None, fres
     if warning := choices.warning(map(values, trials.values())):
         print(f"note: sweep '{sweep.name}': {warning}", file=sys.stderr)
     store = preflight.find_store()
-    data = next(iter(trials.values())).data
-    arguments = {
-        "sweep": sweep.model_dump_json(),
-        "base": json.dumps(sweep.base),
-        "data_name": data,
-        "source": preflight.find_source(source, data),
-        "experiment": sweep.name,
-    }
-    folder = preflight.outputs() / "logs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sweep.name}"
-    job = Job(sweep, trials, store, arguments, number, folder, profile)
+    source = preflight.find_source(source, next(iter(trials.values())).data)
+    folder = outputs() / "logs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sweep.name}"
+    job = Job(sweep, trials, store, source, number, folder, profile)
     store.look(job.keys(), "results.json")
     for trial in () if fresh else trials.values():
         store.finished(trial)
@@ -128,7 +121,7 @@ def prepare(job: Job) -> Job:
         containers.check_image(image_name)
         job = replace(job, profile=job.profile.model_copy(update={"image": image_name}))
     local.check(job.folder, job.arguments)
-    preflight.check_data(job.data, job.arguments["source"], job.store)
+    preflight.check_data(job.data, job.source, job.store)
     fault = tracker.check()
     if fault:
         print(
@@ -174,48 +167,47 @@ def _interrupt(*_: object) -> NoReturn:
 def _note(shown: list[Row], job: Job) -> str:
     """What is going on apart from the trials."""
     if not (job.store.data(job.data) / "data.json").exists():
-        downloads = DOWNLOAD.findall((job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace"))
+        downloads = DOWNLOAD.findall(_log(job))
         return f"preparing {job.data}" + (f": {downloads[-1]}" if downloads else "")
     return "writing the report" if all(row.state in (FINISHED, FAILED) for row in shown) else ""
+
+
+def _log(job: Job) -> str:
+    """What kfp and the tasks have printed so far."""
+    return (job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace")
 
 
 def conclude(job: Job, code: int, console: Console) -> int:
     """Print the sweep's outcome; 0 if every trial finished and the pipeline succeeded, else 1."""
     failures = conclusion.show(job.sweep, job.trials, job.store, console)
-    for line in _log_excerpt(code, failures, job.folder / "kfp.log"):
+    log = _log(job)
+    for line in _log_excerpt(code, failures, log):
         conclusion.say(console, line)
     finished = [trial for name, trial in job.trials.items() if name not in failures]
-    behind = [trial for trial in finished if not _tracked(job, trial)]
+    behind = [one for one in finished if not tracking.is_sent(job.store.trial(one.key()), job.sweep.name)]
     if behind and os.environ.get("MLFLOW_TRACKING_URI"):
         conclusion.say(
             console,
             f"MLflow lacks {len(behind)} of the finished trials: the log says why; once that is mended, make replay "
             "sends a sweep's",
         )
-    elif finished and not _has_champion(job):
+    elif finished and not _has_champion(job, log):
         conclusion.say(console, "MLflow lacks the champion: make replay names it; the log says why")
     conclusion.show_places(job.sweep, job.store, console)
     conclusion.say(console, f"log:    {job.folder / 'kfp.log'}")
     return 1 if failures or code != 0 else 0
 
 
-def _tracked(job: Job, trial: Trial) -> bool:
-    """Whether MLflow has the trial; unknown, hence True, of containers, which may use another address for MLflow."""
-    return bool(job.profile) or tracking.is_sent(job.store.trial(trial.key()), job.sweep.name)
-
-
-def _has_champion(job: Job) -> bool:
+def _has_champion(job: Job, log: str) -> bool:
     """Whether MLflow took the sweep's champion, if it names one, by the report's log."""
     if not (job.sweep.champion and os.environ.get("MLFLOW_TRACKING_URI")):
         return True
-    text = (job.folder / "kfp.log").read_text(encoding="utf-8", errors="replace")
-    return f"the champion of {job.sweep.name} {tracking.BEHIND}" not in text
+    return f"the champion of {job.sweep.name} {tracking.BEHIND}" not in log
 
 
-def _log_excerpt(code: int, failures: Mapping[str, str], log: Path) -> list[str]:
+def _log_excerpt(code: int, failures: Mapping[str, str], log: str) -> list[str]:
     """The lines of kfp's log that say more than the trials' own reasons."""
-    text = image.COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
-    lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
+    lines = [line.strip() for line in image.COLOUR.sub("", log).splitlines() if line.strip(" -")]
     deaths = [
         line for line in lines if line.startswith(containers.ENDED) and not line.endswith("exit code 1")
     ]
@@ -232,7 +224,7 @@ def _log_excerpt(code: int, failures: Mapping[str, str], log: Path) -> list[str]
     return []
 
 
-app = preflight.application(submit)
+app = application(submit)
 
 if __name__ == "__main__":
     app()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import certifi
 
-from components import tracking
+from components import mlflow_server
 from dvq import DvqError
 
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
@@ -42,7 +42,7 @@ def require() -> None:
 
 
 def _check_address(uri: str) -> None:
-    if tracking.redacted(uri) != uri:
+    if mlflow_server.redacted(uri) != uri:
         raise DvqError(
             "MLFLOW_TRACKING_URI has a password in it, which logs would show; a server's goes into "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's to an MLflow server"
@@ -78,7 +78,7 @@ def _ask(uri: str) -> str:
         # MLflow's other ways to log in.
         has_credentials = Path("~/.mlflow/credentials").expanduser().exists()
         if not has_credentials and not any(name.startswith(OTHER_LOGINS) for name in os.environ):
-            raise DvqError(tracking.REFUSED.format(uri)) from None
+            raise DvqError(mlflow_server.REFUSED.format(uri)) from None
     except (OSError, http.client.HTTPException) as error:
         if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
             return f"MLflow at {uri} has a certificate that is not trusted; {AUTHORITIES[0]} names the authority's"

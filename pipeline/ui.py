@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from components import tracking
+from components import mlflow_server
 from dvq import DvqError
 from pipeline import preflight, tracker
+from pipeline.command import application, outputs
 from pipeline.services import HOST
 from pipeline.stack import Stack
 
@@ -25,7 +26,7 @@ QUIET = {
 
 def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> None:
     """Print the address of MLflow's pages; serve them if no server does."""
-    home = preflight.outputs()
+    home = outputs()
     if "MLFLOW_TRACKING_URI" not in os.environ:
         os.environ.update(Stack(home / "stack").environment())
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
@@ -33,11 +34,11 @@ def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> N
     if uri.startswith("http"):
         print(f"{uri.rstrip('/')}/{_start_page()}")
         return
-    file = tracking.database()
+    file = mlflow_server.database()
     if file and not file.exists():
         raise DvqError(f"there is no {file}, for no sweep was tracked in it yet: make submit-sweep")
     _check_port(port)
-    tracking.ensure_database()
+    mlflow_server.ensure_database()
     print(f"MLflow on {file or uri}; Ctrl-C ends it\nhttp://{HOST}:{port}/{_start_page()}", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     command += ["--host", HOST, "--port", port, "--workers", "1", "--uvicorn-opts", "--log-level warning"]
@@ -46,7 +47,7 @@ def ui(port: Annotated[str, typer.Option(help="of this machine")] = "5000") -> N
 
 def _start_page() -> str:
     """The page of the latest sweep's runs; from the list of experiments MLflow leads to pages for language models."""
-    experiment = tracking.newest_experiment()
+    experiment = mlflow_server.newest_experiment()
     return f"#/experiments/{experiment}/runs{FORM}" if experiment else f"#/experiments{FORM}"
 
 
@@ -59,7 +60,7 @@ def _check_port(port: str) -> None:
         raise DvqError(f"PORT = '{port}' cannot be listened on ({reason}): name another") from None
 
 
-app = preflight.application(ui)
+app = application(ui)
 
 if __name__ == "__main__":
     app()

@@ -1,60 +1,15 @@
 """Show the progress of a sweep, from the store, until it ends."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
 from rich.console import Console
 
-from components.folder import begin
 from components.store import Store
 from dvq.events import Tail
-from dvq.sweep import Sweep
 from dvq.trial import Trial
-from pipeline.profile import Profile
+from pipeline.job import Job
 from pipeline.progress import FINISHED, LOOK, LiveTable, PlainLines, Row
-
-
-@dataclass(frozen=True)
-class Job:
-    """A sweep that was checked and can start."""
-
-    sweep: Sweep
-    trials: Mapping[str, Trial]
-    store: Store
-    arguments: Mapping[str, str]
-    jobs: int
-    folder: Path
-    """of this launch's log"""
-    profile: Profile | None
-    """of the containers or pods; None if the tasks are processes"""
-
-    @property
-    def data(self) -> str:
-        """The name of its images."""
-        return self.arguments["data_name"]
-
-    def keys(self) -> list[str]:
-        """The trials' keys."""
-        return [trial.key() for trial in self.trials.values()]
-
-
-def remove(job: Job) -> None:
-    """Remove the sweep's trials from the store, print which, and begin those that would go on from shorter ones, so
-    that they do not."""
-    removed = [name for name, trial in job.trials.items() if job.store.has(trial.key(), "trial.json")]
-    for name in removed:  # DvqError for one at work, before any is removed
-        with job.store.idle(job.trials[name].key()):
-            pass
-    for name in removed:
-        job.store.remove(job.trials[name].key())
-    print(f"removed from {job.store.place}: {', '.join(removed) or 'nothing'}")
-    for name, trial in job.trials.items():
-        if job.store.reached_step(trial):
-            with job.store.working(trial.key()) as work:
-                begin(work.folder, trial, name)
-    job.store.look(job.keys())
 
 
 def rows(job: Job) -> list[Row]:

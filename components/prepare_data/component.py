@@ -24,6 +24,6 @@ def prepare_data(name: str, data: Output[Dataset], source: str = ""):
     from components import datasets, exit_on_error
 
     with exit_on_error():
-        info = datasets.prepare(name, source, Path(data.path))
+        info = datasets.prepare(name, source, Path(data.path)).info
     described = ("name", "label", "fingerprint", "train", "tune", "test")
     data.metadata.update({key: info[key] for key in described})

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from components import reports, tracking, trials
+from components import mlflow_server, reports, tracking, trials
 from components.folder import begin, read_json, state, write_json
 from components.store import Store
 from dvq import events
@@ -69,14 +69,14 @@ def finish(folder: Path, diary: Events) -> None:
 
 
 def runs(experiment: str = "sweep") -> list[Any]:
-    server = tracking.client()
+    server = mlflow_server.client()
     found = server.get_experiment_by_name(experiment)
     assert found is not None
     return list(server.search_runs([found.experiment_id]))
 
 
 def history(run: Any, name: str) -> list[tuple[int, float]]:
-    points = tracking.client().get_metric_history(run.info.run_id, name)
+    points = mlflow_server.client().get_metric_history(run.info.run_id, name)
     return [(point.step, point.value) for point in points]
 
 
@@ -97,7 +97,7 @@ def test_a_finished_trial_is_a_finished_run_with_all_it_made(
     assert "bundled sample" in run.data.tags["dvq.data"]
     assert history(run, "train/rate") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
     assert run.data.metrics["test/bits_per_dim"] == 7.5
-    paths = {item.path for item in tracking.client().list_artifacts(run.info.run_id)}
+    paths = {item.path for item in mlflow_server.client().list_artifacts(run.info.run_id)}
     assert {"figures", "images", "results.json"} <= paths
     assert len(run.outputs.model_outputs) == 1
     assert not [one for one in recwarn if "type hints" in str(one.message)], "make report would show it"
@@ -110,7 +110,7 @@ def test_a_moved_folder_has_the_same_runs_and_models(
     def work_in(outputs: Path) -> tracking.TrialRun:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{outputs}/mlflow.db")
         monkeypatch.setenv("DVQ_STORE", str(outputs / "store"))
-        tracking.ensure_database()
+        mlflow_server.ensure_database()
         return tracking.TrialRun(outputs / "store" / "trial", "sweep")
 
     old, new = tmp_path / "old", tmp_path / "new"
@@ -155,7 +155,7 @@ def test_a_finished_trials_numbers_are_on_its_run_and_its_model(
     }.items():
         assert history(run, f"test/{name}") == [(4, value)]
     (output,) = run.outputs.model_outputs
-    model = tracking.client().get_logged_model(output.model_id)
+    model = mlflow_server.client().get_logged_model(output.model_id)
     assert (model.name, model.experiment_id) == (run.info.run_name, run.info.experiment_id)
     assert model.params == run.data.params
     assert {one.key: one.value for one in model.metrics} == {
@@ -204,7 +204,7 @@ def test_a_model_has_its_trials_name_as_far_as_mlflow_allows(tmp_path: Path) -> 
     (run,) = runs()
     assert run.info.run_name == name
     (output,) = run.outputs.model_outputs
-    assert tracking.client().get_logged_model(output.model_id).name == "gs-soft-c4-k8-s0-temperature-0_1"
+    assert mlflow_server.client().get_logged_model(output.model_id).name == "gs-soft-c4-k8-s0-temperature-0_1"
 
 
 def test_a_runs_name_has_room_in_mlflows_database_and_is_no_others(tmp_path: Path) -> None:
@@ -234,7 +234,9 @@ def test_a_long_report_has_room_in_mlflows_database_and_is_known(tmp_path: Path)
     said = run.data.tags["mlflow.note.content"].splitlines()
     assert 7800 < len("\n".join(said)) < 8000
     assert (said[-2:], set(said[2:-2]) <= set(rows)) == (["", "… all rows: table.json"], True)
-    assert tracking.client().get_experiment(run.info.experiment_id).tags["mlflow.note.content"] == said[0]
+    assert (
+        mlflow_server.client().get_experiment(run.info.experiment_id).tags["mlflow.note.content"] == said[0]
+    )
 
 
 def test_a_report_that_does_not_arrive_costs_not_the_earlier_one(
@@ -369,7 +371,7 @@ def test_a_trial_computed_anew_takes_its_earlier_model_away_but_no_registered_on
     folder, _ = folder_with(tmp_path, 1)
     assert tracking.TrialRun(folder, "sweep").sync()
     assert old.info.run_id not in [run.info.run_id for run in runs()]
-    left = tracking.client().search_logged_models([old.info.experiment_id])
+    left = mlflow_server.client().search_logged_models([old.info.experiment_id])
     assert [one.model_id for one in left] == [output.model_id] * registered
 
 
@@ -384,7 +386,8 @@ def test_two_sweeps_each_have_the_trial_that_they_share(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from components.tracking import TrialRun, ensure_database
+from components.mlflow_server import ensure_database
+from components.tracking import TrialRun
 ensure_database()
 run = TrialRun(Path(sys.argv[1]), "sweep")
 sys.exit(not any(run.sync() for _ in range(20)))
@@ -450,8 +453,8 @@ def test_a_deleted_experiment_is_restored_or_the_sweep_renamed(
 ) -> None:
     """Its name stays taken, and no sync mends it."""
     folder, _ = folder_with(tmp_path, 1)
-    server = tracking.client()
-    deleted = tracking.experiment_id(server, "sweep")
+    server = mlflow_server.client()
+    deleted = mlflow_server.experiment_id(server, "sweep")
     server.delete_experiment(deleted)
     assert not tracking.TrialRun(folder, "sweep").sync()
     said = capsys.readouterr().out
@@ -538,7 +541,7 @@ def test_no_password_is_noted_or_told(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow.example.org:5000")
     tracking.mark_sent(tmp_path, "sweep")
     assert read_json(tmp_path / "tracked.json") == {"http://mlflow.example.org:5000 sweep": "finished"}
-    assert tracking.explanation(OSError("http://me:secret@h/x is away")) == "http://h/x is away"
+    assert mlflow_server.explanation(OSError("http://me:secret@h/x is away")) == "http://h/x is away"
 
 
 def test_a_damaged_note_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,13 +564,13 @@ def test_no_uri_means_no_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_newest_experiment_is_that_of_the_run_that_began_last(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server = tracking.client()
-    assert tracking.newest_experiment() == ""
-    first, second = (tracking.experiment_id(server, name) for name in ("first", "second"))
+    server = mlflow_server.client()
+    assert mlflow_server.newest_experiment() == ""
+    first, second = (mlflow_server.experiment_id(server, name) for name in ("first", "second"))
     for at, experiment in ((2000, first), (1000, second)):
         server.create_run(experiment, at, {"dvq.store": ""})
     server.create_run(second, 3000)  # somebody else's
-    assert tracking.newest_experiment() == first
+    assert mlflow_server.newest_experiment() == first
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    assert tracking.newest_experiment() == ""
+    assert mlflow_server.newest_experiment() == ""
     assert "http://127.0.0.1:1 does not answer" in capsys.readouterr().out

@@ -19,10 +19,9 @@ from dvq.events import Events
 from dvq.sweep import Sweep
 from pipeline import cancel, cluster, conclusion, containers, forecast, image, submit
 from pipeline.connection import UnreachableError
+from pipeline.job import Job
 from pipeline.kubeflow import Kubeflow, Run
-from pipeline.preflight import PROFILE
-from pipeline.profile import Cluster, Profile, find_profile
-from pipeline.watch import Job
+from pipeline.profile import DEFAULTS, Cluster, Profile, find_profile
 from tests.kubeflow_server import KubeflowServer, RefusedError
 
 PLAIN = Profile(cpu=1, image="r.example.org/dvq:1", cluster=Cluster(pull_policy="Never"))
@@ -40,20 +39,23 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     def job(
-        profile: Profile | None = PLAIN, place: str = "s3://dvq/store", seeds: int = 2, **arguments: str
+        profile: Profile | None = PLAIN,
+        place: str = "s3://dvq/store",
+        seeds: int = 2,
+        source: str = "",
+        data: str = "cifar10-sample",
+        description: str = "",
     ) -> Job:
         sweep = Sweep(
             name="s",
-            base={"data": "cifar10-sample", "steps": 100},
+            description=description,
+            base={"data": data, "steps": 100},
             grid={"estimator": ["vq-ema"]},
             seeds=list(range(seeds)),
         )
         store = Store(tmp_path / "store")
         store.place = place or store.place
-        given = {"sweep": sweep.model_dump_json(), "base": "{}", "data_name": "cifar10-sample", "source": ""}
-        return Job(
-            sweep, sweep.trials(), store, {**given, "experiment": "s", **arguments}, 2, tmp_path, profile
-        )
+        return Job(sweep, sweep.trials(), store, source, 2, tmp_path, profile)
 
     return job
 
@@ -81,7 +83,7 @@ def test_a_profile_without_a_cluster_is_refused(dry_run: bool) -> None:
     ("job", "told"),
     [
         ({"place": ""}, "set DVQ_STORE=s3://bucket/prefix"),
-        ({"base": "x" * 70000}, r"too large for one pipeline \(base: 69 KiB of 64\)"),
+        ({"description": "x" * 70000}, r"too large for one pipeline \(sweep: 69 KiB of 64\)"),
         (
             {
                 "profile": PLAIN.model_copy(update={"cluster": Cluster(pull_policy="Never", limit=4000)}),
@@ -144,7 +146,7 @@ def test_what_is_pushed_is_what_the_sweep_and_the_manifests_name(
     daemon = Daemon()
     monkeypatch.setattr(image, "connect", lambda: daemon)
     image.image(profile, True)
-    wanted = image.name(find_profile(profile or PROFILE["kfp"]), pushed=True)
+    wanted = image.name(find_profile(profile or DEFAULTS["kfp"]), pushed=True)
     assert capsys.readouterr().out.strip() == wanted
     assert daemon.pushed == [f"r.example.org/me/{IMAGE}", wanted]
 
@@ -172,13 +174,13 @@ def test_data_of_this_machine_goes_to_the_store(
         assert cluster.bring_data(job) is job
     monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
     job = make(source=str(tmp_path))  # the sample needs no source
-    assert cluster.bring_data(job).arguments["source"] == ""
+    assert cluster.bring_data(job).source == ""
     assert list((tmp_path / "store/data").glob("*/data.json"))
     with pytest.raises(DvqError, match="cifar-10"):
-        cluster.bring_data(make(source=str(tmp_path), data_name="cifar10"))
+        cluster.bring_data(make(source=str(tmp_path), data="cifar10"))
     for source in ("", "https://mirror.example.org/birds.npz"):  # there is no address of them to ask
         with pytest.raises(DvqError, match=r"the store has no images birds@|come from a file"):
-            cluster.bring_data(make(source=source, data_name="birds@0123456789abcdef"))
+            cluster.bring_data(make(source=source, data="birds@0123456789abcdef"))
 
 
 def test_data_that_this_machines_cache_alone_has_goes_to_the_store(
@@ -194,7 +196,7 @@ def test_data_that_this_machines_cache_alone_has_goes_to_the_store(
 
 
 def test_what_is_refused_removes_nothing(make: Make, server: KubeflowServer) -> None:
-    job = make(source="/no/birds.npz", data_name="birds@0123456789abcdef")
+    job = make(source="/no/birds.npz", data="birds@0123456789abcdef")
     checkpoint(job, 20)
     finish(job, 0)
     before = sorted(job.store.root.rglob("*"))

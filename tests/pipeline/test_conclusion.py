@@ -15,20 +15,22 @@ from dvq import DvqError, checkpoint, events
 from dvq.sweep import Sweep
 from dvq.trial import Trial, values
 from pipeline import conclusion
+from pipeline.job import Job, remove
+from pipeline.profile import Profile
 from pipeline.submit import _log_excerpt, conclude
-from pipeline.watch import Job, remove
 
 SWEEP = Sweep(name="s", base={"data": "cifar10-sample"}, grid={"estimator": ["gs-soft", "vq-ema", "vimco"]})
 
 
+@pytest.mark.parametrize("profile", [None, Profile()])
 def test_finished_trials_that_mlflow_lacks_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: Profile | None
 ) -> None:
-    """Its own faults are in the log alone, where nobody looks after a success."""
+    """Its own faults are in the log alone, where nobody looks after a success. Containers get the same address."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     trials, store = SWEEP.trials(), Store(tmp_path)
     (tmp_path / "kfp.log").touch()
-    job = Job(SWEEP, trials, store, {}, 1, tmp_path, None)
+    job = Job(SWEEP, trials, store, "", 1, tmp_path, profile)
     first, _, failed = trials
     monkeypatch.setattr(conclusion, "show", lambda *_: {failed: "why not"})
     for name, lacks in ((first, "MLflow lacks 1 of"), (None, "MLflow lacks 2 of")):
@@ -166,7 +168,7 @@ def test_a_champion_that_mlflow_lacks_is_told(tmp_path: Path, monkeypatch: pytes
     """Its own faults are in the log alone."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     sweep = SWEEP.model_copy(update={"champion": "mine"})
-    job = Job(sweep, SWEEP.trials(), Store(tmp_path), {}, 1, tmp_path, None)
+    job = Job(sweep, SWEEP.trials(), Store(tmp_path), "", 1, tmp_path, None)
     for one in job.trials.values():
         job.store.trial(one.key()).mkdir(parents=True)
         tracking.mark_sent(job.store.trial(one.key()), "s")
@@ -196,7 +198,7 @@ def test_fresh_trials_go_on_from_no_shorter_ones(tmp_path: Path, capsys: pytest.
     begin(store.trial(trials[name].key()), trials[name], name)
     events.Events(store.trial(trials[name].key())).state("training")
     assert store.reached_step(trials[name]) == 0  # it was begun before the other was there
-    remove(Job(SWEEP, trials, store, {}, 1, tmp_path, None))
+    remove(Job(SWEEP, trials, store, "", 1, tmp_path, None))
     assert capsys.readouterr().out.endswith(f": {name}\n")
     assert store.state(trials[name].key()).name == "new"
     assert store.reached_step(trials[name]) == 0
@@ -210,13 +212,12 @@ def test_where_one_trial_is_at_work_fresh_removes_none(tmp_path: Path) -> None:
         begin(store.trial(trial.key()), trial, name)
     *_, last = (trial.key() for trial in trials.values())
     with store.working(last), pytest.raises(DvqError, match=f"{last} is being computed by another process"):
-        remove(Job(SWEEP, trials, store, {}, 1, tmp_path, None))
+        remove(Job(SWEEP, trials, store, "", 1, tmp_path, None))
     assert all(store.has(trial.key(), "trial.json") for trial in trials.values())
 
 
-def test_why_nothing_started_is_not_the_reports_repetition(tmp_path: Path) -> None:
-    log = tmp_path / "kfp.log"
-    log.write_text(
+def test_why_nothing_started_is_not_the_reports_repetition() -> None:
+    log = (
         "yaml.parser.ParserError: expected ',' or ']'\n"
         "dvq.DvqError: 1 of 2 trials failed: a: it did not start\n"
     )
@@ -231,9 +232,6 @@ def test_why_nothing_started_is_not_the_reports_repetition(tmp_path: Path) -> No
         ("nothing", "; the end of its log:"),
     ],
 )
-def test_why_a_report_failed_is_not_kfps_own_end(text: str, says: str, tmp_path: Path) -> None:
-    log = tmp_path / "kfp.log"
-    log.write_text(
-        f"{text}\nFile kfp.py\nRuntimeError: Pipeline 'x' finished with status FAILURE. Inner task\n"
-    )
+def test_why_a_report_failed_is_not_kfps_own_end(text: str, says: str) -> None:
+    log = f"{text}\nFile kfp.py\nRuntimeError: Pipeline 'x' finished with status FAILURE. Inner task\n"
     assert _log_excerpt(1, {}, log)[0] == f"the pipeline failed after the trials{says}"

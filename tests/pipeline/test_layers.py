@@ -39,6 +39,7 @@ ADAPTERS = {
     "dvq/pictures.py": {"matplotlib"},
     "dvq/style.py": {"matplotlib"},
     "components/logged.py": {"mlflow"},
+    "components/mlflow_server.py": {"mlflow"},
     "components/runs.py": {"mlflow", "PIL"},
     "components/s3.py": {"boto3", "botocore", "tenacity"},
     "components/tracking.py": {"mlflow"},

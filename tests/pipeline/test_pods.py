@@ -17,8 +17,7 @@ from dvq.config import overrides
 from dvq.sweep import Sweep
 from pipeline import cluster, definition
 from pipeline.local import ONE_THREAD
-from pipeline.preflight import PROFILE
-from pipeline.profile import PROFILES, Cluster, Profile, Toleration, find_profile
+from pipeline.profile import DEFAULTS, PROFILES, Cluster, Profile, Toleration, find_profile
 
 ROOT = Path(__file__).parents[2]
 TASKS = {"plan", "prepare-data", "train", "evaluate", "analyze", "report"}
@@ -208,7 +207,7 @@ def test_the_nodes_that_a_profile_is_for(name: str, selector: dict[str, str], ta
 
 def test_the_profiles_that_are_shipped() -> None:
     assert SHIPPED == ["docker", "eks", "gke", "kind", "nvidia"]
-    assert set(PROFILE.values()) <= set(SHIPPED)
+    assert set(DEFAULTS.values()) <= set(SHIPPED)
     assert [name for name in CLUSTERS if not find_profile(name).gpu] == ["kind"]
     eks = find_profile("eks").cluster
     assert eks

@@ -20,6 +20,7 @@ from dvq import DvqError
 from dvq.sweep import load_sweep
 from dvq.trial import values
 from pipeline import conclusion, containers, explain, local, preflight, replay, report, stack, submit, ui
+from pipeline.command import application
 from pipeline.stack import Stack
 
 GRID = {"estimator": ["gs-soft"]}
@@ -462,7 +463,7 @@ def test_what_replay_met_is_not_hidden(
         raise DvqError("no room in the store")
 
     monkeypatch.setattr(preflight, "check_begun", lambda *_: None)
-    monkeypatch.setattr(replay.tracking, "ensure_database", lambda: None)
+    monkeypatch.setattr(replay.mlflow_server, "ensure_database", lambda: None)
     monkeypatch.setattr(Store, "publish_report", full)
     with pytest.raises(SystemExit) as ended:
         replay.app(["smoke"])
@@ -478,7 +479,7 @@ def test_a_report_in_a_folder_that_was_moved_moves_its_database_first(
     monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
     done: list[str] = []
     monkeypatch.setattr(preflight, "check_begun", lambda *_: None)
-    monkeypatch.setattr(report.tracking, "ensure_database", lambda: done.append("ensure"))
+    monkeypatch.setattr(report.mlflow_server, "ensure_database", lambda: done.append("ensure"))
     monkeypatch.setattr(report.reports, "write", lambda *_: done.append("write"))
     with pytest.raises(SystemExit):
         report.app(["smoke"])
@@ -510,7 +511,7 @@ def test_a_full_disk_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVQ_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'x.db'}")
-    monkeypatch.setattr(replay.tracking, "ensure_database", lambda: None)
+    monkeypatch.setattr(replay.mlflow_server, "ensure_database", lambda: None)
     for trial in load_sweep(write_sweep(grid=GRID)).trials().values():
         (tmp_path / "store/trials" / trial.key() / "checkpoints/000000003").mkdir(parents=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -526,7 +527,7 @@ def test_a_full_disk_is_one_sentence(
 
 def test_a_terminal_without_a_character_has_another_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    preflight.application(lambda: print("6.9 ± 0.1", flush=True))([], standalone_mode=False)
+    application(lambda: print("6.9 ± 0.1", flush=True))([], standalone_mode=False)
     assert sys.stdout.buffer.getvalue() == b"6.9 ? 0.1\n"  # type: ignore[attr-defined]
 
 

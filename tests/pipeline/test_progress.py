@@ -13,8 +13,9 @@ from dvq import events as diary
 from dvq.config import trial as make_trial
 from dvq.events import Events, Tail
 from dvq.sweep import Sweep
+from pipeline.job import Job
 from pipeline.progress import MARGIN, LiveTable, PlainLines, Row, clock, shorten, sweep_seconds_left, table
-from pipeline.watch import Job, watch
+from pipeline.watch import watch
 
 TRIAL = make_trial({"estimator": "gs-soft", "steps": 100, "batch_size": 10})
 
@@ -242,7 +243,7 @@ def test_a_terminal_that_cannot_draw_gets_lines(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TERM", "dumb")
     console = Console(file=io.StringIO(), force_terminal=True)
     sweep = Sweep(name="s", base={"estimator": "gs-soft", "data": "cifar10-sample"})
-    job = Job(sweep, sweep.trials(), Store(tmp_path), {}, 1, tmp_path, None)
+    job = Job(sweep, sweep.trials(), Store(tmp_path), "", 1, tmp_path, None)
     looks = iter([(False, "preparing"), (True, "")])
     watch(job, [], 0.0, console, lambda: next(looks))
     assert isinstance(console.file, io.StringIO)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from components import tracking
+from components import mlflow_server
 from components.folder import begin
 from components.tracking import TrialRun
 from dvq import DvqError
@@ -82,7 +82,7 @@ def test_an_experiment_of_another_users_is_a_sentence_that_names_the_remedy(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", RIGHT)
-    tracking.experiment_id(tracking.client(), "the admin's")
+    mlflow_server.experiment_id(mlflow_server.client(), "the admin's")
     AuthServiceClient(address).create_user("guest", "another-long-password")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "guest")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another-long-password")

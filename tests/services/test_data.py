@@ -37,7 +37,7 @@ def test_data_comes_from_s3_and_goes_through_it(
     killed = [
         proxy.at(rf"PUT .*/{name}", cut(seaweed.restart)) for name in ("train_images.npy", r"\w+.json$")
     ]
-    made = datasets.prepare("cifar10", archive, tmp_path / "made")
+    made = datasets.prepare("cifar10", archive, tmp_path / "made").info
     assert broken.is_set()
     assert all(one.is_set() for one in killed)
     monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "two"))
@@ -45,7 +45,7 @@ def test_data_comes_from_s3_and_goes_through_it(
     assert store is not None
     assert store.has_data("cifar10")
     proxy.clear()
-    assert datasets.prepare("cifar10", "https://127.0.0.1:9/never", tmp_path / "fetched") == made
+    assert datasets.prepare("cifar10", "https://127.0.0.1:9/never", tmp_path / "fetched").info == made
     arrays = data.load(tmp_path / "fetched").arrays
     assert data.fingerprint(arrays) == FINGERPRINTS["cifar10"]
     assert not [line for line in proxy.requests if line.startswith("PUT")]
@@ -63,8 +63,8 @@ def test_images_of_ones_own_come_from_s3(archive: str, tmp_path: Path) -> None:
     bucket, key = datasets._bucket_and_key(archive.replace("cifar-10-python.tar.gz", "birds.npz"))
     bucket.upload(tmp_path / "birds.npz", key)
     name = own.name(str(tmp_path / "birds.npz"))
-    assert datasets.prepare(name, f"{bucket}/{key}", tmp_path / "made")["train"] == 20
-    assert datasets.prepare(name, "", tmp_path / "again")["name"] == name  # from the store
+    assert datasets.prepare(name, f"{bucket}/{key}", tmp_path / "made").info["train"] == 20
+    assert datasets.prepare(name, "", tmp_path / "again").info["name"] == name  # from the store
     with pytest.raises(DvqError, match="the images are birds@"):
         datasets.prepare("birds@0123456789abcdef", f"{bucket}/{key}", tmp_path / "other")
     store = Store.from_environment()

@@ -1,7 +1,6 @@
 """What a store of a thousand trials costs to look at."""
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from components.manifest import Manifest, Piece
 from components.remote import RemoteStore
 from dvq.config import trial
 from dvq.events import Events, read
+from pipeline.explain import ledger
 from tests.services.proxy import Proxy, calling
 
 TRIALS = 1000
@@ -29,7 +29,7 @@ def test_a_thousand_trials_are_a_few_requests(
     }
 
     def manifest(name: str, step: int = 0) -> bytes:
-        return Manifest("o", 1, state=asdict(State(name, step=step)), files=files).content()
+        return Manifest("o", 1, state=State(name, step=step), files=files).content()
 
     store.bucket.map(lambda key: store.bucket.put(f"trials/{key}.json", manifest("finished")), keys)
     store.bucket.map(lambda key: store.bucket.put(f"trials/{key}/o-1/images/0.png", b"x"), keys)
@@ -120,7 +120,45 @@ def test_a_look_at_others_forgets_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     store = RemoteStore(f"s3://dvq/{tmp_path.name}")
     first, second = (trial({"estimator": "gs-soft", "seed": seed}).key() for seed in (1, 2))
     for key in (first, second):
-        store.bucket.put(f"trials/{key}.json", Manifest("o", 1, state=asdict(State("interrupted"))).content())
+        store.bucket.put(f"trials/{key}.json", Manifest("o", 1, state=State("interrupted")).content())
     store.look([first])
     store.follow([second])
     assert [store.state(key).name for key in (first, second)] == ["interrupted", "interrupted"]
+
+
+@pytest.mark.usefixtures("proxy")
+def test_parts_of_what_was_looked_at_are_fetched_without_another_look(
+    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "a"))
+    here = RemoteStore(f"s3://dvq/{tmp_path.name}")
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "b"))
+    there = RemoteStore(here.place)
+    key = trial({"estimator": "gs-soft"}).key()
+    with here.working(key) as work:
+        Events(work.folder).failure("a reason")
+        write_json(work.folder / "events.json", {})
+    there.look([key])
+    proxy.clear()
+    there.fetch([key], "events", "results.json")
+    assert [event["reason"] for event in read(there.trial(key))] == ["a reason"]
+    assert not (there.trial(key) / "events.json").exists()
+    assert not [line for line in proxy.requests if "list-type" in line]
+
+
+@pytest.mark.usefixtures("proxy")
+def test_explain_brings_the_model_that_it_tells_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "a"))
+    here = RemoteStore(f"s3://dvq/{tmp_path.name}")
+    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "b"))
+    there = RemoteStore(here.place)
+    one = trial({"estimator": "gs-soft"})
+    numbers = {"bits_per_dim": 7.0, "bits_per_dim_se": 0.02, "rate": 0.5, "distortion": 6.5, "images": 500}
+    evaluation = {"split": "test", **numbers, "ledger": {"latents": [0.5], "channels": [2.0, 2.0, 2.5]}}
+    with here.working(one.key()) as work:
+        (work.folder / "model").mkdir(parents=True)
+        (work.folder / "model" / "trial.json").write_text("{}")
+        write_json(work.folder / "results.json", {"evaluation": evaluation, "data": {"label": "a sample"}})
+    model = there.trial(one.key()) / "model"
+    assert ledger("a", {"a": one}, there, "s").splitlines()[-1] == f'its model: dvq.load("{model}")'
+    assert (model / "trial.json").exists()

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from kfp.compiler import Compiler
 
-from components import tracking
+from components import mlflow_server
 from pipeline.definition import sweep_pipeline
 from pipeline.services import endpoint
 from pipeline.stack import Stack
@@ -179,7 +179,7 @@ def everything(home: Home) -> Iterator[tuple[str, bytes]]:
         compiled = home.folder / "pipeline.yaml"
         Compiler().compile(sweep_pipeline(2), str(compiled))
         yield "pipeline", compiled.read_bytes()
-        client = tracking.client()
+        client = mlflow_server.client()
         for experiment in client.search_experiments():
             for run in client.search_runs([experiment.experiment_id]):
                 yield f"tracking:{run.info.run_id}", json.dumps(run.to_dictionary()).encode()
@@ -192,9 +192,9 @@ def everything(home: Home) -> Iterator[tuple[str, bytes]]:
 def test_its_champion_loads_with_pickle_forbidden_and_says_where_it_comes_from(home: Home) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", home.stack.address)
-        version = tracking.client().get_model_version_by_alias("tiny-model", "champion")
-        experiment = tracking.client().get_experiment_by_name("tiny")
-        runs = tracking.client().search_runs([experiment.experiment_id], "tags.`dvq.key` LIKE '%'")
+        version = mlflow_server.client().get_model_version_by_alias("tiny-model", "champion")
+        experiment = mlflow_server.client().get_experiment_by_name("tiny")
+        runs = mlflow_server.client().search_runs([experiment.experiment_id], "tags.`dvq.key` LIKE '%'")
     best = min(runs, key=lambda run: run.data.metrics["tune/bits_per_dim"])
     assert version.run_id == best.info.run_id
     assert {name: version.tags[f"dvq.{name}"] for name in ("sweep", "trial", "key")} == {
@@ -227,10 +227,10 @@ def test_few_names_of_metrics_however_many_latent_variables(home: Home) -> None:
     """What there is of each is in evaluation.json, the run's artifact."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", home.stack.address)
-        experiment = tracking.client().get_experiment_by_name("tiny")
-        for run in tracking.client().search_runs([experiment.experiment_id], "tags.`dvq.key` LIKE '%'"):
+        experiment = mlflow_server.client().get_experiment_by_name("tiny")
+        for run in mlflow_server.client().search_runs([experiment.experiment_id], "tags.`dvq.key` LIKE '%'"):
             assert len(run.data.metrics) <= 12
-            path = tracking.client().download_artifacts(run.info.run_id, "evaluation.json")
+            path = mlflow_server.client().download_artifacts(run.info.run_id, "evaluation.json")
             ledger = json.loads(Path(path).read_text(encoding="utf-8"))["ledger"]
             assert len(ledger["latents"]) == 2
 
@@ -270,7 +270,7 @@ def recorded(home: Home) -> dict[str, Any]:
     """Status, parameters and every point of the sweep's runs, by their names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", home.stack.address)
-        client = tracking.client()
+        client = mlflow_server.client()
         experiment = client.get_experiment_by_name("tiny")
         return {
             run.info.run_name: (

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mlflow.entities import LoggedModelStatus
 
-from components import tracking
+from components import mlflow_server, tracking
 from components.folder import begin, read_json, state, write_json
 from components.tracking import TrialRun
 from dvq import events
@@ -79,13 +79,13 @@ def finish(folder: Path, diary: Events) -> None:
 
 
 def runs(experiment: str) -> list[Any]:
-    found = tracking.client().get_experiment_by_name(experiment)
-    return list(tracking.client().search_runs([found.experiment_id])) if found else []
+    found = mlflow_server.client().get_experiment_by_name(experiment)
+    return list(mlflow_server.client().search_runs([found.experiment_id])) if found else []
 
 
 def end_state(experiment: str) -> dict[str, Any]:
     """All that MLflow has of the experiment's one run, but for what is different each time."""
-    client, (run,) = tracking.client(), runs(experiment)
+    client, (run,) = mlflow_server.client(), runs(experiment)
     models = [client.get_logged_model(one.model_id) for one in run.outputs.model_outputs]  # in any order
     (model,) = (one for one in models if one.status == LoggedModelStatus.READY)
     names = [
@@ -106,7 +106,7 @@ def end_state(experiment: str) -> dict[str, Any]:
 
 
 def points(run: Any) -> dict[str, list[tuple[int, float]]]:
-    client = tracking.client()
+    client = mlflow_server.client()
     return {
         name: sorted((one.step, one.value) for one in client.get_metric_history(run.info.run_id, name))
         for name in run.data.metrics
@@ -244,7 +244,7 @@ def test_eight_writers_at_once_lose_nothing(tmp_path: Path) -> None:
         assert document
         document |= {"key": f"{document['key']}-{folder.name}", "name": folder.name}
         write_json(folder / "trial.json", document)
-    tracking.client()
+    mlflow_server.client()
     threads = [threading.Thread(target=TrialRun(folder, "eight").sync) for folder in folders]
     for thread in threads:
         thread.start()
