@@ -34,8 +34,8 @@ def timed(work: Callable[[], object]) -> float:
 def round_of(bucket: Bucket, folder: Path, mib: int, number: int) -> dict[str, float]:
     """Seconds of each way, of a file with new content."""
     path = folder / "here" / "checkpoints" / "1" / "state"
-    here = Mirror(bucket, f"trials/{number}", folder / "here", lambda _: {})
-    there = Mirror(bucket, f"trials/{number}", folder / str(number), lambda _: {})
+    here = Mirror(bucket, f"trials/{number}", folder / "here")
+    there = Mirror(bucket, f"trials/{number}", folder / str(number))
     here.claim()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(os.urandom(mib << 20))
