@@ -18,6 +18,7 @@ from dvq.device import exact
 from dvq.latents import Codebooks, Sample, per_image
 from dvq.minutely import Minutely
 from dvq.model import Model, in_evaluation
+from dvq.network import Decoder
 from dvq.quantizers import Deterministic
 
 Prior = Callable[[Tensor], Tensor]
@@ -204,7 +205,8 @@ def _fit_normalization(model: Model, training: NDArray[np.uint8], generator: tor
         layer.train()  # this layer alone: the rest stays as in evaluation, in float32
     size = min(model.trial.batch_size, len(training))
     whole = training[: min(len(training) // size, STATISTICS) * size]
-    decode = getattr(model.decoder, "hidden", model.decoder)  # without the head, if it has one
+    decoder: nn.Module = model.decoder
+    decode = decoder.hidden if isinstance(decoder, Decoder) else decoder  # ours without its head
     for batch in batches(whole, size, generator.device):
         decode(model.latents.sample(model.encoder(batch), generator).vectors)
     for layer, momentum in zip(layers, momenta, strict=True):

@@ -85,15 +85,15 @@ def test_a_loss_in_a_loop_of_ones_own_takes_no_other_numbers_for_pixel_values() 
 
 
 class OwnDecoder(torch.nn.Module):
-    """What dvq/README.md asks of a decoder that is replaced whole."""
+    """What dvq/README.md asks of a decoder that is replaced whole; its ``hidden`` is something else than ours."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = torch.nn.Sequential(torch.nn.BatchNorm2d(6), torch.nn.ConvTranspose2d(6, 768, 4, 4))
+        self.hidden = torch.nn.Sequential(torch.nn.BatchNorm2d(6), torch.nn.ConvTranspose2d(6, 768, 4, 4))
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         h = vectors.transpose(0, 1).reshape(-1, 8, 8, 6).permute(0, 3, 1, 2)
-        return self.body(h).permute(0, 2, 3, 1).flatten(1, 2)  # type: ignore[no-any-return]
+        return self.hidden(h).permute(0, 2, 3, 1).flatten(1, 2)  # type: ignore[no-any-return]
 
     def nll(
         self, vectors: torch.Tensor, images: torch.Tensor, weigh: Any
