@@ -14,6 +14,17 @@ from pipeline.explain import ledger
 from tests.services.proxy import Proxy, calling
 
 TRIALS = 1000
+Machines = tuple[RemoteStore, RemoteStore]
+
+
+@pytest.fixture
+def machines(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:  # noqa: ARG001
+    """The same store as two machines see it, each with a cache of its own."""
+    stores = []
+    for name in ("a", "b"):
+        monkeypatch.setenv("DVQ_CACHE", str(tmp_path / name))
+        stores.append(RemoteStore(f"s3://dvq/{tmp_path.name}"))
+    return stores[0], stores[1]
 
 
 @pytest.mark.usefixtures("proxy")
@@ -51,14 +62,8 @@ def test_a_thousand_trials_are_a_few_requests(
     assert looking.state(keys[7]) == State("interrupted", step=9)
 
 
-@pytest.mark.usefixtures("proxy")
-def test_a_trial_that_is_removed_while_it_is_followed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "a"))
-    here = RemoteStore(f"s3://dvq/{tmp_path.name}")
-    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "b"))
-    there = RemoteStore(here.place)
+def test_a_trial_that_is_removed_while_it_is_followed(machines: Machines) -> None:
+    here, there = machines
     key = trial({"estimator": "gs-soft"}).key()
     for name in ("a", "b"):
         with here.working(key) as work:
@@ -89,15 +94,9 @@ def test_a_damaged_cache_is_no_damaged_store(tmp_path: Path, monkeypatch: pytest
         assert cached.read_bytes() == whole
 
 
-@pytest.mark.usefixtures("proxy")
-def test_a_reader_is_never_too_slow_for_a_trial_that_goes_on(
-    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_is_never_too_slow_for_a_trial_that_goes_on(proxy: Proxy, machines: Machines) -> None:
     """Its files are replaced three times while they are fetched."""
-    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "a"))
-    here = RemoteStore(f"s3://dvq/{tmp_path.name}")
-    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "b"))
-    there = RemoteStore(here.place)
+    here, there = machines
     key = trial({"estimator": "gs-soft"}).key()
     mirror, numbers = here._mirror(key), iter(range(9))
     mirror.claim()
@@ -126,14 +125,10 @@ def test_a_look_at_others_forgets_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert [store.state(key).name for key in (first, second)] == ["interrupted", "interrupted"]
 
 
-@pytest.mark.usefixtures("proxy")
 def test_parts_of_what_was_looked_at_are_fetched_without_another_look(
-    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    proxy: Proxy, machines: Machines
 ) -> None:
-    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "a"))
-    here = RemoteStore(f"s3://dvq/{tmp_path.name}")
-    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "b"))
-    there = RemoteStore(here.place)
+    here, there = machines
     key = trial({"estimator": "gs-soft"}).key()
     with here.working(key) as work:
         Events(work.folder).failure("a reason")
@@ -146,12 +141,8 @@ def test_parts_of_what_was_looked_at_are_fetched_without_another_look(
     assert not [line for line in proxy.requests if "list-type" in line]
 
 
-@pytest.mark.usefixtures("proxy")
-def test_explain_brings_the_model_that_it_tells_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "a"))
-    here = RemoteStore(f"s3://dvq/{tmp_path.name}")
-    monkeypatch.setenv("DVQ_CACHE", str(tmp_path / "b"))
-    there = RemoteStore(here.place)
+def test_explain_brings_the_model_that_it_tells_of(machines: Machines) -> None:
+    here, there = machines
     one = trial({"estimator": "gs-soft"})
     numbers = {"bits_per_dim": 7.0, "bits_per_dim_se": 0.02, "rate": 0.5, "distortion": 6.5, "images": 500}
     evaluation = {"split": "test", **numbers, "ledger": {"latents": [0.5], "channels": [2.0, 2.0, 2.5]}}
