@@ -41,6 +41,8 @@ REMEDIES = {
     "no basic auth": "docker login",
     "registry-1.docker.io": "where no registry is reached, make base makes the base image",
 }
+KEPT = re.compile("immutab|overwrit")
+"""in what a registry says that lets no tag be changed, of one that it has; also where it is of the same image"""
 
 
 @dataclass(frozen=True)
@@ -191,13 +193,18 @@ def _failure(error: str, complaint: str) -> str:
 
 def push(client: docker.DockerClient, tag: str, place: str) -> str:
     """Push the image to the registry ``place`` under its tag, and under the release's, which the manifests in k8s/
-    name; returns the former name."""
+    name; returns the former name. A tag that the registry has and lets nobody change stays what it is."""
     for name in (f"{place}/{IMAGE}", f"{place}/{tag}"):
         try:
             client.images.get(tag).tag(name)
         except docker.errors.APIError as error:
             raise DvqError(f"REGISTRY = '{place}': {reason(error)}; give host/path") from None
-        follow(client.images.push(name, stream=True, decode=True), f"the push of {name}")
+        try:
+            follow(client.images.push(name, stream=True, decode=True), f"the push of {name}")
+        except DvqError as error:
+            if not KEPT.search(str(error)):
+                raise
+            print(f"{name} is there already, and the registry keeps it as it is")
     return name
 
 
