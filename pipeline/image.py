@@ -41,6 +41,8 @@ REMEDIES = {
     "no basic auth": "docker login",
     "registry-1.docker.io": "where no registry is reached, make base makes the base image",
 }
+PLACE = re.compile(r"[A-Za-z0-9.-]+(:\d+)?(/[a-z0-9._-]+)*")
+"""of images: a registry's host, and a path there"""
 KEPT = re.compile("immutab|overwrit")
 """in what a registry says that lets no tag be changed, of one that it has; also where it is of the same image"""
 
@@ -112,7 +114,12 @@ def name(profile: Profile, pushed: bool) -> str:
 
 def registry(profile: Profile) -> str:
     """The registry of a profile's image; empty for none."""
-    return (os.environ.get("REGISTRY") or (profile.cluster or Cluster()).registry).rstrip("/")
+    place = (os.environ.get("REGISTRY") or (profile.cluster or Cluster()).registry).rstrip("/")
+    if place and not PLACE.fullmatch(place):  # else it would be the nodes that find no image of that name
+        raise DvqError(
+            f"REGISTRY = '{place}': give host/path, without https:// and the path in small letters"
+        )
+    return place
 
 
 def pip_settings() -> dict[str, list[str]]:
