@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,13 +31,19 @@ class Database:
                 cursor = connection.execute(statement)
             return cursor.fetchall() if cursor.description else []
 
-    def run(self, command: str, stdin: str = os.devnull) -> None:
-        program, *arguments = shlex.split(command)
+    def run(self, command: str, stdin: str = os.devnull, **environment: str) -> None:
+        """Run a shell's command, which finds PostgreSQL's programs."""
+        path = f"{Path(_postgres('psql')[-1]).parent}:{os.environ['PATH']}"
         with open(stdin, "rb") as file:
             done = subprocess.run(
-                [*_postgres(program), *arguments], env=self.settings, stdin=file, capture_output=True
+                command,
+                shell=True,
+                stdin=file,
+                capture_output=True,
+                text=True,
+                env={**environment, "PATH": path},
             )
-        assert done.returncode == 0, done.stderr.decode()
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
@@ -56,15 +61,15 @@ def database(tmp_path: Path) -> Iterator[Database]:
 def test_a_backup_from_before_an_upgrade_comes_back(database: Database, tmp_path: Path) -> None:
     """An upgrade's tables refer to the older ones, which so cannot be dropped one by one."""
     database.ask("CREATE TABLE runs (id text PRIMARY KEY)", "INSERT INTO runs VALUES ('kept')")
-    spec = yaml.safe_load((K8S / "base/backup.yaml").read_text())["spec"]["jobTemplate"]["spec"]["template"][
-        "spec"
-    ]
-    _, _, dump = spec["initContainers"][0]["command"]
+    job = yaml.safe_load((K8S / "base/backup.yaml").read_text())["spec"]["jobTemplate"]
+    _, _, dump = job["spec"]["template"]["spec"]["initContainers"][0]["command"]
     file = str(tmp_path / "mlflow.dump")
-    database.run(dump.replace("/dump/mlflow.dump", file).replace('"$MLFLOW_BACKEND_STORE_URI"', "mlflow"))
+    its = database.settings
+    uri = f"postgresql+psycopg://mlflow:{its['PGPASSWORD']}@{HOST}:{its['PGPORT']}/mlflow"  # as SQLAlchemy takes it
+    database.run(dump.replace("/dump/mlflow.dump", file), MLFLOW_BACKEND_STORE_URI=uri)
     database.ask("CREATE TABLE newer (run text REFERENCES runs (id))", "INSERT INTO runs VALUES ('later')")
     text = (K8S / "README.md").read_text().replace("\\\n", "")
     (restore,) = re.findall(r"exec -i postgres-0 -- (pg_restore .*?) <", text)
-    database.run(restore, file)
+    database.run(restore, file, **its)
     assert database.ask("SELECT id FROM runs") == [("kept",)]
     assert database.ask("SELECT tablename FROM pg_tables WHERE schemaname = 'public'") == [("runs",)]
