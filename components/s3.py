@@ -23,6 +23,8 @@ DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch"}
 """What arrived is not what was sent."""
 FULL = {"XMinioStorageFull", "QuotaExceeded", "507"}
 NOT_IMPLEMENTED = 501
+UNTRUSTED = re.compile("certificate|No such file", re.IGNORECASE)
+"""in a TLS error, of the server's certificate or of the file of those to trust"""
 EXPIRED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 """of credentials for a time, with status 400"""
 URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*?))?/*")
@@ -120,11 +122,13 @@ class Connection:
         return result
 
     def is_transient(self, error: BaseException) -> bool:
-        """Whether the operation may succeed later, as it may if bucket and credentials have worked before."""
+        """Whether the operation may succeed later, as it may if bucket, credentials and TLS have worked before."""
         from botocore.exceptions import ClientError, HTTPClientError
         from botocore.exceptions import ConnectionError as UnreachableError
         from botocore.exceptions import IncompleteReadError as CutShortError
 
+        if _is_untrusted(error):
+            return self._worked
         if not isinstance(error, ClientError):
             return isinstance(error, UnreachableError | HTTPClientError | CutShortError)
         status, code = _status_and_code(error)
@@ -149,6 +153,10 @@ class Connection:
             return DvqError(f"{self.server} redirects; is AWS_ENDPOINT_URL right, https where it must be?")
         if not isinstance(error, BotoCoreError):
             return error
+        if _is_untrusted(error):
+            return DvqError(
+                f"{self.server} has a certificate that is not trusted; AWS_CA_BUNDLE names a file of its authority's"
+            )
         name = type(error).__name__
         if self.is_transient(error):
             return DvqError(f"{self.server} does not answer ({name}); is it up, and AWS_ENDPOINT_URL right?")
@@ -179,6 +187,12 @@ class Connection:
         if code == str(status):  # no word of S3's, as where a web page answers
             hint = "; is AWS_ENDPOINT_URL right?"
         return DvqError(f"{self.server} answers with an error {context}{hint}")
+
+
+def _is_untrusted(error: BaseException) -> bool:
+    from botocore.exceptions import SSLError
+
+    return isinstance(error, SSLError) and bool(UNTRUSTED.search(str(error)))
 
 
 def _status_and_code(error: Any) -> tuple[int, str]:

@@ -41,6 +41,10 @@ REMEDIES = {
     "no basic auth": "docker login",
     "registry-1.docker.io": "where no registry is reached, make base makes the base image",
 }
+PLACE = re.compile(r"[A-Za-z0-9.-]+(:\d+)?(/[a-z0-9._-]+)*")
+"""of images: a registry's host, and a path there"""
+KEPT = re.compile("immutab|overwrit")
+"""in what a registry says that lets no tag be changed, of one that it has; also where it is of the same image"""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,12 @@ def name(profile: Profile, pushed: bool) -> str:
 
 def registry(profile: Profile) -> str:
     """The registry of a profile's image; empty for none."""
-    return (os.environ.get("REGISTRY") or (profile.cluster or Cluster()).registry).rstrip("/")
+    place = (os.environ.get("REGISTRY") or (profile.cluster or Cluster()).registry).rstrip("/")
+    if place and not PLACE.fullmatch(place):  # else it would be the nodes that find no image of that name
+        raise DvqError(
+            f"REGISTRY = '{place}': give host/path, without https:// and the path in small letters"
+        )
+    return place
 
 
 def pip_settings() -> dict[str, list[str]]:
@@ -191,13 +200,18 @@ def _failure(error: str, complaint: str) -> str:
 
 def push(client: docker.DockerClient, tag: str, place: str) -> str:
     """Push the image to the registry ``place`` under its tag, and under the release's, which the manifests in k8s/
-    name; returns the former name."""
+    name; returns the former name. A tag that the registry has and lets nobody change stays what it is."""
     for name in (f"{place}/{IMAGE}", f"{place}/{tag}"):
         try:
             client.images.get(tag).tag(name)
         except docker.errors.APIError as error:
             raise DvqError(f"REGISTRY = '{place}': {reason(error)}; give host/path") from None
-        follow(client.images.push(name, stream=True, decode=True), f"the push of {name}")
+        try:
+            follow(client.images.push(name, stream=True, decode=True), f"the push of {name}")
+        except DvqError as error:
+            if not KEPT.search(str(error)):
+                raise
+            print(f"{name} is there already, and the registry keeps it as it is")
     return name
 
 

@@ -32,8 +32,11 @@ class Toleration(_Strict):
 
     key: str = ""
     """empty: every taint"""
-    operator: Literal["Exists", "Equal"] = "Exists"
     value: str = ""
+    operator: Literal["Exists", "Equal"] = Field(
+        default_factory=lambda given: "Equal" if given.get("value") else "Exists"
+    )
+    """Equal where there is a value, which Kubernetes refuses beside Exists"""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute", ""] = ""
     """empty: every effect"""
     seconds: Annotated[int, Field(ge=0)] | None = None
@@ -115,6 +118,10 @@ class Profile(_Strict):
     """for ON=kfp"""
 
 
+PARTS: dict[int | str, type[BaseModel]] = {"cluster": Cluster, "light": Light, "tolerations": Toleration}
+"""of a profile, by the key that they have in it"""
+
+
 def find_profile(name: str) -> Profile:
     """The profile of that name in pipeline/profiles, or in the YAML file at that path."""
     path = Path(name) if name.endswith((".yaml", ".yml")) or "/" in name else PROFILES / f"{name}.yaml"
@@ -126,7 +133,8 @@ def find_profile(name: str) -> Profile:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its content"
-        keys = Cluster.model_fields if first["loc"][:1] == ("cluster",) else Profile.model_fields
-        raise DvqError(f"{path}: {where}: {first['msg']}; keys there: {', '.join(keys)}") from None
+        within = next((PARTS[key] for key in reversed(first["loc"][:-1]) if key in PARTS), Profile)
+        keys = f"; keys there: {', '.join(within.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise DvqError(f"{path}: {where}: {first['msg']}{keys}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # as of a date in month 13
         raise DvqError(f"{path} is no YAML: {str(error).splitlines()[0]}") from None

@@ -240,6 +240,27 @@ def test_a_server_out_of_reach_does_not_lack_credentials(error: Exception) -> No
     assert bucket.is_transient(errors.pop())
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate (_ssl.c:1006)",
+        "[X509: NO_CERTIFICATE_OR_CRL_FOUND] no certificate or crl found (_ssl.c:4154)",
+        "[Errno 2] No such file or directory",
+    ],
+)
+def test_a_certificate_that_is_not_trusted_is_told_at_once(told: str) -> None:
+    """Also where AWS_CA_BUNDLE is at fault; one that was trusted before may be renewed by and by."""
+    bucket, error = Bucket("s3://bucket"), SSLError(endpoint_url="https://s3.example.org", error=told)
+
+    def attempt() -> None:
+        raise error
+
+    with pytest.raises(DvqError, match="certificate that is not trusted; AWS_CA_BUNDLE names"):
+        bucket.retry(attempt)
+    bucket._worked = True
+    assert bucket.is_transient(error)
+
+
 def test_a_login_that_is_over_is_no_server_that_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -264,7 +264,9 @@ def test_the_servers_serve_and_their_backup_brings_all_back(pods: Pods) -> None:
         f"import psycopg; c = psycopg.connect('{uri}', autocommit=True); print(c.execute('{sql}').rowcount)"
     )
     assert psql("DELETE FROM metrics").strip() == "1"
-    restore = ["pg_restore", "--clean", "--if-exists", "--no-owner", f"--dbname={uri}", "/dump/mlflow.dump"]
+    psql("CREATE TABLE newer (run text REFERENCES runs (run_uuid))")  # as an upgrade does
+    restore = ["pg_restore", "--clean", "--create", "--if-exists", "--exit-on-error", "--no-owner"]
+    restore += [f"--dbname={uri.rpartition('/')[0]}/postgres", "/dump/mlflow.dump"]
     again = pods.client.containers.create(
         pods.images["postgres"],
         restore,

@@ -151,6 +151,34 @@ def test_what_is_pushed_is_what_the_sweep_and_the_manifests_name(
     assert daemon.pushed == [f"r.example.org/me/{IMAGE}", wanted]
 
 
+KEPT = "tag invalid: The image tag '0.1.0' already exists … and cannot be overwritten because the tag is immutable."
+"""Amazon's registry; Harbor's: "Failed to process request due to 'me/dvq:0.1.0' configured as immutable." """
+
+
+def test_a_registry_that_lets_no_tag_be_overwritten_gets_each_new_image(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its release's tag stays what it was; the image's own tag, a hash of its content, can only be this image's."""
+
+    class Registry(Daemon):
+        told = KEPT
+
+        def push(self, name: str, **_: Any) -> list[dict[str, str]]:
+            super().push(name)
+            return [{"error": self.told}] if name.endswith(IMAGE) else []
+
+    monkeypatch.setenv("REGISTRY", "r.example.org/me")
+    registry = Registry()
+    monkeypatch.setattr(image, "connect", lambda: registry)
+    image.image("nvidia", True)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == f"r.example.org/me/{IMAGE} is there already, and the registry keeps it as it is"
+    assert registry.pushed[1:] == [last] == [image.name(find_profile("nvidia"), pushed=True)]
+    registry.told = "unauthorized: authentication required"
+    with pytest.raises(DvqError, match=f"the push of r.example.org/me/{IMAGE} failed: .*; docker login"):
+        image.image("nvidia", True)
+
+
 @pytest.mark.parametrize("profile", ["docker", "nvidia", "kind"])
 def test_what_is_built_is_what_containers_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], profile: str

@@ -42,6 +42,21 @@ def test_an_image_for_other_machines_has_a_name_of_its_own(monkeypatch: pytest.M
         assert image.name(find_profile(name), pushed=False) == wanted
 
 
+@pytest.mark.parametrize(
+    "place", ["https://r.example.org/me", "r.example.org/Me", "r.example.org/me dvq", "r:port/me"]
+)
+def test_a_registry_that_no_image_can_be_in_is_refused(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGISTRY", place)
+    with pytest.raises(DvqError, match="give host/path, without https://"):
+        image.name(find_profile("nvidia"), pushed=True)
+
+
+@pytest.mark.parametrize("place", ["localhost:5000", "me", "r.example.org:443/my-team/x_y/z.1/"])
+def test_a_registrys_host_and_path(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGISTRY", place)
+    assert image.name(find_profile("nvidia"), pushed=True).startswith(f"{place.rstrip('/')}/dvq:")
+
+
 def test_an_installed_package_says_that_images_want_a_clone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

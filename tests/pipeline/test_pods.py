@@ -29,7 +29,7 @@ EVERYTHING = Profile(
     cluster=Cluster(
         accelerator="nvidia.com/gpu.shared", sharing=4, node_selector={"pool": "gpu"},
         tolerations=[
-            Toleration(key="spot", operator="Equal", value="true", effect="NoExecute", seconds=30), Toleration()
+            Toleration(key="spot", value="true", effect="NoExecute", seconds=30), Toleration()
         ],
         pull_secrets=["regcred"], pull_policy="Always", retries=5, timeout=3600, limit=9, ttl=60, user=1234,
         config_maps={"here": ["MLFLOW_TRACKING_URI"]}, secrets={"keys": ["AWS_ACCESS_KEY_ID"], "more": ["A_B"]},
@@ -222,10 +222,30 @@ def test_the_profiles_that_are_shipped() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "operator"),
+    [
+        ({}, "Exists"), ({"key": "a"}, "Exists"), ({"key": "a", "value": "b"}, "Equal"),
+        ({"key": "a", "operator": "Equal"}, "Equal"),
+    ],
+)  # fmt: skip
+def test_a_toleration_as_kubernetes_takes_it(given: dict[str, str], operator: str) -> None:
+    """A value beside Exists is refused, when the pod is made."""
+    assert Toleration.model_validate(given).operator == operator
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("gpus: 1", "gpus: Extra inputs are not permitted; keys there: cpu, memory"),
         ("cluster: {node: x}", "cluster.node: Extra inputs are not permitted; keys there: host, namespace"),
+        (
+            "cluster: {light: {gpu: 1}}",
+            "cluster.light.gpu: Extra inputs are not permitted; keys there: cpu, memory",
+        ),
+        (
+            "cluster: {tolerations: [{name: x}]}",
+            "cluster.tolerations.0.name: Extra inputs are not permitted; keys there: key, value, operator",
+        ),
         ("memory: 4GB", "memory: String should match pattern"),
         ("cluster: {accelerator: gpu}", "cluster.accelerator: String should match"),
         ("cluster: {secrets: {Bad_Name: [A]}}", "cluster.secrets.Bad_Name"),
