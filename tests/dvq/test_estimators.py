@@ -479,6 +479,17 @@ def test_the_transposed_head_has_second_derivatives() -> None:
 
 
 @pytest.mark.parametrize("head", ["1x1", "transposed"])
+@pytest.mark.parametrize("shape", [(2, 2 * 3 * 64, 3), (2, 3 * 64, 5), (3 * 64, 2, 3)])
+def test_other_vectors_than_the_images_are_one_sentence(head: str, shape: tuple[int, ...]) -> None:
+    """Two samples of images that are not repeated were a distortion, of the first sample alone."""
+    model, vectors = small("gs-soft", output_head=head), torch.zeros(shape, dtype=torch.float64)
+    says = r"takes vectors \(K, N, D\), here \(2, 192, 3\) for 3 images; these are \("
+    with pytest.raises(DvqError, match=says) as caught:
+        model.distortion(vectors, torch.from_numpy(IMAGES[:3]))
+    assert str(caught.value).endswith(str(shape))
+
+
+@pytest.mark.parametrize("head", ["1x1", "transposed"])
 def test_the_distortion_weighs_each_image(head: str) -> None:
     model, images = small("vimco", output_head=head).eval(), torch.from_numpy(IMAGES[:3])
     vectors = some_v(3 * 64).requires_grad_()
