@@ -50,6 +50,12 @@ def _check(cls: type[Trial]) -> None:
         raise DvqError(
             f"{cls.__module__}: {cls.__name__} has no {lacking}; the methods' docstrings are in dvq.trial"
         )
+    for base in cls.__mro__[1 : cls.__mro__.index(Trial) + 1]:
+        for name in cls.model_fields.keys() & vars(base).keys():
+            raise DvqError(
+                f"{cls.__module__}: {cls.__name__} has a field '{name}', and {base.__name__} something else of this "
+                "name; give the field another"
+            )
 
 
 def _elsewhere(key: str, cls: type[Trial]) -> str:

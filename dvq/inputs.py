@@ -100,6 +100,18 @@ def codes(given: Any, trial: Trial, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def vectors(given: Any, trial: Trial, like: Tensor) -> Tensor:
+    """The vectors (B, H/4, W/4, K, D), of the kind of ``like``; DvqError if ``trial`` has no such vectors."""
+    tensor = _tensor(given, "vectors")
+    height, width, k, d = single = (*trial.grid, trial.num_latents, trial.code_dim)
+    if not (tensor.is_floating_point() and tensor.numel() and tensor.shape[1:] == single):
+        raise DvqError(
+            f"vectors are {_told(tensor)}: give floating-point numbers (B, {height}, {width}, {k}, {d}), as "
+            "vectors(codes) does"
+        )
+    return tensor.to(like)
+
+
 def generator(given: Any, device: torch.device) -> torch.Generator:
     """The generator; if there is none, a new one seeded from torch's global random numbers (``torch.manual_seed``):
     with a fixed seed, successive calls would share their noise."""

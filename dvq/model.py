@@ -89,7 +89,8 @@ class Model(nn.Module):
             a scalar, and (B,).
 
         Raises:
-            DvqError: other images; as numbers from 0 to 1, say, nearly all would be the pixel value 0.
+            DvqError: other images (as numbers from 0 to 1, say, nearly all would be the pixel value 0), or other
+                vectors.
         """
         images = inputs.images(images, self.trial, vectors.device)
         total, nll = self.decoder.nll(vectors, images, weigh)
@@ -142,6 +143,27 @@ class Model(nn.Module):
         checked = inputs.codes(codes, self.trial, self._device())
         pieces = checked.split(self.trial.images_at_once)
         return torch.cat([self._mean_image(self.latents.vectors(piece.flatten(0, 2).T)) for piece in pieces])
+
+    @in_evaluation
+    def vectors(self, codes: Tensor | NDArray[np.integer]) -> Tensor:
+        """What the codes stand for: codes (B, H/4, W/4, K), 0 to C − 1 → their vectors (B, H/4, W/4, K, D).
+
+        Raises:
+            DvqError: other codes, or a model whose latent variables are continuous.
+        """
+        checked = inputs.codes(codes, self.trial, self._device())
+        vectors: Tensor = self.latents.vectors(checked.flatten(0, 2).T)
+        return vectors.transpose(0, 1).contiguous().unflatten(0, (-1, *self.trial.grid))
+
+    @in_evaluation
+    def decode_vectors(self, vectors: Tensor | NDArray[np.floating]) -> Tensor:
+        """The mean of p(x|z), rounded, of any vectors, between codes too: (B, H/4, W/4, K, D) → uint8 (B, H, W, 3).
+
+        Raises:
+            DvqError: numbers of another shape, or integers.
+        """
+        checked = inputs.vectors(vectors, self.trial, next(self.parameters()))
+        return self._mean_image(checked.flatten(0, 2).transpose(0, 1))
 
     @in_evaluation
     def reconstruct(self, images: Images, generator: torch.Generator | None = None) -> Tensor:

@@ -4,6 +4,7 @@ Source: "Continuous Relaxation Training of Discrete Latent Variable Image Models
 Bayesian Deep Learning); the residual blocks are those of van den Oord et al. 2017, section 4.1.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -97,6 +98,7 @@ class Decoder(_Network):
         super().__init__()
         f, bias = trial.features, trial.normalization == "none"
         self.grid, logits = trial.grid, trial.image_shape[-1] * VALUES
+        self.shape = trial.num_latents, trial.code_dim
         self.body = nn.Sequential(
             nn.Conv2d(trial.num_latents * trial.code_dim, f, 1, bias=bias),
             _norm(trial),
@@ -133,7 +135,17 @@ class Decoder(_Network):
         """Σ_b w_b·(−log p(x_b|z_b)) [nats] to differentiate, and −log p(x|z) of each image's channels, (B, 3).
 
         ``weigh`` makes the constants w (B,) from −log p(x|z) (B,); without it they are 1.
+
+        Raises:
+            DvqError: vectors of another shape, or of another number of images.
         """
+        k, d = self.shape
+        right = (k, len(images) * math.prod(self.grid), d)
+        if vectors.shape != right:
+            raise DvqError(
+                f"the decoder takes vectors (K, N, D), here {right} for {len(images)} images; these are "
+                f"{tuple(vectors.shape)}"
+            )
         hidden, pixels = self.hidden(vectors), images.flatten(1, 2)
         if self.head is None:
             nll = plain_nll(hidden.to(vectors.dtype), pixels)

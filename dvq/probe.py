@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor
 
+from dvq import DvqError
 from dvq.latents import Categorical
 from dvq.model import Model, in_evaluation
 from dvq.trial import Stochastic
@@ -27,7 +28,7 @@ def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: 
         the KL's weight in warm-up,
 
     both means over ``draws``. The norms are of means over few draws, so the bias is a proxy: it cannot fall
-    under the noise, about √(variance / draws).
+    under the noise, about √(variance / draws). Where E g is lost in the noise there is no variance.
 
     Batch normalization is as in evaluation here, so that images do not depend on each other: the bias that it causes
     for score functions in training does not show.
@@ -42,7 +43,7 @@ def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: 
     gradients = torch.stack([_gradient(model, images, generator, step) for _ in range(draws)])  # (S, K, N, C)
     mean = gradients.mean(0)
     variance = (gradients - mean).square().sum() / (draws - 1)
-    signal = (mean.square().sum() - variance / draws).clamp(min=1e-30)  # ‖E g‖² without the noise's share
+    signal = mean.square().sum() - variance / draws  # ‖E g‖² without the noise's share
     logits = model.latents.logits(model.encoder(images))
     positions = logits.shape[1] // len(images)
     assert isinstance(model.trial, Stochastic)
@@ -59,10 +60,8 @@ def probe(model: Model, images: Tensor, draws: int, generator: Generator, step: 
             _reference(model, images[i : i + 1], logits[:, image_rows], k, p, draws, generator, weight)
         )
     bias = torch.stack(estimated) - torch.stack(reference)
-    return {
-        "probe/bias": (bias.norm() / torch.stack(reference).norm()).item(),
-        "probe/variance": (variance / signal).item(),
-    }
+    found = {"probe/bias": (bias.norm() / torch.stack(reference).norm()).item()}
+    return found | ({"probe/variance": (variance / signal).item()} if signal > 0 else {})
 
 
 @contextmanager
@@ -88,7 +87,13 @@ def _seen_logits(latents: Categorical) -> Iterator[list[Tensor]]:
 def _gradient(model: Model, images: Tensor, generator: Generator, step: int) -> Tensor:
     with torch.enable_grad(), _seen_logits(model.latents) as seen:
         loss = model.trial.loss(model, images, generator, step)
-        return torch.autograd.grad(len(images) * loss.surrogate, seen[0])[0]
+        if not seen:
+            raise DvqError(
+                f"{model.trial.estimator}: its loss takes no logits of its latents, whose gradient probe_draws looks "
+                "at; let it call latents.logits(v), or leave probe_draws out"
+            )
+        each = torch.autograd.grad(len(images) * loss.surrogate, seen, materialize_grads=True)
+        return torch.stack(each).sum(0)  # the same logits, if it made them more than once
 
 
 def _reference(

@@ -10,11 +10,9 @@ LEVELS = (4, 3)
 
 
 def taken(estimator: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields in ``wanted`` that ``estimator`` has; where levels decide C and D, levels in their place."""
-    known = estimators()[estimator].model_fields
-    fields = {name: value for name, value in wanted.items() if name in known}
-    if "levels" not in known or not fields.keys() & {"num_codes", "code_dim"}:
-        return fields
-    return {"levels": LEVELS} | {
-        name: x for name, x in fields.items() if name not in ("num_codes", "code_dim")
-    }
+    """The fields in ``wanted`` that ``estimator`` has and does not derive from others; where levels decide C and D,
+    levels in their place."""
+    cls = estimators()[estimator]
+    derived = wanted.keys() & {"num_codes", "code_dim"} & cls.unkeyed()
+    levels = {"levels": LEVELS} if derived and "levels" in cls.model_fields else {}
+    return levels | {name: wanted[name] for name in wanted if name in cls.model_fields.keys() - derived}

@@ -1,5 +1,6 @@
 """Trials and sweeps from text: what is right comes through, what is wrong is one sentence."""
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -325,9 +326,20 @@ class Lossless(Discrete):
     estimator: Literal["lossless"] = "lossless"
 
 
+with warnings.catch_warnings(action="ignore"):  # pydantic's, who takes it for meant
+
+    class Shadowing(GSSoft):
+        estimator: Literal["shadowing"] = "shadowing"  # type: ignore[assignment]
+        positions: int = 3  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize(
     ("cls", "says"),
     [
+        (
+            Shadowing,
+            "Shadowing has a field 'positions', and Trial something else of this name; give the field an",
+        ),
         (Lossless, "Lossless has no latents and loss; the methods' docstrings are in dvq.trial"),
         (BaseModel, "BaseModel is no Trial; derive it from a class of dvq.trial"),
     ],

@@ -7,17 +7,19 @@ ELBO, the bound L_S and log p(x), and all their gradients, are sums.
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dvq import DvqError
 from dvq.config import trial
+from dvq.estimators.gs_soft import GSSoft
 from dvq.evaluate import evaluate
-from dvq.probe import _reference, probe
-from dvq.trial import Trial
+from dvq.probe import _gradient, _reference, probe
+from dvq.trial import Loss, Trial
 
 K, C, D, VALUES = 2, 3, 2, 4
 Z = torch.tensor(list(itertools.product(range(C), repeat=K)))  # (9, K)
@@ -333,6 +335,41 @@ def test_the_probe_tells_the_mean_gradient_from_its_noise(monkeypatch: pytest.Mo
     monkeypatch.setattr("dvq.probe._reference", lambda *_: torch.ones(C))
     found = probe(toy, IMAGE.expand(4, -1, -1, -1), 3, torch.Generator(), 0)  # type: ignore[arg-type]
     assert found == pytest.approx({"probe/bias": 2.0, "probe/variance": 12 / 23})
+
+
+def test_the_probe_leaves_out_the_variance_of_what_is_lost_in_the_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which was a number above 10³⁰."""
+    toy, draws = Toy(options("nvil"), seed=1), [torch.full((K, 4, C), value) for value in (1.0, -1.0)]
+    monkeypatch.setattr("dvq.probe._gradient", lambda *_: draws.pop())
+    monkeypatch.setattr("dvq.probe._reference", lambda *_: torch.ones(C))
+    found = probe(toy, IMAGE.expand(4, -1, -1, -1), 2, torch.Generator(), 0)  # type: ignore[arg-type]
+    assert found == pytest.approx({"probe/bias": 1.0})
+
+
+class Weighing(GSSoft):
+    """An estimator of one's own, which makes its logits anew for each term."""
+
+    estimator: Literal["weighing"] = "weighing"  # type: ignore[assignment]
+    weights: tuple[float, ...] = ()
+
+    def loss(self, model: Any, images: Tensor, generator: torch.Generator, step: int | Tensor) -> Loss:  # noqa: ARG002
+        v = model.encoder(images)
+        total = v.sum() + sum(weight * model.latents.logits(v).sum() for weight in self.weights)
+        return Loss(total, total.detach(), total.detach())
+
+
+def test_the_probe_looks_at_all_logits_that_a_loss_makes() -> None:
+    toy = Toy(options("gs-soft"), seed=1)
+    toy.trial = Weighing(weights=(1.0, 2.0))
+    found = _gradient(toy, IMAGE, torch.Generator(), 0)  # type: ignore[arg-type]
+    assert torch.equal(found, torch.full_like(found, 3.0))
+    toy.trial = Weighing()
+    with pytest.raises(
+        DvqError, match="weighing: its loss takes no logits of its latents, whose gradient probe"
+    ):
+        _gradient(toy, IMAGE, torch.Generator(), 0)  # type: ignore[arg-type]
 
 
 def test_the_probes_reference_is_the_elbos_gradient() -> None:

@@ -2,16 +2,18 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from dvq import DvqError, load, posterior, relaxation
+from dvq import DvqError, config, load, posterior, relaxation
 from dvq.codes import kmeans
 from dvq.config import estimators, trial
+from dvq.estimators.fsq import FSQ
 from dvq.estimators.gs_soft import GSSoft
 from dvq.estimators.vimco import leave_one_out
 from dvq.evaluate import evaluate
@@ -22,7 +24,8 @@ from dvq.quantizers import Nearest
 from dvq.randomness import noise_seed
 from dvq.saved import save
 from dvq.trainer import Trainer
-from tests.sizes import taken
+from dvq.trial import TwoOrMore, Unkeyed
+from tests.sizes import LEVELS, taken
 
 IMAGES = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
 SMALL: dict[str, Any] = {
@@ -109,6 +112,20 @@ def test_there_is_a_grid() -> None:
     assert len(GRID) > 60
 
 
+class Signs(GSSoft):
+    """Of which D decides C: two values for each dimension."""
+
+    estimator: Literal["signs"] = "signs"  # type: ignore[assignment]
+    num_codes: TwoOrMore = Field(default=512, json_schema_extra=Unkeyed)
+
+
+def test_the_tests_leave_sizes_that_others_decide_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "ESTIMATORS", [Signs, FSQ])
+    sizes = {"num_codes": 5, "code_dim": 3, "features": 4}
+    assert taken("signs", sizes) == {"code_dim": 3, "features": 4}
+    assert taken("fsq", sizes) == {"levels": LEVELS, "features": 4}
+
+
 def some_v(n: int, spread: float = 1.0) -> Tensor:
     return spread * torch.randn(2, n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
@@ -136,6 +153,44 @@ def test_no_schedule_looks_at_the_last_step(estimator: str) -> None:
         assert torch.equal(short.step(step), long.step(step)), (
             "a schedule looks at steps: give it a length of its own"
         )
+
+
+@pytest.mark.parametrize("estimator", sorted(estimators()))
+def test_all_that_changes_in_training_is_in_a_checkpoint(estimator: str) -> None:
+    few = {**SMALL, "num_codes": 5, "data": "noise@8x8x3-0123456789abcdef"}
+    one = trial({**taken(estimator, few), "estimator": estimator})
+    goes_on, resumed = (Trainer(one, IMAGES[:, :8, :8], torch.device("cpu"), torch.float32) for _ in range(2))
+    for step in range(3):
+        goes_on.step(step)
+    resumed.restore(goes_on.state())
+    assert torch.equal(resumed.step(3), goes_on.step(3)), (
+        "what changes in training must be a parameter, or a buffer that is saved"
+    )
+
+
+@pytest.mark.parametrize("estimator", sorted(estimators()))
+def test_a_sample_is_a_draw_from_q_and_charged_by_p(estimator: str) -> None:
+    """Or evaluation is of no bound: with the most probable codes, mixtures of codes, a prior whose sum is not 1."""
+    few = {**SMALL, "num_codes": 5, "codebook_std": 0.5, "data": "noise@8x8x3-0123456789abcdef"}
+    torch.manual_seed(0)
+    model, draws = Model(trial({**taken(estimator, few), "estimator": estimator})).double().eval(), 4000
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("prior_logits"):
+                parameter.normal_()
+        v = model.encoder(torch.from_numpy(IMAGES[:1, :8, :8])).repeat_interleave(draws, 1)  # (K, 4·draws, ·)
+        found = model.latents.sample(v, torch.Generator().manual_seed(0))
+    rate, log_ratio = (x.unflatten(1, (-1, draws)) for x in (found.rate, found.log_ratio))
+    assert ((log_ratio.mean(-1) - rate.mean(-1)).abs() <= 5 * log_ratio.std(-1) / draws**0.5 + 1e-9).all()
+    if found.codes is None:
+        return
+    assert torch.equal(found.vectors, model.latents.vectors(found.codes))
+    log_prior = model.latents.log_prior()
+    torch.testing.assert_close(log_prior.exp().sum(-1), torch.ones_like(log_prior[:, 0]))
+    codes = found.codes.long().unflatten(1, (-1, draws))
+    often = torch.nn.functional.one_hot(codes, log_prior.shape[1]).double().mean(2).gather(-1, codes)
+    q = (log_ratio + model.latents.log_p_each(found.codes).view_as(codes)).exp()
+    assert ((often - q).abs() <= 5 * (q * (1 - q).clamp(min=0) / draws).sqrt() + 1e-9).all()
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 8), (3, 7, 3), (2, 7, 4), (14, 3)])
@@ -421,6 +476,17 @@ def test_the_transposed_head_has_second_derivatives() -> None:
 
 
 # --- The decoder
+
+
+@pytest.mark.parametrize("head", ["1x1", "transposed"])
+@pytest.mark.parametrize("shape", [(2, 2 * 3 * 64, 3), (2, 3 * 64, 5), (3 * 64, 2, 3)])
+def test_other_vectors_than_the_images_are_one_sentence(head: str, shape: tuple[int, ...]) -> None:
+    """Two samples of images that are not repeated were a distortion, of the first sample alone."""
+    model, vectors = small("gs-soft", output_head=head), torch.zeros(shape, dtype=torch.float64)
+    says = r"takes vectors \(K, N, D\), here \(2, 192, 3\) for 3 images; these are \("
+    with pytest.raises(DvqError, match=says) as caught:
+        model.distortion(vectors, torch.from_numpy(IMAGES[:3]))
+    assert str(caught.value).endswith(str(shape))
 
 
 @pytest.mark.parametrize("head", ["1x1", "transposed"])

@@ -167,6 +167,29 @@ def test_other_codes_are_refused(change, told) -> None:
         one.decode(change(one.encode(IMAGES)))
 
 
+@pytest.mark.parametrize("estimator", ["gs-soft", "fsq"])
+def test_vectors_are_those_of_the_codes_and_are_decoded_as_the_codes_are(estimator) -> None:
+    one = model(estimator)
+    codes = one.encode(IMAGES)
+    vectors = one.vectors(codes.numpy())
+    assert vectors.shape == (3, 8, 8, 2, one.trial.code_dim)
+    assert torch.equal(vectors[2, 1, 5, 1], one.latents.codebook[1, codes[2, 1, 5, 1]])
+    assert torch.equal(one.decode_vectors(vectors), one.decode(codes))
+    assert torch.equal(one.decode_vectors(vectors.double().numpy()), one.decode(codes))
+    for other in (codes, vectors[..., :1], vectors.flatten(1, 2), vectors.long()):
+        with pytest.raises(
+            DvqError, match=r"give floating-point numbers \(B, 8, 8, 2, \d\), as vectors\(codes\)"
+        ):
+            one.decode_vectors(other)
+
+
+def test_vectors_of_continuous_latent_variables_are_decoded() -> None:
+    one = model("gaussian")
+    z = one.latents.sample(one.encoder(IMAGES), one.generator(0)).vectors  # (K, N, D)
+    vectors = z.transpose(0, 1).unflatten(0, (3, 8, 8)).detach()
+    assert torch.equal(one.decode_vectors(vectors), one.reconstruct(IMAGES, one.generator(0)))
+
+
 def test_a_continuous_model_has_no_codes() -> None:
     for call in (lambda one: one.encode(IMAGES), lambda one: one.decode(IMAGES[:, :8, :8, :2])):
         with pytest.raises(DvqError, match="gaussian model has no codes"):
