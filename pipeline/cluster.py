@@ -20,7 +20,7 @@ from pipeline import conclusion, containers, definition, forecast, image, pods, 
 from pipeline.compile import compiled as as_yaml
 from pipeline.connection import UnreachableError
 from pipeline.job import Job, remove
-from pipeline.kubeflow import SUCCEEDED, Kubeflow, Run
+from pipeline.kubeflow import CANCELED, SUCCEEDED, Kubeflow, Run
 from pipeline.profile import Profile
 from pipeline.watch import rows, watch
 
@@ -64,7 +64,7 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
         return 0
     try:
         ended = follow(job, kubeflow, current, console)
-        while (before := _progress(job)) and ended.state != "CANCELED" and (unfinished := _unfinished(job)):
+        while (before := _progress(job)) and ended.state != CANCELED and (unfinished := _unfinished(job)):
             conclusion.say(console, f"{len(unfinished)} trials are left: submitting it again")
             current = submit_again(kubeflow, experiment, submit, console)
             ended = follow(job, kubeflow, current, console)
