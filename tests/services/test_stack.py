@@ -301,6 +301,22 @@ def test_a_database_that_was_half_made_is_made_anew(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["postgres"]
 
 
+def test_one_whose_start_was_cut_short_is_refused(home: Home) -> None:
+    """As by a terminal that was closed: its services are sessions of their own, and go on."""
+    assert home.run("stack", "up")[0] == 0
+    stack = home.stack
+    stack._stop("mlflow", signal.SIGTERM)
+    del stack.pids["mlflow"]
+    stack._save()
+    code, said = home.run("submit", "tiny.yaml")
+    assert (code, "error: the stack was started, and not all of it runs: no mlflow; make" in said) == (
+        2,
+        True,
+    )
+    assert home.run("stack", "up")[0] == 0
+    assert home.stack.whole()
+
+
 def test_it_ends_nothing_but_its_own(home: Home) -> None:
     """A process that has the number of a service's by now lives on."""
     other = subprocess.Popen(["sleep", "60"], start_new_session=True)
