@@ -409,6 +409,29 @@ def test_one_run_of_a_sweep_at_a_time(make: Make, server: KubeflowServer) -> Non
 
 
 @pytest.mark.usefixtures("_plain_end")
+@pytest.mark.parametrize("fresh", [True, False])
+def test_one_that_is_started_while_data_are_uploaded_is_the_one(
+    fresh: bool, make: Make, server: KubeflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same command in another terminal, as one types that sees nothing happen."""
+    job, upload = make(), Kubeflow.upload
+    checkpoint(job, 20)
+    (job.store.trial(job.keys()[0]) / "trial.json").write_text("{}")
+
+    def slow(*given: Any) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(Kubeflow, "upload", upload)
+            run(job, wait=False)
+        return upload(*given)
+
+    monkeypatch.setattr(Kubeflow, "upload", slow)
+    with pytest.raises(DvqError, match="the sweep 's' is under way"):
+        run(job, wait=fresh, fresh=fresh)
+    assert len(server.runs) == 1
+    assert job.store.steps(job.keys()[0]) == [20]
+
+
+@pytest.mark.usefixtures("_plain_end")
 def test_fresh_removes_what_there_is(make: Make, server: KubeflowServer) -> None:
     job = make()
     name, *_ = job.trials
