@@ -114,11 +114,15 @@ def _copy_failure(shorter: Path, reasons: list[str]) -> str:
 
 
 def clear(folder: Path) -> None:
-    """Remove a trial's folder, if it is there."""
+    """Remove a trial's folder, if it is there. It is renamed first: what a process that is killed meanwhile leaves of
+    it would pass for the trial, finished even."""
+    removed = folder.with_name(f".{folder.name}.removed")
     try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass
+        if removed.exists():  # of a process that was killed
+            shutil.rmtree(removed)
+        if folder.exists():
+            folder.rename(removed)
+            shutil.rmtree(removed)
     except OSError as error:
         raise DvqError(f"{error.filename or folder} cannot be removed ({error.strerror})") from None
 

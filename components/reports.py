@@ -114,7 +114,8 @@ def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
     keys, sent = {name: trial.key() for name, trial in sweep.trials().items()}, dict[str, bool]()
     store.look(keys.values(), "results.json", "tracked.json")
     for name, key in keys.items():
-        if store.state(key).name not in ("finished", "failed"):
+        state = store.state(key).name
+        if state not in ("finished", "failed") or (state == "failed" and _is_retried(store, key)):
             continue
         sent[name] = TrialRun(store.trial(key), sweep.name).settled()
         if anew or not sent[name]:
@@ -125,6 +126,16 @@ def track(sweep: Sweep, store: Store, anew: bool = False) -> dict[str, bool]:
         if not (sent[name] or anew):  # the report does not wait for each in turn
             break
     return sent
+
+
+def _is_retried(store: Store, key: str) -> bool:
+    """Whether a process is at work on the trial, whose state says so only once it trains: seconds, or with a store in
+    S3 half a minute, after it took the trial for hours."""
+    try:
+        with store.idle(key):
+            return False
+    except DvqError:
+        return True
 
 
 def _note(description: str, results: list[dict[str, Any]], failures: dict[str, str]) -> str:

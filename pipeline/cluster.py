@@ -20,7 +20,7 @@ from pipeline import conclusion, containers, definition, forecast, image, pods, 
 from pipeline.compile import compiled as as_yaml
 from pipeline.connection import UnreachableError
 from pipeline.job import Job, remove
-from pipeline.kubeflow import SUCCEEDED, Kubeflow, Run
+from pipeline.kubeflow import CANCELED, SUCCEEDED, Kubeflow, Run
 from pipeline.profile import Profile
 from pipeline.watch import rows, watch
 
@@ -41,16 +41,12 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
     assert profile.cluster
     kubeflow, limit = Kubeflow(profile.cluster), profile.cluster.limit
     experiment = kubeflow.experiment(job.sweep.name)
-    running = kubeflow.going(experiment)
-    if running and (fresh or not wait):
-        raise DvqError(
-            f"the sweep '{job.sweep.name}' is under way: {kubeflow.link(running)}; WAIT=1 follows it, "
-            f"make cancel RUN={running} ends it"
-        )
-    job = bring_data(job)
+    under_way = partial(find_run, job, kubeflow, experiment, followed=wait and not fresh)
+    running, job = under_way(), bring_data(job)
     version = kubeflow.upload(compiled(profile, job.jobs, job.store.place), definition.NAME)
     submit = partial(start, job, kubeflow, experiment, version, console)
     plan, started = forecast.plan(job.trials, job.store, profile, fresh), time.time()
+    running = running or under_way()  # somebody may have started one, for all this takes minutes
     if fresh:  # after all checks
         remove(job)
     conclusion.say(console, f"sweep {job.sweep.name}: {len(job.trials)} trials on {label(job.data)}")
@@ -64,7 +60,7 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
         return 0
     try:
         ended = follow(job, kubeflow, current, console)
-        while (before := _progress(job)) and ended.state != "CANCELED" and (unfinished := _unfinished(job)):
+        while (before := _progress(job)) and ended.state != CANCELED and (unfinished := _unfinished(job)):
             conclusion.say(console, f"{len(unfinished)} trials are left: submitting it again")
             current = submit_again(kubeflow, experiment, submit, console)
             ended = follow(job, kubeflow, current, console)
@@ -76,6 +72,17 @@ def run(job: Job, console: Console, wait: bool, fresh: bool) -> int:
         )
         return 130
     return conclude(job, plan, profile, ended, started, console)
+
+
+def find_run(job: Job, kubeflow: Kubeflow, experiment: str, followed: bool) -> str | None:
+    """The id of the sweep's run that is under way, if one is; DvqError unless it is to be ``followed``."""
+    running = kubeflow.going(experiment)
+    if running and not followed:
+        raise DvqError(
+            f"the sweep '{job.sweep.name}' is under way: {kubeflow.link(running)}; WAIT=1 follows it, "
+            f"make cancel RUN={running} ends it"
+        )
+    return running
 
 
 def check(job: Job) -> Profile:

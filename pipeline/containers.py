@@ -202,13 +202,15 @@ def _task_name(command: list[str]) -> str:
 
 
 def end(folder: Path, grace: float) -> None:
-    """End the launch's containers: SIGTERM to all their processes, SIGKILL after ``grace`` seconds; print a warning
-    if the daemon does not answer.
+    """End the launch's containers: SIGTERM to all their processes, SIGKILL after ``grace`` seconds, or at a second
+    Ctrl-C; print a warning if the daemon does not answer.
 
     The daemon itself would signal only the first process, kfp's shell, which ignores SIGTERM.
     """
     try:
         _end(folder, grace)
+    except KeyboardInterrupt:
+        end(folder, 0)
     except (DvqError, DockerException, OSError) as error:  # OSError: from the HTTP client
         print(
             f"warning: containers may still run ({str(error).partition(';')[0]}); once the daemon answers: "

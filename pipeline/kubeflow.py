@@ -18,8 +18,8 @@ from pipeline.profile import Cluster
 
 ATTEMPTS = 3
 """How often something is looked for that we, or somebody at the same time, made."""
-SUCCEEDED = "SUCCEEDED"
-ENDED = (SUCCEEDED, "SKIPPED", "FAILED", "CANCELED")
+SUCCEEDED, FAILED, CANCELING, CANCELED = "SUCCEEDED", "FAILED", "CANCELING", "CANCELED"
+ENDED = (SUCCEEDED, "SKIPPED", FAILED, CANCELED)
 """A run in any other state goes on, also in none: KFP has no state, or RUNTIME_STATE_UNSPECIFIED, of a run that Argo
 has not looked at yet."""
 
@@ -44,6 +44,7 @@ class Kubeflow(Connection):
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(cluster)
         self._account = cluster.service_account
+        self._cancelled = set[str]()  # runs that were seen to be
         self._runs = api.RunServiceApi(self._client)
         self._uploads = api.PipelineUploadServiceApi(self._client)
         self._pipelines = api.PipelineServiceApi(self._client)
@@ -131,14 +132,18 @@ class Kubeflow(Connection):
         return next((str(run.run_id) for run in page.runs or () if run.state not in ENDED), None)
 
     def look(self, run: str) -> Run:
-        """The run as it is."""
+        """The run as it is. One that was cancelled, here or on KFP's pages, is CANCELED; KFP has it CANCELING, and in
+        the end FAILED, as Argo has it."""
         response = self._ask(self._runs.run_service_get_run, run)
+        state = response.state or "PENDING"
+        if CANCELING in (state, *(past.state for past in response.state_history or ())):
+            self._cancelled.add(run)
+        if state == FAILED and run in self._cancelled:
+            state = CANCELED
         tasks = (response.run_details and response.run_details.task_details) or ()
-        errors = [response.error, *(task.error for task in tasks if task.state == "FAILED")]
+        errors = [response.error, *(task.error for task in tasks if task.state == FAILED)]
         messages = dict.fromkeys(one_line(error.message) for error in errors if error and error.message)
-        return Run(
-            run, response.state or "PENDING", tuple(f"{message}{remedy(message)}" for message in messages)
-        )
+        return Run(run, state, tuple(f"{message}{remedy(message)}" for message in messages))
 
     def created_at(self, run: str) -> float:
         """When the run was made, by the cluster's clock [seconds since 1970]."""

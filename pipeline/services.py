@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dvq import DvqError
+from dvq import DvqError, disk
 
 HOST = "127.0.0.1"
 PARTS = ("s3", "master", "volume", "filer", "admin")
@@ -93,15 +93,16 @@ def create_database(data: Path, secret: Mapping[str, str]) -> None:
     """Make PostgreSQL's data, with the user mlflow and a password, unless it exists."""
     if (data / "PG_VERSION").exists():
         return
-    shutil.rmtree(data, ignore_errors=True)  # left by an interrupted attempt
-    data.mkdir(parents=True, mode=0o700)
-    if os.geteuid() == 0:
-        shutil.chown(data, "nobody")
-    command = [*_postgres("initdb"), f"--pgdata={data}", "--username=mlflow", "--pwfile=/dev/stdin"]
-    command += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale"]
-    result = subprocess.run(command, input=secret["password"] + "\n", capture_output=True, text=True)
-    if result.returncode != 0:
-        raise DvqError(f"PostgreSQL's data can't be made in {data}: {' '.join(result.stderr.split())[-300:]}")
+    with disk.whole(data) as partial:  # initdb writes PG_VERSION first, and can be killed after it
+        if os.geteuid() == 0:
+            shutil.chown(partial, "nobody")
+        command = [*_postgres("initdb"), f"--pgdata={partial}", "--username=mlflow", "--pwfile=/dev/stdin"]
+        command += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale"]
+        result = subprocess.run(command, input=secret["password"] + "\n", capture_output=True, text=True)
+        if result.returncode != 0:
+            raise DvqError(
+                f"PostgreSQL's data can't be made in {data}: {' '.join(result.stderr.split())[-300:]}"
+            )
 
 
 def _postgres(program: str) -> list[str]:

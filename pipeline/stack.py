@@ -52,16 +52,16 @@ class Stack:
         """The environment variables that lead a sweep to the stack; empty if it is down.
 
         Raises:
-            DvqError: it was started, and a service does not run any more.
+            DvqError: it was started, and a service does not run: it died, or whoever started it did.
         """
-        dead = [name for name in self.pids if not self._processes(name)]
-        if dead:
-            raise DvqError(
-                f"the stack was started, and {', '.join(dead)} of it died: make stack-up starts it again with all "
-                "that it keeps, make stack-down lets sweeps run without it"
-            )
         if not self.pids:
             return {}
+        dead = [name for name in self._services() if name not in self.pids or not self._processes(name)]
+        if dead:
+            raise DvqError(
+                f"the stack was started, and not all of it runs: no {', no '.join(dead)}; make stack-up starts it "
+                "again with all that it keeps, make stack-down lets sweeps run without it"
+            )
         store = {"DVQ_STORE": STORE, "AWS_ENDPOINT_URL": endpoint(self.ports), **keys(self.secret)}
         # The user's own store or S3 settings take precedence (the data may come from that S3); a region alone is
         # neither.

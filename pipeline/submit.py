@@ -146,9 +146,10 @@ def run(job: Job, console: Console, fresh: bool = False) -> int:
             try:
                 watch(job, shown, started, console, lambda: (process.poll() is not None, _note(shown, job)))
             except KeyboardInterrupt:
-                once_more = "" if job.profile else "; a second Ctrl-C ends them at once, without one"
                 print(
-                    f"ending the trials at a checkpoint, {local.GRACE} seconds at most{once_more}", flush=True
+                    f"ending the trials at a checkpoint, {local.GRACE} seconds at most; a second Ctrl-C ends them at "
+                    "once, without one",
+                    flush=True,
                 )
                 raise
     except KeyboardInterrupt:

@@ -199,6 +199,7 @@ class KubeflowServer:
         run, _, verb = rest.partition(":")
         if verb == "terminate":
             self._run(run).state = "CANCELING"
+            self._run(run).state_history = [api.V2beta1RuntimeStatus(state="CANCELING")]
             return {}
         made = self.parse(body, "V2beta1Run")
         if made.experiment_id not in self.experiments:
@@ -284,9 +285,7 @@ def execute(folder: Path, text: str, run: Any, environment: dict[str, str]) -> "
             if run.state == "CANCELING":
                 os.killpg(process.pid, 9)
             time.sleep(0.1)
-        run.state = (
-            "CANCELED" if run.state == "CANCELING" else "FAILED" if process.returncode else "SUCCEEDED"
-        )
+        run.state = "FAILED" if process.returncode else "SUCCEEDED"  # of a cancelled run too, as Argo has it
 
     threading.Thread(target=follow, daemon=True).start()
     return process

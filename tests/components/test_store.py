@@ -1,6 +1,8 @@
 """A folder store among several processes."""
 
+import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
@@ -105,6 +107,35 @@ def test_what_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     store.remove("a-1")
     store.remove("a-1")
     assert not store.trial("a-1").exists()
+
+
+def test_a_trial_is_there_whole_or_not_at_all_whenever_its_removal_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is left of a finished one passes for it, and no FRESH=1 sees that there is something to remove."""
+    parts = ("results.json", "trial.json", "model/model.safetensors", "events/000000.jsonl")
+    for at in range(50):
+        store, left = Store(tmp_path), at
+
+        def removing(*given: Any, real: Any, **named: Any) -> None:
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            real(*given, **named)
+
+        for part in parts:
+            (store.trial("a-1") / part).parent.mkdir(parents=True, exist_ok=True)
+            (store.trial("a-1") / part).write_text("{}")
+        with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+            for name in ("unlink", "rmdir", "rename"):
+                patched.setattr(os, name, functools.partial(removing, real=getattr(os, name)))
+            store.remove("a-1")
+            break
+        assert [store.has("a-1", part) for part in parts] in ([True] * 4, [False] * 4)
+    store.remove("a-1")
+    assert at > len(parts)
+    assert [path.name for path in (tmp_path / "trials").iterdir()] == [".a-1.lock"]
 
 
 def test_a_trial_goes_on_from_the_furthest_checkpoint_that_is_not_beyond_its_end(tmp_path: Path) -> None:

@@ -268,6 +268,20 @@ def test_a_finished_trial_that_mlflow_lacks_is_sent_by_the_report(tmp_path: Path
     assert [(run.info.run_name, run.info.status) for run in runs()] == [(name, "FINISHED")]
 
 
+@pytest.mark.timeout(100)
+def test_a_failed_trial_that_is_tried_again_is_not_waited_for(tmp_path: Path) -> None:
+    """Its state is that of the attempt before until the new one trains, which takes hours."""
+    sweep = Sweep(name="sweep", base={"data": "cifar10-sample"}, include=[{"estimator": "fsq"}])
+    ((name, one),) = sweep.trials().items()
+    store = Store(tmp_path)
+    begin(store.trial(one.key()), one, name)
+    Events(store.trial(one.key())).failure("out of memory")
+    with store.working(one.key()):
+        assert reports.track(sweep, store, anew=True) == {}
+    assert reports.track(sweep, store, anew=True) == {name: True}
+    assert [run.info.status for run in runs()] == ["FAILED"]
+
+
 def test_a_trial_without_codebooks_is_a_finished_run_too(tmp_path: Path) -> None:
     folder, diary = folder_with(tmp_path, 1)
     finish(folder, diary)

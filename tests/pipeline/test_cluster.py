@@ -387,12 +387,28 @@ def test_a_run_that_is_found_under_way_is_shown_from_its_beginning(
 
 
 @pytest.mark.usefixtures("_plain_end")
-def test_a_cancelled_run_stays_cancelled(make: Make, server: KubeflowServer) -> None:
-    job = make()
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_cancelled_run_stays_cancelled(
+    noted: bool, make: Make, server: KubeflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KFP has it CANCELING, and FAILED in the end; not every version notes the former in its history."""
+    job, look = make(), Kubeflow.look
     checkpoint(job, 20)
-    server.started = lambda made, _: setattr(made, "state", "CANCELED")
-    assert run(job)[0] == 1
-    assert len(server.runs) == 1
+
+    def looked(kubeflow: Kubeflow, run: str) -> Run:
+        found = look(kubeflow, run)
+        if server.runs[run].state == "CANCELING":
+            server.runs[run].state = "FAILED"
+        else:
+            kubeflow.cancel(run)
+            server.runs[run].state_history = server.runs[run].state_history if noted else None
+            server.runs[run].state = "FAILED" if noted else "CANCELING"
+        return found
+
+    monkeypatch.setattr(Kubeflow, "look", looked)
+    code, told = run(job)
+    assert (code, len(server.runs)) == (1, 1)
+    assert "submitting it again" not in told
 
 
 @pytest.mark.usefixtures("_plain_end")
@@ -418,6 +434,29 @@ def test_one_run_of_a_sweep_at_a_time(make: Make, server: KubeflowServer) -> Non
     with pytest.raises(DvqError, match="under way"):
         run(job, wait=True, fresh=True)
     assert job.store.state(job.keys()[0]).name == "finished"
+
+
+@pytest.mark.usefixtures("_plain_end")
+@pytest.mark.parametrize("fresh", [True, False])
+def test_one_that_is_started_while_data_are_uploaded_is_the_one(
+    fresh: bool, make: Make, server: KubeflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same command in another terminal, as one types that sees nothing happen."""
+    job, upload = make(), Kubeflow.upload
+    checkpoint(job, 20)
+    (job.store.trial(job.keys()[0]) / "trial.json").write_text("{}")
+
+    def slow(*given: Any) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(Kubeflow, "upload", upload)
+            run(job, wait=False)
+        return upload(*given)
+
+    monkeypatch.setattr(Kubeflow, "upload", slow)
+    with pytest.raises(DvqError, match="the sweep 's' is under way"):
+        run(job, wait=fresh, fresh=fresh)
+    assert len(server.runs) == 1
+    assert job.store.steps(job.keys()[0]) == [20]
 
 
 @pytest.mark.usefixtures("_plain_end")

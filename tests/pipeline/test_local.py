@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,39 @@ def test_a_daemon_that_died_hides_no_results(
         f"warning: containers may still run (no Docker daemon answers at unix://{tmp_path}/none.sock)"
     )
     assert f"docker ps -aq --filter 'label=dvq.launch={tmp_path}/a launch')" in said
+
+
+class Daemon:
+    """A Docker daemon, and its one container, which heeds no SIGTERM."""
+
+    def __init__(self) -> None:
+        self.containers, self.id, self.told = self, "one", list[str]()
+
+    def list(self, every: bool = False, **_: Any) -> list["Daemon"]:
+        return [self] if every or "SIGKILL" not in self.told else []
+
+    def exec_run(self, _: Any) -> None:
+        self.told.append("SIGTERM")
+
+    def kill(self) -> None:
+        self.told.append("SIGKILL")
+
+    def remove(self, **_: Any) -> None:
+        self.told.append("removed")
+
+
+def test_a_second_ctrl_c_ends_containers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whom nobody else would end."""
+    daemon, sleep = Daemon(), time.sleep
+
+    def interrupted(_: float) -> None:
+        monkeypatch.setattr(time, "sleep", sleep)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(containers, "connect", lambda: daemon)
+    monkeypatch.setattr(time, "sleep", interrupted)
+    containers.end(tmp_path, 60)
+    assert daemon.told == ["SIGTERM", "SIGKILL", "removed"]
 
 
 def test_a_sigterm_to_make_reaches_the_sweep(tmp_path: Path, wait: Callable[..., Any]) -> None:

@@ -23,8 +23,9 @@ from kfp.compiler import Compiler
 
 from components import mlflow_server
 from pipeline.definition import sweep_pipeline
-from pipeline.services import endpoint
+from pipeline.services import create_database, endpoint
 from pipeline.stack import Stack
+from tests.services.conftest import wait_for
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -286,6 +287,34 @@ def recorded(home: Home) -> dict[str, Any]:
             )
             for run in client.search_runs([experiment.experiment_id])
         }
+
+
+def test_a_database_that_was_half_made_is_made_anew(tmp_path: Path) -> None:
+    """PostgreSQL's initdb writes first what a whole database is known by."""
+    data, script = tmp_path / "postgres", "import sys, pathlib; from pipeline import services\n"
+    script += "services.create_database(pathlib.Path(sys.argv[1]), {'password': 'one'})"
+    with subprocess.Popen([sys.executable, "-c", script, data], cwd=ROOT, start_new_session=True) as making:
+        wait_for(lambda: list(tmp_path.rglob("PG_VERSION")))
+        os.killpg(making.pid, signal.SIGKILL)
+    create_database(data, {"password": "another"})
+    assert (data / "global" / "pg_control").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["postgres"]
+
+
+def test_one_whose_start_was_cut_short_is_refused(home: Home) -> None:
+    """As by a terminal that was closed: its services are sessions of their own, and go on."""
+    assert home.run("stack", "up")[0] == 0
+    stack = home.stack
+    stack._stop("mlflow", signal.SIGTERM)
+    del stack.pids["mlflow"]
+    stack._save()
+    code, said = home.run("submit", "tiny.yaml")
+    assert (code, "error: the stack was started, and not all of it runs: no mlflow; make" in said) == (
+        2,
+        True,
+    )
+    assert home.run("stack", "up")[0] == 0
+    assert home.stack.whole()
 
 
 def test_it_ends_nothing_but_its_own(home: Home) -> None:
