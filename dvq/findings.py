@@ -120,14 +120,14 @@ def as_evaluated(result: Result) -> float:
 
 def signal(result: Result) -> float:
     """‖E g‖² / E‖g − E g‖² of the gradient after training, 1/variance: unlike the variance, this has a mean over
-    seeds where the draws hardly tell E g from 0. The probe cuts it off at 0, so there it is a little too high."""
+    seeds where the draws hardly tell E g from 0. It is 0 where the probe gives no variance: a little too high."""
     *_, last = result.get("probe") or [{}]
-    if "variance" not in last:
+    if "bias" not in last:
         raise DvqError(
             f"trial '{result['name']}' was computed without a look at its gradient, for another sweep; with "
             "probe_draws in this one, compute it anew: FRESH=1"
         )
-    return 1 / float(last["variance"])
+    return 1 / float(last.get("variance", math.inf))
 
 
 def claims(mini: Miniature) -> list[Claim]:

@@ -163,7 +163,8 @@ class Model(nn.Module):
             DvqError: numbers of another shape, or integers.
         """
         checked = inputs.vectors(vectors, self.trial, next(self.parameters()))
-        return self._mean_image(checked.flatten(0, 2).transpose(0, 1))
+        pieces = checked.split(self.trial.images_at_once)
+        return torch.cat([self._mean_image(piece.flatten(0, 2).transpose(0, 1)) for piece in pieces])
 
     @in_evaluation
     def reconstruct(self, images: Images, generator: torch.Generator | None = None) -> Tensor:

@@ -189,7 +189,8 @@ def test_estimates() -> None:
 
 
 def test_the_last_look_at_the_gradient_counts() -> None:
-    assert signal({"probe": [{"variance": 5.0}, {"variance": 4.0}]}) == 0.25
+    assert signal({"probe": [{"bias": 1.0, "variance": 5.0}, {"bias": 1.0, "variance": 4.0}]}) == 0.25
+    assert signal({"probe": [{"bias": 1.0, "variance": 5.0}, {"bias": 1.0}]}) == 0, "lost in the noise"
 
 
 @pytest.fixture
