@@ -106,11 +106,11 @@ def _shown(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
 
 def _named(results: Sequence[Result]) -> list[Result]:
     """The results as figures name them: ``gs-soft-c512-k16-s0``, and the fields that decide numbers and differ among
-    them. An autoregressive prior, which is fitted afterwards, is none of these."""
-    results = [
-        {**one, "trial": {field: x for field, x in one["trial"].items() if field != "autoregressive_steps"}}
-        for one in results
-    ]
+    them. An autoregressive prior, fitted afterwards, is none of these: what is kept with and without it is one
+    training, which would pass for two seeds."""
+    prior = "autoregressive_steps"
+    without = ({**one, "trial": {k: x for k, x in one["trial"].items() if k != prior}} for one in results)
+    results = list({name(trial(one["trial"])): one for one in without}.values())
     trials = [trial(one["trial"]) for one in results]
     changes = [one.changed() for one in trials]
     common = {"data", *_shared(changes)}

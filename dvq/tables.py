@@ -117,7 +117,8 @@ def certificate(results: Sequence[Result]) -> str:
 
 def fitted_first(table: Sequence[Row]) -> Row | None:
     """The row of lowest fitted bits/dim, where that is another than the first, which has the lowest bits/dim, and
-    every row has it."""
+    every row has it; of settings only those with as many seeds are compared."""
+    table = [row for row in table if row.get("seeds") == table[0].get("seeds")]
     fitted = [row.get("fitted_bits_per_dim") for row in table]
     if not fitted or None in fitted:
         return None
@@ -126,7 +127,8 @@ def fitted_first(table: Sequence[Row]) -> Row | None:
 
 
 def settings(results: Sequence[Result]) -> list[Row]:
-    """A row a setting that was trained with several seeds, sorted by bits/dim.
+    """A row a setting that was trained with several seeds, sorted by bits/dim; first those with the most finite
+    results, which alone :func:`dvq.choices.chosen` compares.
 
     It holds ``name``, ``seeds``, the configuration without the seed as ``trial``, the means of ``MEANS`` over the
     seeds, and the means over the ``pairs`` of trainings with the same seed by which bits/dim and its fitted form are
@@ -134,7 +136,8 @@ def settings(results: Sequence[Result]) -> list[Row]:
     trainings. None where a training has no such number, it is not finite, or there are fewer than two pairs.
     """
     groups = [group for group in alike(results, "seed") if len(group) > 1]
-    made = sorted(((_setting(group), group) for group in groups), key=lambda one: _bits(one[0]))
+    made = [(_setting(group), group) for group in groups]
+    made.sort(key=lambda one: (-len(finite(one[1])), _bits(one[0])))
     return [_finite(row | _above(group, made[0][1])) for row, group in made]
 
 

@@ -164,30 +164,30 @@ def test_settings_are_means_over_seeds_with_the_error_of_trainings(sweep):
         other["trial"]["seed"], other["evaluation"]["bits_per_dim"] = seed, bits
         other["name"] = other["name"].replace("-s0", f"-s{seed}")
         results.append(other)
-    best, worst = tables.settings(results)
-    assert (best["name"], best["seeds"]) == ("vq-ema-c16-k4", 2)
-    assert best["trial"].items() | {("seed", 0)} == results[2]["trial"].items()
-    assert (worst["name"], worst["seeds"]) == ("gs-soft-c16-k4", 3)
-    assert best["bits_per_dim"] == pytest.approx(7.05)
-    assert best["bits_per_dim_se"] == pytest.approx(0.05)
-    assert worst["bits_per_dim_se"] == pytest.approx(0.2 / 3**0.5)
-    assert [tables.formatted(worst, key) for key in tables.filled([best, worst])] == [
-        "gs-soft-c16-k4",
-        "3",
-        "7.400 ± 0.115",
+    whole, part = tables.settings(results)
+    assert (part["name"], part["seeds"]) == ("vq-ema-c16-k4", 2)
+    assert part["trial"].items() | {("seed", 0)} == results[2]["trial"].items()
+    assert (whole["name"], whole["seeds"]) == ("gs-soft-c16-k4", 3)
+    assert part["bits_per_dim"] == pytest.approx(7.05)
+    assert part["bits_per_dim_se"] == pytest.approx(0.05)
+    assert whole["bits_per_dim_se"] == pytest.approx(0.2 / 3**0.5)
+    assert [tables.formatted(part, key) for key in tables.filled([whole, part])] == [
+        "vq-ema-c16-k4",
         "2",
-        "+0.250 ± 0.050",  # of seeds 0 and 1, which both have
+        "7.050 ± 0.050",
+        "2",
+        "-0.250 ± 0.050",  # of seeds 0 and 1, which both have
         "0.250 ± 0.000",
-        "6.950 ± 0.000",
+        "6.750 ± 0.000",
         "7.5",
         "3/64",
     ]
     page = report.page(smoke(), results, {}, {})
     assert (
-        page.index("Settings, over seeds") < page.index("7.400 ± 0.115") < page.index("Trials, by bits/dim")
+        page.index("Settings, over seeds") < page.index("7.050 ± 0.050") < page.index("Trials, by bits/dim")
     )
     results[0]["evaluation"]["bits_per_dim"] = math.nan
-    assert [one["bits_per_dim"] for one in tables.settings(results)] == [best["bits_per_dim"], None]
+    assert [one["bits_per_dim"] for one in tables.settings(results)] == [part["bits_per_dim"], None]
 
 
 def seeds(results, *bits):
@@ -213,6 +213,10 @@ def test_the_lowest_mean_over_seeds_is_chosen_and_not_the_lowest_of_all_training
     assert choices.chosen(made[1:2]) == choices.chosen([]) == []
     made = seeds(sweep[0], (6.0, 6.1), (7.0, 7.1, 7.2), single)
     assert choices.chosen(made)[0]["trial"]["num_codes"] == 256, "nor one with a training that failed"
+    assert [row["num_codes"] for row in tables.settings(made)] == [256, 16], "nor does it stand first"
+    for one, fitted in zip(made, (5.0, 5.0, 6.0, 6.0, 6.0, 5.0), strict=True):
+        one["evaluation"]["fitted_bits_per_dim"] = fitted
+    assert tables.fitted_first(tables.settings(made)) is None, "or is said to be the lowest when fitted"
 
 
 def test_held_out_images_choose_a_line_for_a_sweep_on_test_images(sweep, tmp_path):

@@ -265,6 +265,7 @@ def test_figures_name_what_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -
         {"steps": 10},
         {"steps": 20},
         {"steps": 20, "commitment": 1.0, "autoregressive_steps": 9},  # no figure shows the prior
+        {"steps": 20, "commitment": 1.0, "log_every": 7},  # the same training, kept without it too
     ]
     kept.draw(Path(), [{"trial": values(trial({**base, **end}))} for end in ends])
     assert drawn == [f"vq-ema-c512-k8-s0-steps-{end}" for end in ("10", "20", "20-commitment-1.0")]
