@@ -56,7 +56,8 @@ class Stack:
         """
         if not self.pids:
             return {}
-        dead = [name for name in self._services() if name not in self.pids or not self._processes(name)]
+        alive = [name for name in self.pids if self._processes(name)]
+        dead = [name for name in self._services() if name not in alive]
         if dead:
             raise DvqError(
                 f"the stack was started, and not all of it runs: no {', no '.join(dead)}; make stack-up starts it "

@@ -576,5 +576,7 @@ def test_a_stack_without_what_it_needs_is_one_sentence(
 ) -> None:
     """make clean takes the services' packages, and leaves outputs/stack."""
     monkeypatch.setitem(sys.modules, "psutil", None)
+    stack = Stack(tmp_path)
+    stack.pids = {"s3": 1}
     with pytest.raises(DvqError, match="what it needs is not installed: make stack-up"):
-        Stack(tmp_path)._processes("s3")
+        stack.environment()
