@@ -115,7 +115,7 @@ def test_bits_per_dim_of_draws(trained: Path, images: np.ndarray) -> None:
     rate = (log_q.exp() * (log_q - files.log_prior)).sum((1, 2, 3)).mean().item() / nats
     assert found["rate"] == pytest.approx(rate, rel=1e-6)
     generator, draws = torch.Generator().manual_seed(0), []
-    for _ in range(10):
+    for _ in range(20):
         codes = log_q.exp().flatten(0, 2).multinomial(1, generator=generator).view(log_q.shape[:3])
         draws.append(files.distortion(codes, images).mean() / nats)
     among = torch.stack(draws)
